@@ -1,0 +1,115 @@
+// From torch's stable tensors to a Problem: checks, copies where a layout is not understood, and allocation.
+//
+// Python has already checked every argument with a message for people (rebased_cuda/attention.py); the checks
+// here are the backstop for whoever calls the raw ops. std::invalid_argument arrives in Python as ValueError.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "op/feature_map.h"
+#include "op/problem.h"
+
+// What a failed torch call said: there since torch 2.12 or so, null before.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+namespace rebased {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument("rebased_cuda: " + message);
+}
+
+// A failed allocation should read "out of memory", not "API call failed".
+template <class Function>
+auto torch_call(Function&& function) -> decltype(function()) {
+  try {
+    return function();
+  } catch (const std::exception&) {
+    const char* what =
+        torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
+    if (what != nullptr && *what != '\0') throw std::runtime_error(what);
+    throw;
+  }
+}
+
+inline Dtype dtype_of(const Tensor& q) {
+  switch (q.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    default:
+      throw std::invalid_argument("rebased_cuda: q: dtype must be float32, float64, float16 or bfloat16");
+  }
+}
+inline ScalarType accumulator_type(Dtype dtype) {
+  return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
+}
+
+inline FeatureMap feature_map_of(const std::string& name) {
+  if (name == "outer") return FeatureMap::outer;
+  if (name == "square") return FeatureMap::square;
+  if (name == "taylor") return FeatureMap::taylor;
+  require(name == "elu", "feature_map: must be outer, square, taylor or elu, got " + name);
+  return FeatureMap::elu;
+}
+inline LayerNorm layer_norm_of(const std::string& name) {
+  if (name == "none") return LayerNorm::none;
+  if (name == "token") return LayerNorm::token;
+  require(name == "head", "layer_norm: must be none, token or head, got " + name);
+  return LayerNorm::head;
+}
+
+// Backends want a last stride of 1; anything else is copied. A size-1 dimension may have any stride.
+inline Tensor with_dense_rows(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  if (tensor.size(last) == 1 || tensor.stride(last) == 1) return tensor;
+  return torch_call([&] { return torch::stable::contiguous(tensor); });
+}
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch_call([&] { return torch::stable::contiguous(tensor); });
+}
+inline OptionalTensor as_contiguous(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(as_contiguous(*tensor)) : OptionalTensor();
+}
+
+inline ConstRows const_rows(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+inline MutableRows mutable_rows(const Tensor& tensor) {
+  return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+inline const void* const_pointer(const OptionalTensor& tensor) {
+  return tensor ? tensor->const_data_ptr() : nullptr;
+}
+
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
+  return torch_call([&] { return torch::stable::new_empty(like, sizes, type); });
+}
+// (batch, heads, rows, width) laid out in memory as `like` is: (batch, rows, heads, width) where like's heads
+// are closer together than its rows, so that y.transpose(1, 2).reshape(batch, rows, -1) costs no copy.
+// rebased_cuda/autograd.py tells the compiler the same rule.
+inline Tensor empty_rows(const Tensor& like, int64_t batch, int64_t heads, int64_t rows, int64_t width) {
+  if (like.stride(1) < like.stride(2)) {
+    return torch::stable::transpose(empty(like, {batch, rows, heads, width}, like.scalar_type()), 1, 2);
+  }
+  return empty(like, {batch, heads, rows, width}, like.scalar_type());
+}
+// The stable ABI has no undefined tensors: an absent output is one with no elements.
+inline Tensor absent(const Tensor& like, ScalarType type) { return empty(like, {0}, type); }
+
+}  // namespace rebased

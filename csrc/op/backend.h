@@ -1,0 +1,56 @@
+// What every backend implements: forward, backward and step of a Problem on raw pointers.
+//
+// Common contract: outputs are written whole (rows of no sequence get zeros), inputs are never modified,
+// results are the same bits on every call with the same Problem and the same resources, and a backend
+// allocates nothing: what it needs beyond registers and stack comes as Problem::workspace, of the size it
+// names beforehand.
+#pragma once
+
+#include "op/problem.h"
+
+namespace rebased {
+
+// Runs body(begin, end, context) over [0, count) on the caller's threads and returns when all is done.
+struct Parallel {
+  int threads;
+  void (*run)(int64_t count, void (*body)(int64_t begin, int64_t end, void* context), void* context);
+};
+
+namespace cpu {
+const char* instruction_set();  // "avx512", "avx2" or "portable": what this process runs
+int64_t workspace_bytes(const ForwardProblem&, int threads);
+int64_t workspace_bytes(const BackwardProblem&, int threads);
+int64_t workspace_bytes(const StepProblem&, int threads);
+void forward(const ForwardProblem&, const Parallel&);
+void backward(const BackwardProblem&, const Parallel&);
+void step(const StepProblem&, const Parallel&);
+}  // namespace cpu
+
+// The limits of the device that a launch is planned for.
+struct Device {
+  int index;
+  int multiprocessors;
+  int compute_capability;           // 80 for 8.0
+  int64_t shared_memory_per_block;  // bytes, opt-in maximum
+};
+
+// The CUDA kernels, as nvcc compiles them (cuda) and as the emulator runs them on the CPU (emulated).
+// Launchers return an error text, empty when all went well; the stream is a cudaStream_t.
+#define REBASED_DECLARE_KERNELS                                              \
+  const char* query_device(int index, Device* device);                       \
+  int64_t workspace_bytes(const ForwardProblem&, const Device&);             \
+  int64_t workspace_bytes(const BackwardProblem&, const Device&);            \
+  int64_t workspace_bytes(const StepProblem&, const Device&);                \
+  const char* forward(const ForwardProblem&, const Device&, void* stream);   \
+  const char* backward(const BackwardProblem&, const Device&, void* stream); \
+  const char* step(const StepProblem&, const Device&, void* stream);
+
+namespace cuda {
+REBASED_DECLARE_KERNELS
+}
+namespace emulated {
+REBASED_DECLARE_KERNELS
+}
+#undef REBASED_DECLARE_KERNELS
+
+}  // namespace rebased

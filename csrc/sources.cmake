@@ -1,0 +1,27 @@
+# The one list of sources, by folder, and the flags that go with a file's name; included by the package's
+# CMakeLists.txt and by csrc/tests.
+set(REBASED_CSRC ${CMAKE_CURRENT_LIST_DIR})
+
+set(REBASED_CXX_FLAGS -Wall -Wextra -Werror)
+
+# rebased_host_sources(OUT): csrc/op and csrc/cpu. Files named avx2_* and avx512_* are compiled for those
+# instruction sets, and left out where the compiler does not target x86-64.
+function(rebased_host_sources out)
+  file(GLOB_RECURSE sources CONFIGURE_DEPENDS ${REBASED_CSRC}/op/*.cpp ${REBASED_CSRC}/cpu/*.cpp)
+  if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
+    list(FILTER sources EXCLUDE REGEX "/avx(2|512)_[^/]*$")
+  endif()
+  foreach(source IN LISTS sources)
+    # a * b + c may become one fused multiply-add everywhere: vector code is written with operators
+    set(options -ffp-contract=fast)
+    if(source MATCHES "/avx2_[^/]*$")
+      list(APPEND options -mavx2 -mfma -mf16c)
+    elseif(source MATCHES "/avx512_[^/]*$")
+      list(APPEND options -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mprefer-vector-width=512)
+    endif()
+    if(source MATCHES "/cpu/")
+      set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${options}")
+    endif()
+  endforeach()
+  set(${out} ${sources} PARENT_SCOPE)
+endfunction()

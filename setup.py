@@ -1,0 +1,157 @@
+"""Finds torch, nvcc and the GPU architectures, then lets CMake build; metadata is in pyproject.toml.
+
+Environment: REBASED_CUDA=0 leaves the CUDA kernels out, =1 makes a missing nvcc an error; CUDA_HOME names the
+toolkit; TORCH_CUDA_ARCH_LIST the architectures ("8.0;9.0+PTX"); MAX_JOBS the parallel compilations;
+REBASED_EMULATOR=1 adds the kernels emulated on the CPU, for tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).parent.resolve()
+MINIMUM_TORCH = (2, 11)
+DEFAULT_ARCHITECTURES = "8.0;9.0+PTX"
+
+
+def say(message: str) -> None:
+    print(f"rebased_cuda: {message}", file=sys.stderr, flush=True)
+
+
+def find_torch() -> tuple[Path, str, str]:
+    """(folder, version, CUDA version or "") of this environment's torch, without importing it.
+
+    pip's build isolation hides the environment's site-packages from sys.path, but not from the disk.
+    """
+    spec = importlib.util.find_spec("torch")
+    roots = [Path(spec.origin).parent] if spec and spec.origin else []
+    for base in dict.fromkeys((sys.prefix, sys.base_prefix, os.environ.get("VIRTUAL_ENV", sys.prefix))):
+        scheme = {"base": base, "platbase": base, "installed_base": base}
+        roots.append(Path(sysconfig.get_path("platlib", vars=scheme)) / "torch")
+    for root in roots:
+        if not (root / "version.py").is_file():
+            continue
+        text = (root / "version.py").read_text()
+        version = re.search(r"^__version__\b[^=]*=\s*'([^']+)'", text, re.MULTILINE)
+        cuda = re.search(r"^cuda\b[^=]*=\s*'([\d.]+)'", text, re.MULTILINE)
+        if version is None:
+            continue
+        numbers = tuple(int(n) for n in version.group(1).split("+")[0].split(".")[:2])
+        if numbers < MINIMUM_TORCH:
+            raise SystemExit(
+                f"rebased_cuda: torch {version.group(1)} in {root} is too old: 2.11 or later is needed."
+            )
+        return root, version.group(1), cuda.group(1) if cuda else ""
+    raise SystemExit(
+        "rebased_cuda: no torch found to build against (looked in "
+        f"{', '.join(map(str, roots))}). Install torch 2.11 or later first, then run: "
+        "pip install --no-build-isolation ."
+    )
+
+
+def find_nvcc(torch_cuda: str) -> str:
+    """The nvcc to build the CUDA kernels with, or "" for a CPU-only build."""
+    wanted = os.environ.get("REBASED_CUDA", "")
+    if wanted == "0":
+        return ""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    if nvcc is None:
+        if wanted == "1":
+            raise SystemExit(
+                "rebased_cuda: REBASED_CUDA=1, but there is no nvcc on PATH or in $CUDA_HOME/bin."
+            )
+        say("no nvcc on PATH or in $CUDA_HOME/bin: building the CPU backend only")
+        return ""
+    output = subprocess.run([nvcc, "--version"], text=True, capture_output=True, check=True).stdout
+    release = re.search(r"release ([\d.]+)", output)
+    if release is None:
+        raise SystemExit(f"rebased_cuda: {nvcc} --version names no release.")
+    if torch_cuda and release.group(1).split(".")[0] != torch_cuda.split(".")[0]:
+        raise SystemExit(
+            f"rebased_cuda: nvcc is CUDA {release.group(1)} ({nvcc}), but this torch was built for CUDA "
+            f"{torch_cuda}: their major versions must agree. Set CUDA_HOME to a CUDA "
+            f"{torch_cuda.split('.')[0]} toolkit, or REBASED_CUDA=0 for a CPU-only build."
+        )
+    # a wrapper script on PATH is not the toolkit that CMake looks for: follow it to the real folder
+    real = re.search(r"^#\$ TOP=(.*)$", dry_run(nvcc), re.MULTILINE)
+    if real and (Path(real.group(1)) / "bin/nvcc").is_file():
+        return str((Path(real.group(1)) / "bin/nvcc").resolve())
+    return nvcc
+
+
+def dry_run(nvcc: str) -> str:
+    """What nvcc would run for an empty file: among it, its toolkit's folder."""
+    return subprocess.run(
+        [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], text=True, capture_output=True, check=False
+    ).stderr
+
+
+def architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST, else those of the GPUs present, else 8.0 and 9.0 with PTX, in CMake's words."""
+    names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";")
+    if not names and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        result = subprocess.run(query, text=True, capture_output=True, check=False)
+        names = ";".join(sorted(set(result.stdout.split()))) if result.returncode == 0 else ""
+    words = []
+    for name in (names or DEFAULT_ARCHITECTURES).split(";"):
+        number, _, ptx = name.partition("+")
+        if not re.fullmatch(r"\d+\.\d", number):
+            raise SystemExit(
+                f"rebased_cuda: TORCH_CUDA_ARCH_LIST: expected names like 8.0 or 9.0+PTX, got {name!r}."
+            )
+        number = number.replace(".", "")
+        words.append(number if ptx else f"{number}-real")  # "90" is machine code and PTX
+    return ";".join(words)
+
+
+def jobs() -> int:
+    """MAX_JOBS, else as many as cores and memory (2 GB each) allow."""
+    if os.environ.get("MAX_JOBS"):
+        return int(os.environ["MAX_JOBS"])
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return max(1, min(os.cpu_count() or 1, int(memory / 2)))
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        torch, torch_version, torch_cuda = find_torch()
+        nvcc = find_nvcc(torch_cuda)
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        # an editable install's build_temp is new every time: keep the objects, a rebuild then takes seconds
+        kept = HERE / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build = kept if self.editable_mode or self.inplace else Path(self.build_temp).resolve() / "cmake"
+        options = {
+            "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
+            # given every time: an isolated build's ninja of last time is gone
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
+            "TORCH_ROOT": torch,
+            "TORCH_VERSION": torch_version,
+            "PYTHON_INCLUDE": sysconfig.get_path("include"),
+            "PYBIND11_INCLUDE": pybind11.get_include(),
+            "OUTPUT_DIR": output.parent,
+            "OUTPUT_NAME": output.name,
+            "EMULATOR": os.environ.get("REBASED_EMULATOR", "0"),
+            "NVCC": nvcc,
+            "CMAKE_CUDA_ARCHITECTURES": architectures() if nvcc else "",
+        }
+        definitions = [f"-D{name}={value}" for name, value in options.items()]
+        subprocess.check_call(["cmake", "-S", str(HERE), "-B", str(build), "-G", "Ninja", *definitions])
+        subprocess.check_call(["cmake", "--build", str(build), "-j", str(jobs())])
+        say(f"built {output.name} " + (f"with CUDA kernels by {nvcc}" if nvcc else "for the CPU only"))
+
+
+setup(ext_modules=[Extension("rebased_cuda._C", [])], cmdclass={"build_ext": CMakeBuild})
