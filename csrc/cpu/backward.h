@@ -1,0 +1,308 @@
+// Backward of one item in two independent sweeps, with ghat = r grad_y, delta = ghat . y and, for j <= i,
+// c(i, j) = ghat_i . v_j - delta_i and w(i, j) = c(i, j) d sim / d u  (w = c for the elementwise maps):
+//   queries, forwards, with the forward's state S, z:
+//     dq' = sum_j w k' + (d phi / d q')^T (S ghat - delta z)
+//   keys, backwards, with T = sum of later phi(q') ghat^T and m = -sum of later delta phi(q'):
+//     dk' = sum_i w q' + (d phi / d k')^T (T v + m);   dv = sum_i sim ghat + phi(k') T
+// The first sweep has queries as lanes, the second keys. Without a state (quadratic form) every chunk meets
+// every other. T carries the query's weights, so as a gradient of S it needs no further factor.
+#pragma once
+
+#include "cpu/call.h"
+
+namespace rebased::cpu::REBASED_ISA {
+
+template <class T>
+struct BackwardScratch {
+  T *keys, *key_features, *queries, *query_features;  // tokens of a chunk
+  T *normalized, *inverse_deviation;                  // of the side whose gradient is made
+  T *values, *gradients;                              // values of a chunk: v, ghat
+  T* delta;                                           // [chunk]: -delta
+  T* transposed;        // [block][value_columns][kLanes]: ghat or v of the lanes
+  T *scores, *weights;  // [token of the other side][kLanes]: sim, w
+  T* slab;              // [feature of the slab][kLanes]
+  T* row_slab;          // [block][kRows][kLanes]
+  T* grad_tokens;       // tokens: dq' or dk'
+  T* grad_values;       // [block]: values of kLanes rows
+  T* grad_affine;       // [query head of the group][2][feature_dim][kWidth]
+  T* state;
+
+  BackwardScratch(const Sizes<T>& s, int64_t group, Arena& arena) {
+    const int64_t tokens = int64_t(s.blocks) * s.feature_rows * kLanes<T>;
+    const int64_t columns = int64_t(s.chunk) * s.value_columns;
+    keys = arena.take<T>(tokens), queries = arena.take<T>(tokens);
+    key_features = s.polynomial ? nullptr : arena.take<T>(tokens);
+    query_features = s.polynomial ? nullptr : arena.take<T>(tokens);
+    normalized = arena.take<T>(tokens), inverse_deviation = arena.take<T>(s.chunk);
+    values = arena.take<T>(columns), gradients = arena.take<T>(columns);
+    delta = arena.take<T>(s.chunk);
+    transposed = arena.take<T>(columns);
+    scores = arena.take<T>(int64_t(s.chunk) * kLanes<T>),
+    weights = arena.take<T>(int64_t(s.chunk) * kLanes<T>);
+    slab = s.polynomial ? arena.take<T>(int64_t(s.slab) * kLanes<T>) : nullptr;
+    row_slab = arena.take<T>(int64_t(s.blocks) * kRows * kLanes<T>);
+    grad_tokens = arena.take<T>(tokens);
+    grad_values = arena.take<T>(columns);
+    grad_affine = arena.take<T>(group * 2 * s.feature_dim * kWidth<T>);
+    state = arena.take<T>(s.state_size);
+  }
+};
+
+template <class T>
+struct BackwardCall : Call<T> {
+  const BackwardProblem& problem;
+  MutableRows query_target, key_target;  // where the sweeps leave dq, dk
+  bool accumulator_target;               // those are in T, not in the problem's dtype
+  T *query_affine, *key_affine;          // [item][query head of the group or 1][2][feature_dim]
+  using Call<T>::sizes, Call<T>::pairs, Call<T>::statistics, Call<T>::pack_tokens, Call<T>::pack_values;
+
+  BackwardCall(const BackwardProblem& p, int threads, Arena& arena, bool needs_state)
+      : Call<T>(p, threads, arena, needs_state), problem(p), query_target(p.grad_q), key_target(p.grad_k) {
+    accumulator_target = p.layer_norm == LayerNorm::token && !is_accumulator<T>(p.dtype);
+    if (!accumulator_target) return;
+    const int64_t row = p.feature_dim, head = p.seqlen * row;
+    query_target = {arena.take<T>(p.batch * p.heads * head), p.heads * head, head, row};
+    key_target = {arena.take<T>(p.batch * p.kv_heads * head), p.kv_heads * head, head, row};
+  }
+
+  int64_t token_block() const { return int64_t(sizes.feature_rows) * kLanes<T>; }
+
+  // ghat and -delta of a chunk of queries.
+  void pack_gradients(const BackwardScratch<T>& scratch, int64_t batch, int64_t head, int64_t row, int rows, int ahead) const {
+    const BackwardProblem& p = problem;
+    const T* r = static_cast<const T*>(p.r) + (batch * p.heads + head) * p.seqlen + row;
+    pack_values(p.grad_y, batch, head, row, rows, ahead, scratch.gradients);
+    const char* y_head = head_rows<T>(p.y, batch, head, p.dtype);
+    if (ahead && p.normalize) this->prefetch(y_head, row + ahead, rows, p.y.row_stride, sizes.head_dim);
+    for (int i = 0; i < sizes.chunk; i++) scratch.delta[i] = 0;
+    with_element<T>(p.dtype, [&](auto element) {
+      using E = typename decltype(element)::type;
+      for (int i = 0; i < rows; i++) {
+        const E* y = reinterpret_cast<const E*>(y_head) + (row + i) * p.y.row_stride;
+        Vector<T> sum{};
+        for_panels<T>(sizes.value_columns, [&](auto vectors, int column) {
+          constexpr int columns = decltype(vectors)::value * kWidth<T>;
+          T* gradient = scratch.gradients + int64_t(column) * sizes.chunk + i * columns;
+          for (int n = 0; n < columns; n += kWidth<T>) {
+            const Vector<T> scaled = load(gradient + n) * r[i];
+            store(gradient + n, scaled);
+            if (p.normalize) sum += scaled * read<T>(y + column + n, sizes.head_dim - column - n);
+          }
+        });
+        if (p.normalize) scratch.delta[i] = -horizontal_sum<T>(sum);
+      }
+    });
+  }
+
+  // values of a chunk to [block][value_columns][kLanes]
+  void transpose_values(const T* values, int rows, T* target) const {
+    for (int b = 0; b * kLanes<T> < rows; b++)
+      for_panels<T>(sizes.value_columns, [&](auto vectors, int column) {
+        constexpr int columns = decltype(vectors)::value * kWidth<T>;
+        read_transposed<T>(values + int64_t(column) * sizes.chunk + b * kLanes<T> * columns, columns,
+                           smaller(rows - b * kLanes<T>, kLanes<T>), columns,
+                           target + (int64_t(b) * sizes.value_columns + column) * kLanes<T>);
+      });
+  }
+
+  // tile[r][:] += row r of values (from `row`) . columns of a transposed block
+  REBASED_INLINE void dot_values(Tile<T, kVectors>& tile, const T* values, int row,
+                                 const T* transposed) const {
+    for_panels<T>(sizes.value_columns, [&](auto vectors, int column) {
+      constexpr int columns = decltype(vectors)::value * kWidth<T>;
+      tile.template multiply_rows<columns>(columns, values + int64_t(column) * sizes.chunk + row * columns,
+                                           transposed + column * kLanes<T>);
+    });
+  }
+
+  // gradient += tokens [begin, end) of a chunk, each times its row of weights
+  void add_weighted_tokens(const T* tokens, const T* weights, int begin, int end, T* gradient) const {
+    for (int e = 0; e < sizes.feature_dim; e += kRows) {
+      Tile<T, kVectors> tile;
+      tile.load_rows(gradient + e * kLanes<T>, kLanes<T>);
+      for (int i = begin; i < end; i += kLanes<T>)
+        tile.template multiply_rows<kLanes<T>>(smaller(end - i, kLanes<T>),
+                                               tokens + i / kLanes<T> * token_block() + e * kLanes<T>,
+                                               weights + i * kLanes<T>);
+      tile.store_rows(gradient + e * kLanes<T>, kLanes<T>);
+    }
+  }
+
+  // Block b of queries (lanes) against a chunk of keys: adds to dq'.
+  void meet_keys(const BackwardScratch<T>& scratch, int b, int key_rows, bool diagonal) const {
+    const Sizes<T>& s = sizes;
+    const T* queries = scratch.queries + b * token_block();
+    const T* gradients = scratch.transposed + int64_t(b) * s.value_columns * kLanes<T>;
+    const int end = diagonal ? smaller(key_rows, (b + 1) * kLanes<T>) : key_rows;
+    for (int j = 0; j < end; j += kRows) {
+      T* weights = scratch.weights + j * kLanes<T>;
+      if (s.polynomial) {
+        Tile<T, kVectors> u;
+        u.zero();
+        u.template multiply_transposed<kLanes<T>>(
+            s.feature_dim, scratch.keys + j / kLanes<T> * token_block() + j % kLanes<T>, queries);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+          for (int n = 0; n < kVectors; n++) u.sum[r][n] = s.a1 + 2 * s.a2 * u.sum[r][n];
+        u.store_rows(weights, kLanes<T>);
+      }
+      Tile<T, kVectors> c;
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+        for (int n = 0; n < kVectors; n++) c.sum[r][n] = load(scratch.delta + b * kLanes<T> + n * kWidth<T>);
+      dot_values(c, scratch.values, j, gradients);
+      const int first = j - b * kLanes<T>;  // key of the tile's first row, counted from lane 0's own
+      const auto seen = [&](int r, int n) {
+        return lane_numbers<T>() >= typename Simd<T>::Int(first + r - n * kWidth<T>);
+      };
+      if (diagonal && first + kRows > 0) finish_weights<true>(c, seen, weights);
+      else finish_weights<false>(c, seen, weights);
+    }
+    add_weighted_tokens(s.polynomial ? scratch.keys : scratch.key_features, scratch.weights, 0, end,
+                        scratch.grad_tokens + b * token_block());
+  }
+
+  // weights: c times d sim / d u, which stands there already for the polynomial maps; zero where unseen.
+  template <bool Masked, class Seen>
+  REBASED_INLINE void finish_weights(const Tile<T, kVectors>& c, const Seen& seen, T* weights) const {
+    const bool polynomial = sizes.polynomial;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < kVectors; n++) {
+        T* target = weights + r * kLanes<T> + n * kWidth<T>;
+        Vector<T> w = polynomial ? c.sum[r][n] * load(target) : c.sum[r][n];
+        if (Masked) w = seen(r, n) ? w : Vector<T>{};
+        store(target, w);
+      }
+  }
+  // From dot products to sim, and to d sim / d u for the polynomial maps.
+  template <bool Masked, class Seen>
+  REBASED_INLINE void finish_sim(const Tile<T, kVectors>& u, const Seen& seen, T* scores, T* weights) const {
+    const T a0 = sizes.a0, a1 = sizes.a1, a2 = sizes.a2;
+    const bool polynomial = sizes.polynomial;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < kVectors; n++) {
+        const Vector<T> dot = u.sum[r][n];
+        Vector<T> sim = polynomial ? a0 + dot * (a1 + a2 * dot) : dot;
+        if (Masked) sim = seen(r, n) ? sim : Vector<T>{};
+        store(scores + r * kLanes<T> + n * kWidth<T>, sim);
+        if (polynomial) store(weights + r * kLanes<T> + n * kWidth<T>, a1 + 2 * a2 * dot);
+      }
+  }
+
+  // Block b of keys (lanes) against a chunk of queries: adds to dk' and dv.
+  void meet_queries(const BackwardScratch<T>& scratch, int b, int query_rows, bool diagonal) const {
+    const Sizes<T>& s = sizes;
+    const T* all_queries = s.polynomial ? scratch.queries : scratch.query_features;
+    const T* keys = (s.polynomial ? scratch.keys : scratch.key_features) + b * token_block();
+    const T* values = scratch.transposed + int64_t(b) * s.value_columns * kLanes<T>;
+    const int begin = diagonal ? b * kLanes<T> : 0;
+    for (int i = begin; i < query_rows; i += kRows) {
+      T *scores = scratch.scores + i * kLanes<T>, *weights = scratch.weights + i * kLanes<T>;
+      const int first = i - b * kLanes<T>;  // query of the tile's first row, counted from lane 0's own
+      const auto seen = [&](int r, int n) {
+        return lane_numbers<T>() <= typename Simd<T>::Int(first + r - n * kWidth<T>);
+      };
+      const bool masked = diagonal && first < kLanes<T>;
+      Tile<T, kVectors> u;
+      u.zero();
+      u.template multiply_transposed<kLanes<T>>(
+          s.feature_dim, all_queries + i / kLanes<T> * token_block() + i % kLanes<T>, keys);
+      if (masked) finish_sim<true>(u, seen, scores, weights);
+      else finish_sim<false>(u, seen, scores, weights);
+      Tile<T, kVectors> c;
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+        for (int n = 0; n < kVectors; n++) c.sum[r][n] = broadcast<T>(scratch.delta[i + r]);
+      dot_values(c, scratch.gradients, i, values);
+      if (masked) finish_weights<true>(c, seen, weights);
+      else finish_weights<false>(c, seen, weights);
+    }
+    add_weighted_tokens(all_queries, scratch.weights, begin, query_rows,
+                        scratch.grad_tokens + b * token_block());
+    for_panels<T>(s.value_columns, [&](auto vectors, int column) {
+      constexpr int NV = decltype(vectors)::value, columns = NV * kWidth<T>;
+      const T* gradients = scratch.gradients + int64_t(column) * s.chunk;
+      for (int j = 0; j < kLanes<T>; j += kRows) {
+        const int first = diagonal ? begin + j : 0;
+        T* target =
+            scratch.grad_values + int64_t(b) * kLanes<T> * s.value_columns + column * kLanes<T> + j * columns;
+        Tile<T, NV> tile;
+        tile.load_rows(target, columns);
+        tile.template multiply_transposed<kLanes<T>>(
+            query_rows - first, scratch.scores + first * kLanes<T> + j, gradients + first * columns);
+        tile.store_rows(target, columns);
+      }
+    });
+  }
+
+  // dv of block b from the state: phi(k') T, starting the sum.
+  void values_from_state(const BackwardScratch<T>& scratch, int b) const {
+    const Sizes<T>& s = sizes;
+    T* sums = scratch.grad_values + int64_t(b) * kLanes<T> * s.value_columns;
+    const int slab = s.polynomial ? s.slab : s.feature_pad;
+    for (int begin = 0; begin < s.feature_pad; begin += slab) {
+      const int end = smaller(begin + slab, s.feature_pad);
+      const T* phi = scratch.slab;
+      if (s.polynomial)
+        feature_slab<T, false>(pairs, begin, end, scratch.keys + b * token_block(), scratch.slab);
+      else
+        phi = scratch.key_features + b * token_block() + begin * kLanes<T>;
+      for_panels<T>(s.value_columns, [&](auto vectors, int column) {
+        constexpr int NV = decltype(vectors)::value, columns = NV * kWidth<T>;
+        const T* state = scratch.state + int64_t(column) * s.feature_pad + int64_t(begin) * columns;
+        for (int j = 0; j < kLanes<T>; j += kRows) {
+          T* target = sums + column * kLanes<T> + j * columns;
+          Tile<T, NV> tile;
+          if (begin)
+            tile.load_rows(target, columns);
+          else
+            tile.zero();
+          tile.template multiply_transposed<kLanes<T>>(end - begin, phi + j, state);
+          tile.store_rows(target, columns);
+        }
+      });
+    }
+  }
+
+  // The gradient of q' or k' of a chunk to that of q or k, and out.
+  void finish_tokens(const BackwardScratch<T>& scratch, const Tokens<T>& t, const T* X, const T* F,
+                     int64_t row, int rows, const MutableRows& target, int64_t batch, int64_t head,
+                     T* grad_affine) const {
+    const auto finish = [&](auto element) {
+      using E = typename decltype(element)::type;
+      const int64_t offset =
+          batch * target.batch_stride + head * target.head_stride + row * target.row_stride;
+      for (int b = 0; b * kLanes<T> < rows; b++) {
+        T* gradient = scratch.grad_tokens + b * token_block();
+        if (!sizes.polynomial)
+          elementwise_gradient(sizes, problem.feature_map, X + b * token_block(), F + b * token_block(),
+                               gradient);
+        layer_norm_backward(t, smaller(rows - b * kLanes<T>, kLanes<T>), gradient,
+                            scratch.normalized + b * token_block(), scratch.inverse_deviation + b * kLanes<T>,
+                            static_cast<E*>(target.data) + offset + b * kLanes<T> * target.row_stride,
+                            target.row_stride, grad_affine);
+      }
+    };
+    if (accumulator_target)
+      finish(ElementType<T>{});
+    else
+      with_element<T>(problem.dtype, finish);
+  }
+
+  void clear(T* target, int64_t count) const { __builtin_memset(target, 0, count * sizeof(T)); }
+
+  // Lane sums of gamma and beta gradients to rows of [2][feature_dim].
+  void write_affine(const T* lanes, int64_t heads, T* target) const {
+    for (int64_t i = 0; i < heads * 2 * sizes.feature_dim; i++)
+      target[i] = horizontal_sum<T>(load(lanes + i * kWidth<T>));
+  }
+};
+
+}  // namespace rebased::cpu::REBASED_ISA

@@ -1,0 +1,121 @@
+// Backward of a whole problem: workspace, passes, items, and the sums over items.
+#pragma once
+
+#include "cpu/backward_sweeps.h"
+
+namespace rebased::cpu::REBASED_ISA {
+
+// gamma and beta gradients: sums the items' rows in order. rows: [item][per_item][2][feature_dim], the head
+// of a row is kv_head * per_item + its place.
+template <class T>
+inline void sum_affine(const Sizes<T>& s, const T* rows, int64_t items, int64_t kv_heads, int64_t per_item,
+                       const Affine& affine, const AffineGradient& gradient) {
+  const int d = s.feature_dim;
+  for (int which = 0; which < 2; which++) {
+    T* target = static_cast<T*>(which == 0 ? gradient.gamma : gradient.beta);
+    if (!target) continue;
+    const int64_t head_stride = which == 0 ? affine.gamma_head_stride : affine.beta_head_stride;
+    const int64_t heads = kv_heads * per_item;
+    for (int64_t i = 0; i < (head_stride ? heads : 1) * d; i++) target[i] = 0;
+    for (int64_t item = 0; item < items; item++)
+      for (int64_t place = 0; place < per_item; place++) {
+        T* sum = target + (item % kv_heads * per_item + place) * head_stride;
+        const T* row = rows + ((item * per_item + place) * 2 + which) * d;
+        for (int e = 0; e < d; e++) sum[e] += row[e];
+      }
+  }
+}
+
+template <class T>
+inline void finish_token_gradients(const BackwardSweeps<T>& call, const Parallel& parallel) {
+  const BackwardProblem& p = call.problem;
+  const int64_t rows = Call<T>::kRowsOfItem, parts = (p.seqlen + rows - 1) / rows,
+                tokens = p.batch * p.seqlen;
+  for_items(parallel, 2 * p.batch * parts, [&](int64_t item, int) {
+    const bool query = item < p.batch * parts;
+    const int64_t batch = item / parts % p.batch, begin = item % parts * rows;
+    const T* mean = call.statistics + (query ? 0 : 2) * tokens + batch * p.seqlen;
+    const MutableRows& written = query ? call.query_target : call.key_target;
+    const ConstRows source{written.data, written.batch_stride, written.head_stride, written.row_stride};
+    with_element<T>(p.dtype, [&](auto element) {
+      using E = typename decltype(element)::type;
+      const auto finish = [&](auto source_element) {
+        using S = typename decltype(source_element)::type;
+        finish_token_gradient<T, S, E>(query ? p.q : p.k, source, query ? p.grad_q : p.grad_k, batch,
+                                       query ? p.heads : p.kv_heads, call.sizes.feature_dim, begin,
+                                       smaller(begin + rows, p.seqlen), mean, mean + tokens);
+      };
+      if (call.accumulator_target)
+        finish(ElementType<T>{});
+      else
+        finish(element);
+    });
+  });
+}
+
+// With parallel null only counts the workspace's bytes.
+template <class T>
+inline int64_t run_backward(const BackwardProblem& p, int threads, const Parallel* parallel) {
+  Arena arena{parallel ? static_cast<char*>(p.workspace) : nullptr};
+  const bool needs_state = p.initial_state.kv || p.grad_final_state.kv || p.grad_initial_state.kv;
+  BackwardSweeps<T> call(p, threads, arena, needs_state);
+  const Sizes<T>& s = call.sizes;
+  const Schedule<T>& schedule = call.schedule;
+  const int64_t group = p.kv_heads ? p.heads / p.kv_heads : 0;
+  const int64_t most_items = Schedule<T>::bound(p, s, threads) * p.kv_heads;
+  T* key_states = call.take_states(arena, most_items);
+  T* query_states = call.take_states(arena, most_items);
+  call.query_affine = arena.take<T>(most_items * group * 2 * s.feature_dim);
+  call.key_affine = arena.take<T>(most_items * 2 * s.feature_dim);
+  const int64_t shared = arena.used;
+  {
+    BackwardScratch<T> sample(s, group, arena);
+  }
+  const int64_t scratch_bytes = arena.used - shared;
+  if (!parallel) return shared + threads * scratch_bytes;
+
+  const auto scratch_of = [&](int worker) {
+    Arena own{arena.base, shared + worker * scratch_bytes};
+    return BackwardScratch<T>(s, group, own);
+  };
+  call.compute_statistics(*parallel);
+  if (schedule.cut()) {
+    for_items(*parallel, 2 * schedule.items(), [&](int64_t number, int worker) {
+      const Item item = schedule.item(number / 2);
+      if (item.quadratic) return;
+      if (number % 2 == 0 && !item.last)
+        call.local_key_state(item, scratch_of(worker), key_states + number / 2 * s.state_size);
+      if (number % 2 == 1 && !item.first)
+        call.local_query_state(item, scratch_of(worker), query_states + number / 2 * s.state_size);
+    });
+    call.sum_states(*parallel, key_states, p.initial_state, false);
+    call.sum_states(*parallel, query_states, p.grad_final_state, true);
+  }
+  for_items(*parallel, 2 * schedule.items(), [&](int64_t number, int worker) {
+    const Item item = schedule.item(number / 2);
+    const BackwardScratch<T> scratch = scratch_of(worker);
+    const bool keys = number % 2 == 0, outermost = keys ? item.last : item.first;
+    const ConstState& given = keys ? p.grad_final_state : p.initial_state;
+    if (item.quadratic) {
+    } else if (outermost) {
+      import_state(s, given, item.sequence * p.kv_heads + item.kv_head, scratch.state);
+    } else {
+      const T* states = keys ? query_states : key_states;
+      __builtin_memcpy(scratch.state, states + number / 2 * s.state_size, s.state_size * sizeof(T));
+    }
+    const bool state_is_zero = outermost && !given.kv;
+    if (keys)
+      call.sweep_keys(item, scratch, state_is_zero);
+    else
+      call.sweep_queries(item, scratch, state_is_zero);
+  });
+  sum_affine(s, call.query_affine, schedule.items(), p.kv_heads, group, p.query_affine, p.grad_query_affine);
+  sum_affine(s, call.key_affine, schedule.items(), p.kv_heads, 1, p.key_affine, p.grad_key_affine);
+  if (p.layer_norm == LayerNorm::token) finish_token_gradients(call, *parallel);
+  call.zero_unowned_rows(p.grad_q, p.heads, p.feature_dim);
+  call.zero_unowned_rows(p.grad_k, p.kv_heads, p.feature_dim);
+  call.zero_unowned_rows(p.grad_v, p.kv_heads, p.head_dim);
+  return 0;
+}
+
+}  // namespace rebased::cpu::REBASED_ISA

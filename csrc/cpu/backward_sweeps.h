@@ -1,0 +1,161 @@
+// The two sweeps of the backward over an item's chunks.
+#pragma once
+
+#include "cpu/backward.h"
+
+namespace rebased::cpu::REBASED_ISA {
+
+template <class T>
+struct BackwardSweeps : BackwardCall<T> {
+  using Base = BackwardCall<T>;
+  using Base::Base, Base::problem, Base::sizes, Base::pairs, Base::statistics, Base::token_block;
+
+  Tokens<T> key_tokens(const Item& item) const {
+    return head_tokens<T>(problem, sizes, false, statistics, item.batch, item.kv_head);
+  }
+  Tokens<T> query_tokens(const Item& item, int64_t head) const {
+    return head_tokens<T>(problem, sizes, true, statistics, item.batch, head);
+  }
+  void add_keys_to_state(const BackwardScratch<T>& scratch, int rows, T* state) const {
+    update_state<T, false>(sizes, pairs, sizes.polynomial ? scratch.keys : scratch.key_features, nullptr,
+                           scratch.values, rows, state, scratch.row_slab);
+  }
+  void add_queries_to_state(const BackwardScratch<T>& scratch, int rows, T* state) const {
+    update_state<T, true>(sizes, pairs, sizes.polynomial ? scratch.queries : scratch.query_features,
+                          scratch.delta, scratch.gradients, rows, state, scratch.row_slab);
+  }
+
+  // dq of an item, from its start state S.
+  void sweep_queries(const Item& item, const BackwardScratch<T>& scratch, bool state_is_zero) const {
+    const BackwardProblem& p = problem;
+    const Sizes<T>& s = sizes;
+    const int64_t group = p.heads / p.kv_heads;
+    const Tokens<T> keys = key_tokens(item);
+    this->clear(scratch.grad_affine, group * 2 * s.feature_dim * kWidth<T>);
+    for (int64_t row = item.begin; row < item.end; row += s.chunk) {
+      const int rows = int(smaller<int64_t>(s.chunk, item.end - row));
+      const bool last_chunk = row + rows == item.end;
+      if (!item.quadratic) {
+        this->pack_tokens(keys, row, rows, s.chunk, scratch.keys, scratch.key_features);
+        this->pack_values(p.v, item.batch, item.kv_head, row, rows, s.chunk, scratch.values);
+      }
+      for (int64_t g = 0; g < group; g++) {
+        const int64_t head = item.kv_head * group + g;
+        const Tokens<T> queries = query_tokens(item, head);
+        this->pack_tokens(queries, row, rows, s.chunk, scratch.queries, scratch.query_features, scratch.normalized,
+                          scratch.inverse_deviation);
+        this->pack_gradients(scratch, item.batch, head, row, rows, s.chunk);
+        this->transpose_values(scratch.gradients, rows, scratch.transposed);
+        this->clear(scratch.grad_tokens, s.blocks * token_block());
+        for (int b = 0; b * kLanes<T> < rows && !item.quadratic && !state_is_zero; b++)
+          state_gradient<T, true>(s, pairs, scratch.state,
+                                  scratch.transposed + int64_t(b) * s.value_columns * kLanes<T>,
+                                  scratch.delta + b * kLanes<T>, scratch.queries + b * token_block(),
+                                  scratch.grad_tokens + b * token_block());
+        for (int64_t key = item.quadratic ? item.sequence_begin : row; key <= row; key += s.chunk) {
+          const int key_rows = key == row ? rows : s.chunk;
+          if (item.quadratic) {
+            this->pack_tokens(keys, key, key_rows, 0, scratch.keys, scratch.key_features);
+            this->pack_values(p.v, item.batch, item.kv_head, key, key_rows, 0, scratch.values);
+          }
+          for (int b = 0; b * kLanes<T> < rows; b++) this->meet_keys(scratch, b, key_rows, key == row);
+        }
+        this->finish_tokens(scratch, queries, scratch.queries, scratch.query_features, row, rows,
+                            this->query_target, item.batch, head,
+                            scratch.grad_affine + g * 2 * s.feature_dim * kWidth<T>);
+      }
+      if (item.quadratic || last_chunk) continue;
+      add_keys_to_state(scratch, rows, scratch.state);
+      state_is_zero = false;
+    }
+    this->write_affine(scratch.grad_affine, group,
+                       this->query_affine + item.number * group * 2 * s.feature_dim);
+  }
+
+  // dk and dv of an item, from T and m of all that comes after it.
+  void sweep_keys(const Item& item, const BackwardScratch<T>& scratch, bool state_is_zero) const {
+    const BackwardProblem& p = problem;
+    const Sizes<T>& s = sizes;
+    const int64_t group = p.heads / p.kv_heads;
+    const Tokens<T> keys = key_tokens(item);
+    const bool keep_state = item.first && p.grad_initial_state.kv;
+    this->clear(scratch.grad_affine, 2 * s.feature_dim * kWidth<T>);
+    const int64_t chunks = (item.end - item.begin + s.chunk - 1) / s.chunk;
+    for (int64_t row = item.begin + (chunks - 1) * s.chunk; row >= item.begin; row -= s.chunk) {
+      const int rows = int(smaller<int64_t>(s.chunk, item.end - row));
+      this->pack_tokens(keys, row, rows, -s.chunk, scratch.keys, scratch.key_features, scratch.normalized,
+                        scratch.inverse_deviation);
+      this->pack_values(p.v, item.batch, item.kv_head, row, rows, -s.chunk, scratch.values);
+      this->transpose_values(scratch.values, rows, scratch.transposed);
+      this->clear(scratch.grad_tokens, s.blocks * token_block());
+      const bool with_state = !item.quadratic && !state_is_zero;
+      if (!with_state) this->clear(scratch.grad_values, int64_t(s.chunk) * s.value_columns);
+      for (int b = 0; b * kLanes<T> < rows && with_state; b++) {
+        state_gradient<T, false>(s, pairs, scratch.state,
+                                 scratch.transposed + int64_t(b) * s.value_columns * kLanes<T>, nullptr,
+                                 scratch.keys + b * token_block(), scratch.grad_tokens + b * token_block());
+        this->values_from_state(scratch, b);
+      }
+      for (int64_t g = 0; g < group; g++) {
+        const int64_t head = item.kv_head * group + g;
+        const Tokens<T> queries = query_tokens(item, head);
+        const int ahead = item.quadratic ? s.chunk : -s.chunk;
+        const int64_t end = item.quadratic ? item.sequence_end : row + rows;
+        for (int64_t query = row; query < end; query += s.chunk) {
+          const int query_rows = int(smaller<int64_t>(s.chunk, end - query));
+          this->pack_tokens(queries, query, query_rows, ahead, scratch.queries, scratch.query_features);
+          this->pack_gradients(scratch, item.batch, head, query, query_rows, ahead);
+          for (int b = 0; b * kLanes<T> < rows; b++) this->meet_queries(scratch, b, query_rows, query == row);
+        }
+        if (!item.quadratic && (row > item.begin || keep_state))
+          add_queries_to_state(scratch, rows, scratch.state);
+      }
+      state_is_zero = false;
+      this->finish_tokens(scratch, keys, scratch.keys, scratch.key_features, row, rows, this->key_target,
+                          item.batch, item.kv_head, scratch.grad_affine);
+      write_grad_values(scratch, item, row, rows);
+    }
+    this->write_affine(scratch.grad_affine, 1, this->key_affine + item.number * 2 * s.feature_dim);
+    if (keep_state)
+      export_state(s, scratch.state, p.grad_initial_state, item.sequence * p.kv_heads + item.kv_head);
+  }
+
+  void write_grad_values(const BackwardScratch<T>& scratch, const Item& item, int64_t row, int rows) const {
+    const BackwardProblem& p = problem;
+    const char* head = head_rows<T>(p.grad_v, item.batch, item.kv_head, p.dtype);
+    with_element<T>(p.dtype, [&](auto element) {
+      using E = typename decltype(element)::type;
+      E* target = reinterpret_cast<E*>(const_cast<char*>(head));
+      for (int b = 0; b * kLanes<T> < rows; b++)
+        write_panels<T>(scratch.grad_values + int64_t(b) * kLanes<T> * sizes.value_columns,
+                        smaller(rows - b * kLanes<T>, kLanes<T>), sizes.head_dim, kLanes<T>,
+                        target + (row + b * kLanes<T>)*p.grad_v.row_stride, p.grad_v.row_stride);
+    });
+  }
+
+  // What an item adds to S (keys) or to T and m (queries), from zero.
+  void local_key_state(const Item& item, const BackwardScratch<T>& scratch, T* state) const {
+    const Tokens<T> keys = key_tokens(item);
+    this->clear(state, sizes.state_size);
+    for (int64_t row = item.begin; row < item.end; row += sizes.chunk) {
+      const int rows = int(smaller<int64_t>(sizes.chunk, item.end - row));
+      this->pack_tokens(keys, row, rows, sizes.chunk, scratch.keys, scratch.key_features);
+      this->pack_values(problem.v, item.batch, item.kv_head, row, rows, sizes.chunk, scratch.values);
+      add_keys_to_state(scratch, rows, state);
+    }
+  }
+  void local_query_state(const Item& item, const BackwardScratch<T>& scratch, T* state) const {
+    const int64_t group = problem.heads / problem.kv_heads;
+    this->clear(state, sizes.state_size);
+    for (int64_t row = item.begin; row < item.end; row += sizes.chunk) {
+      const int rows = int(smaller<int64_t>(sizes.chunk, item.end - row));
+      for (int64_t head = item.kv_head * group; head < (item.kv_head + 1) * group; head++) {
+        this->pack_tokens(query_tokens(item, head), row, rows, sizes.chunk, scratch.queries, scratch.query_features);
+        this->pack_gradients(scratch, item.batch, head, row, rows, sizes.chunk);
+        add_queries_to_state(scratch, rows, state);
+      }
+    }
+  }
+};
+
+}  // namespace rebased::cpu::REBASED_ISA

@@ -1,0 +1,129 @@
+// What forward and backward share: the part of the workspace that all workers see, the passes before and
+// between the items, and the packing of a chunk.
+//
+// A sequence that is cut into segments takes three passes: the state that each segment adds, from zero; the
+// running sums of these in order (from the initial state); then the items, each from its own start state.
+#pragma once
+
+#include "cpu/features.h"
+
+namespace rebased::cpu::REBASED_ISA {
+
+// Tokens of a chunk: `outer` and `taylor` spend 4 F head_dim on states whatever the chunk, and a short chunk
+// keeps scores few; many features want the state's traffic spread over more tokens.
+template <class T>
+inline int chunk_length(const Problem& p) {
+  const bool polynomial = p.feature_map == FeatureMap::outer || p.feature_map == FeatureMap::taylor;
+  return polynomial ? (p.feature_dim <= 32 ? 32 : 128) : larger(kLanes<T>, 16);
+}
+
+template <class T>
+struct Call {
+  const Problem& base;
+  Sizes<T> sizes;
+  Schedule<T> schedule;
+  FeaturePair<T>* pairs;
+  T* statistics;  // mean, rstd of q, mean, rstd of k, each (batch, seqlen); null unless LayerNorm::token
+
+  // With an arena of null base only the arena's size counts.
+  Call(const Problem& p, int threads, Arena& arena, bool needs_state)
+      : base(p), sizes(p, chunk_length<T>(p)) {
+    schedule.sequences = arena.take<Sequence>(p.num_sequences);
+    pairs = sizes.polynomial ? arena.take<FeaturePair<T>>(sizes.feature_pad) : nullptr;
+    statistics = p.layer_norm == LayerNorm::token ? arena.take<T>(4 * p.batch * p.seqlen) : nullptr;
+    if (!arena.base) return;
+    schedule.fill(p, sizes, threads, needs_state);
+    if (pairs) fill_feature_pairs(p, sizes, pairs);
+  }
+
+  T* take_states(Arena& arena, int64_t most_items) const {
+    const bool cut = most_items > base.num_sequences * base.kv_heads;
+    return cut ? arena.take<T>(most_items * sizes.state_size) : nullptr;
+  }
+
+  // The packing of a chunk also prefetches the rows that lie `ahead` rows further on, which the sweep packs
+  // next (0: none).
+  void pack_tokens(const Tokens<T>& t, int64_t row, int rows, int ahead, T* X, T* F, T* H = nullptr,
+                   T* inv = nullptr) const {
+    const int64_t block = int64_t(sizes.feature_rows) * kLanes<T>;
+    for (int b = 0; b * kLanes<T> < rows; b++)
+      pack_block<T>(t, row + b * kLanes<T>, smaller(rows - b * kLanes<T>, kLanes<T>), X + b * block,
+                    F ? F + b * block : nullptr, H ? H + b * block : nullptr,
+                    inv ? inv + b * kLanes<T> : nullptr);
+    if (ahead) prefetch(t.data, row + ahead, rows, t.row_stride, t.feature_dim);
+  }
+  void pack_values(const ConstRows& source, int64_t batch, int64_t head, int64_t row, int rows, int ahead,
+                   T* values) const {
+    const char* data = head_rows<T>(source, batch, head, base.dtype);
+    with_element<T>(base.dtype, [&](auto element) {
+      using E = typename decltype(element)::type;
+      read_panels<T>(reinterpret_cast<const E*>(data) + row * source.row_stride, source.row_stride, rows,
+                     sizes.head_dim, sizes.chunk, values);
+    });
+    if (ahead) prefetch(data, row + ahead, rows, source.row_stride, sizes.head_dim);
+  }
+  void prefetch(const char* data, int64_t row, int rows, int64_t row_stride, int width) const {
+    const int64_t bytes = bytes_of<T>(base.dtype);
+    prefetch_rows(reinterpret_cast<const char*>(uintptr_t(data) + row * row_stride * bytes), row_stride * bytes, rows, width * bytes);
+  }
+
+  static constexpr int64_t kRowsOfItem = 256;  // tokens of one item of the passes over whole tokens
+
+  void compute_statistics(const Parallel& parallel) const {
+    if (!statistics) return;
+    const Problem& p = base;
+    const int64_t parts = (p.seqlen + kRowsOfItem - 1) / kRowsOfItem, tokens = p.batch * p.seqlen;
+    for_items(parallel, 2 * p.batch * parts, [&](int64_t item, int) {
+      const bool query = item < p.batch * parts;
+      const int64_t batch = item / parts % p.batch, begin = item % parts * kRowsOfItem;
+      T* mean = statistics + (query ? 0 : 2) * tokens + batch * p.seqlen;
+      with_element<T>(p.dtype, [&](auto element) {
+        using E = typename decltype(element)::type;
+        token_statistics<T, E>(query ? p.q : p.k, batch, query ? p.heads : p.kv_heads, sizes.feature_dim,
+                               begin, smaller(begin + kRowsOfItem, p.seqlen), T(p.layer_norm_eps), mean,
+                               mean + tokens);
+      });
+    });
+  }
+
+  // states: what each segment added. Becomes the state before each segment (after it, when reversed), the
+  // given one included.
+  void sum_states(const Parallel& parallel, T* states, const ConstState& given, bool reversed) const {
+    const Problem& p = base;
+    for_items(parallel, p.num_sequences * p.kv_heads, [&](int64_t item, int) {
+      const Sequence& sequence = schedule.sequences[item / p.kv_heads];
+      const int64_t head = item % p.kv_heads, size = sizes.state_size;
+      if (sequence.quadratic || sequence.segments == 1) return;
+      const auto segment_state = [&](int64_t n) {
+        const int64_t segment = reversed ? sequence.segments - 1 - n : n;
+        return states + ((sequence.first_segment + segment) * p.kv_heads + head) * size;
+      };
+      // shift by one segment, from the far end, then sum up
+      for (int64_t n = sequence.segments - 1; n > 0; n--)
+        __builtin_memcpy(segment_state(n), segment_state(n - 1), size * sizeof(T));
+      import_state(sizes, given, item, segment_state(0));
+      for (int64_t n = 1; n < sequence.segments; n++) {
+        const T* before = segment_state(n - 1);
+        T* state = segment_state(n);
+        for (int64_t i = 0; i < size; i++) state[i] += before[i];
+      }
+    });
+  }
+
+  // Rows of a packed batch that belong to no sequence.
+  void zero_unowned_rows(const MutableRows& rows, int64_t heads, int64_t width) const {
+    const Problem& p = base;
+    if (!schedule.packed) return;
+    const int64_t begin = p.num_sequences ? schedule.sequences[0].begin : p.seqlen;
+    const int64_t end = p.num_sequences ? schedule.sequences[p.num_sequences - 1].end : p.seqlen;
+    const int64_t bytes = bytes_of<T>(p.dtype);
+    for (int64_t head = 0; head < heads; head++) {
+      char* data = const_cast<char*>(head_rows<T>(rows, 0, head, p.dtype));
+      for (int64_t row = 0; row < p.seqlen; row++)
+        if (row < begin || row >= end)
+          __builtin_memset(data + row * rows.row_stride * bytes, 0, width * bytes);
+    }
+  }
+};
+
+}  // namespace rebased::cpu::REBASED_ISA

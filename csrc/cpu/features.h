@@ -1,0 +1,136 @@
+// phi of a block of tokens, the state's update, import and export, and the gradient of phi.
+#pragma once
+
+#include "cpu/layer_norm.h"
+#include "cpu/microkernel.h"
+
+namespace rebased::cpu::REBASED_ISA {
+
+// Features [begin, end) of a polynomial map: target[f - begin][kLanes].
+template <class T, bool Weighted>
+inline void feature_slab(const FeaturePair<T>* pairs, int begin, int end, const T* X, T* target) {
+  for (int f = begin; f < end; f++)
+#pragma GCC unroll 2
+    for (int n = 0; n < kLanes<T>; n += kWidth<T>) {
+      Vector<T> product =
+          load(X + pairs[f].first * kLanes<T> + n) * load(X + pairs[f].second * kLanes<T> + n);
+      if (Weighted) product *= pairs[f].weight;
+      store(target + (f - begin) * kLanes<T> + n, product);
+    }
+}
+
+// state += sum over the chunk's tokens of phi(token) values^T. `tokens` is q' or k' of the chunk (its
+// features for the elementwise maps); Weighted puts the query's weights on; token_weights (by token of the
+// chunk, null: 1) goes with the denominator's state only. features: scratch, [block][kRows][kLanes].
+template <class T, bool Weighted>
+inline void update_state(const Sizes<T>& s, const FeaturePair<T>* pairs, const T* tokens,
+                         const T* token_weights, const T* values, int rows, T* state, T* features) {
+  const int blocks = (rows + kLanes<T> - 1) / kLanes<T>;
+  const int64_t token_block = int64_t(s.feature_rows) * kLanes<T>;
+  for (int f = 0; f < s.feature_pad; f += kRows) {
+    const T* phi = features;
+    int64_t phi_block = kRows * kLanes<T>;
+    if (!s.polynomial) {
+      phi = tokens + f * kLanes<T>, phi_block = token_block;
+    } else {
+      for (int b = 0; b < blocks; b++)
+        feature_slab<T, Weighted>(pairs, f, f + kRows, tokens + b * token_block, features + b * phi_block);
+    }
+    for (int r = 0; r < kRows; r++) {
+      Vector<T> sum{};
+      for (int b = 0; b < blocks; b++)
+#pragma GCC unroll 2
+        for (int n = 0; n < kLanes<T>; n += kWidth<T>) {
+          const Vector<T> x = load(phi + b * phi_block + r * kLanes<T> + n);
+          sum += token_weights ? x * load(token_weights + b * kLanes<T> + n) : x;
+        }
+      state[s.state_kv + f + r] += horizontal_sum<T>(sum);
+    }
+    for_panels<T>(s.value_columns, [&](auto vectors, int column) {
+      constexpr int NV = decltype(vectors)::value, columns = NV * kWidth<T>;
+      T* part = state + int64_t(column) * s.feature_pad + f * columns;
+      const T* panel = values + int64_t(column) * s.chunk;
+      Tile<T, NV> tile;
+      tile.load_rows(part, columns);
+      for (int b = 0; b < blocks; b++)
+        tile.template multiply_rows<kLanes<T>>(smaller(rows - b * kLanes<T>, kLanes<T>), phi + b * phi_block,
+                                               panel + b * kLanes<T> * columns);
+      tile.store_rows(part, columns);
+    });
+  }
+}
+
+// Public states are [feature][head_dim] and [feature], without padding. Null: zero.
+template <class T>
+inline void import_state(const Sizes<T>& s, const ConstState& source, int64_t number, T* state) {
+  for (int64_t i = 0; i < s.state_size; i++) state[i] = 0;
+  if (!source.kv) return;
+  const T* kv = static_cast<const T*>(source.kv) + number * s.features * s.head_dim;
+  const T* k = static_cast<const T*>(source.k) + number * s.features;
+  read_panels<T>(kv, s.head_dim, s.features, s.head_dim, s.feature_pad, state);
+  for (int f = 0; f < s.features; f++) state[s.state_kv + f] = k[f];
+}
+template <class T>
+inline void export_state(const Sizes<T>& s, const T* state, const MutableState& target, int64_t number) {
+  T* kv = static_cast<T*>(target.kv) + number * s.features * s.head_dim;
+  T* k = static_cast<T*>(target.k) + number * s.features;
+  write_panels<T>(state, s.features, s.head_dim, s.feature_pad, kv, s.head_dim);
+  for (int f = 0; f < s.features; f++) k[f] = state[s.state_kv + f];
+}
+
+// dX += (d phi / d X)^T (state values^T + state_k token_weights^T) for a block: the part of the gradient of
+// q' or k' that comes through a state. values: [value_columns][kLanes], transposed. Weighted as above, for
+// states without weights. For the elementwise maps dX takes the gradient of the features.
+template <class T, bool Weighted>
+inline void state_gradient(const Sizes<T>& s, const FeaturePair<T>* pairs, const T* state, const T* values,
+                           const T* token_weights, const T* X, T* dX) {
+  Vector<T> weights[kVectors];
+  for (int n = 0; n < kVectors; n++)
+    weights[n] = token_weights ? load(token_weights + n * kWidth<T>) : broadcast<T>(1);
+  for (int f = 0; f < s.feature_pad; f += kRows) {
+    Tile<T, kVectors> tile;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < kVectors; n++) tile.sum[r][n] = state[s.state_kv + f + r] * weights[n];
+    for_panels<T>(s.value_columns, [&](auto vectors, int column) {
+      constexpr int columns = decltype(vectors)::value * kWidth<T>;
+      tile.template multiply_rows<columns>(columns, state + int64_t(column) * s.feature_pad + f * columns,
+                                           values + column * kLanes<T>);
+    });
+    if (!s.polynomial) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+        for (int n = 0; n < kVectors; n++) {
+          T* target = dX + (f + r) * kLanes<T> + n * kWidth<T>;
+          store(target, load(target) + tile.sum[r][n]);
+        }
+      continue;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) {
+      const FeaturePair<T> pair = pairs[f + r];
+#pragma GCC unroll 2
+      for (int n = 0; n < kVectors; n++) {
+        const int lane = n * kWidth<T>;
+        const Vector<T> gradient = Weighted ? tile.sum[r][n] * pair.weight : tile.sum[r][n];
+        T *first = dX + pair.first * kLanes<T> + lane, *second = dX + pair.second * kLanes<T> + lane;
+        store(first, load(first) + gradient * load(X + pair.second * kLanes<T> + lane));
+        store(second, load(second) + gradient * load(X + pair.first * kLanes<T> + lane));
+      }
+    }
+  }
+}
+
+// The elementwise maps: from the gradient of phi to that of q' or k'.
+template <class T>
+inline void elementwise_gradient(const Sizes<T>& s, FeatureMap map, const T* X, const T* F, T* dX) {
+  for (int i = 0; i < s.feature_dim * kLanes<T>; i += kWidth<T>) {
+    const Vector<T> x = load(X + i);
+    const Vector<T> derivative = map == FeatureMap::square ? 2 * x : (x > 0 ? broadcast<T>(1) : load(F + i));
+    store(dX + i, load(dX + i) * derivative);
+  }
+}
+
+}  // namespace rebased::cpu::REBASED_ISA

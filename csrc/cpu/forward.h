@@ -1,0 +1,231 @@
+// Forward of one item: a segment of a sequence for one kv head and its query heads.
+//
+// With a state (chunked form), per chunk of keys and block of kLanes queries (lanes):
+//   scores^T (keys x queries) = sim, masked;  y = (phi(q) S + scores v) / (phi(q) z + row sums + eps)
+//   then S += phi(k)^T v, z += sum phi(k)
+// Without (quadratic form), the same block against every chunk of keys before it. Scores, features and the
+// running y never leave the worker's scratch, whose size does not depend on seqlen.
+#pragma once
+
+#include "cpu/call.h"
+
+namespace rebased::cpu::REBASED_ISA {
+
+template <class T>
+struct ForwardScratch {
+  T *keys, *key_features, *queries, *query_features;  // tokens of a chunk
+  T* values;                                          // values of a chunk
+  T* scores;                                          // [key of the chunk][kLanes]
+  T* query_slab;                                      // [feature of the slab][kLanes]
+  T* key_slab;                                        // [block][kRows][kLanes]
+  T* sums;                                            // [block]: values of kLanes rows, before the division
+  T* denominators;                                    // [chunk]
+  T* state;
+
+  ForwardScratch(const Sizes<T>& s, Arena& arena) {
+    const int64_t tokens = int64_t(s.blocks) * s.feature_rows * kLanes<T>;
+    keys = arena.take<T>(tokens), queries = arena.take<T>(tokens);
+    key_features = s.polynomial ? nullptr : arena.take<T>(tokens);
+    query_features = s.polynomial ? nullptr : arena.take<T>(tokens);
+    values = arena.take<T>(int64_t(s.chunk) * s.value_columns);
+    scores = arena.take<T>(int64_t(s.chunk) * kLanes<T>);
+    query_slab = s.polynomial ? arena.take<T>(int64_t(s.slab) * kLanes<T>) : nullptr;
+    key_slab = arena.take<T>(int64_t(s.blocks) * kRows * kLanes<T>);
+    sums = arena.take<T>(int64_t(s.chunk) * s.value_columns);
+    denominators = arena.take<T>(s.chunk);
+    state = arena.take<T>(s.state_size);
+  }
+};
+
+template <class T>
+struct ForwardCall : Call<T> {
+  const ForwardProblem& problem;
+  using Call<T>::sizes, Call<T>::pairs, Call<T>::statistics, Call<T>::pack_tokens, Call<T>::pack_values;
+
+  ForwardCall(const ForwardProblem& p, int threads, Arena& arena, bool needs_state)
+      : Call<T>(p, threads, arena, needs_state), problem(p) {}
+
+  // How a block of queries meets a chunk of keys.
+  struct Meeting {
+    int key_rows;
+    bool diagonal;     // the same chunk: mask
+    bool first, last;  // chunk of keys for these queries: start the sums, finish them
+    const T* state;    // null: none
+  };
+
+  // scores of block b's queries (lanes) and every key of the meeting that they may see; adds the row sums
+  // to `sums`.
+  void score(const ForwardScratch<T>& scratch, int b, const Meeting& meeting,
+             Vector<T> (&sums)[kVectors]) const {
+    const Sizes<T>& s = sizes;
+    const int64_t block = int64_t(s.feature_rows) * kLanes<T>;
+    const T* keys = s.polynomial ? scratch.keys : scratch.key_features;
+    const T* queries = (s.polynomial ? scratch.queries : scratch.query_features) + b * block;
+    const int end = meeting.diagonal ? smaller(meeting.key_rows, (b + 1) * kLanes<T>) : meeting.key_rows;
+    for (int j = 0; j < end; j += kRows) {
+      Tile<T, kVectors> tile;
+      tile.zero();
+      tile.template multiply_transposed<kLanes<T>>(s.feature_dim,
+                                                   keys + j / kLanes<T> * block + j % kLanes<T>, queries);
+      T* scores = scratch.scores + j * kLanes<T>;
+      const int first = j - b * kLanes<T>;  // key of the tile's first row, counted from lane 0's own
+      if (meeting.diagonal && first + kRows > 0) finish_scores<true>(tile, first, scores, sums);
+      else finish_scores<false>(tile, first, scores, sums);
+    }
+  }
+
+  template <bool Masked>
+  REBASED_INLINE void finish_scores(const Tile<T, kVectors>& tile, int first, T* scores,
+                                    Vector<T> (&sums)[kVectors]) const {
+    const T a0 = sizes.a0, a1 = sizes.a1, a2 = sizes.a2;
+    const bool polynomial = sizes.polynomial;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < kVectors; n++) {
+        Vector<T> sim = tile.sum[r][n];
+        if (polynomial) sim = a0 + sim * (a1 + a2 * sim);
+        if (Masked) sim = lane_numbers<T>() >= typename Simd<T>::Int(first + r - n * kWidth<T>) ? sim : Vector<T>{};
+        sums[n] += sim;
+        store(scores + r * kLanes<T> + n * kWidth<T>, sim);
+      }
+  }
+
+  // One block of queries against one chunk of keys; y and r are written when this chunk is the last.
+  void meet(const ForwardScratch<T>& scratch, int b, const Meeting& meeting) const {
+    const Sizes<T>& s = sizes;
+    Vector<T> denominators[kVectors];
+    T* saved = scratch.denominators + b * kLanes<T>;
+    for (int n = 0; n < kVectors; n++)
+      denominators[n] = meeting.first ? Vector<T>{} : load(saved + n * kWidth<T>);
+    score(scratch, b, meeting, denominators);
+    bool started = !meeting.first;
+    T* sums = scratch.sums + int64_t(b) * kLanes<T> * s.value_columns;
+    const int64_t block = int64_t(s.feature_rows) * kLanes<T>;
+    const int slab = s.polynomial ? s.slab : s.feature_pad;
+    const int features = meeting.state ? s.feature_pad : 0;
+    int begin = 0;
+    do {
+      const int end = smaller(begin + slab, features);
+      const bool last_slab = end == features;
+      const T* phi = scratch.query_slab;
+      if (s.polynomial) {
+        feature_slab<T, true>(pairs, begin, end, scratch.queries + b * block, scratch.query_slab);
+      } else {
+        phi = scratch.query_features + b * block + begin * kLanes<T>;
+      }
+      for (int f = begin; f < end; f++)
+        for (int n = 0; n < kVectors; n++)
+          denominators[n] +=
+              load(phi + (f - begin) * kLanes<T> + n * kWidth<T>) * meeting.state[s.state_kv + f];
+      if (last_slab) {
+        for (int n = 0; n < kVectors; n++) {
+          if (meeting.last)
+            denominators[n] = problem.normalize ? 1 / (denominators[n] + T(problem.eps)) : broadcast<T>(1);
+          store(saved + n * kWidth<T>, denominators[n]);
+        }
+      }
+      for_panels<T>(s.value_columns, [&](auto vectors, int column) {
+        constexpr int NV = decltype(vectors)::value, columns = NV * kWidth<T>;
+        const T* values = scratch.values + int64_t(column) * s.chunk;
+        const T* state =
+            features ? meeting.state + int64_t(column) * s.feature_pad + int64_t(begin) * columns : nullptr;
+        for (int i = 0; i < kLanes<T>; i += kRows) {
+          T* target = sums + column * kLanes<T> + i * columns;
+          Tile<T, NV> tile;
+          if (started)
+            tile.load_rows(target, columns);
+          else
+            tile.zero();
+          tile.template multiply_transposed<kLanes<T>>(end - begin, phi + i, state);
+          if (last_slab) {
+            const int seen =
+                meeting.diagonal ? smaller(meeting.key_rows, b * kLanes<T> + i + kRows) : meeting.key_rows;
+            tile.template multiply_transposed<kLanes<T>>(seen, scratch.scores + i, values);
+            if (meeting.last) {
+#pragma GCC unroll 8
+              for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+                for (int n = 0; n < NV; n++) tile.sum[r][n] *= saved[i + r];
+            }
+          }
+          tile.store_rows(target, columns);
+        }
+      });
+      started = true;
+      begin = end;
+    } while (begin < features);
+  }
+
+  void write_block(const ForwardScratch<T>& scratch, int b, const Item& item, int64_t head, int64_t row,
+                   int rows) const {
+    const ForwardProblem& p = problem;
+    const Sizes<T>& s = sizes;
+    T* r = static_cast<T*>(p.r) + (item.batch * p.heads + head) * p.seqlen + row;
+    for (int i = 0; i < rows; i++) r[i] = scratch.denominators[b * kLanes<T> + i];
+    const char* y = head_rows<T>(p.y, item.batch, head, p.dtype);
+    with_element<T>(p.dtype, [&](auto element) {
+      using E = typename decltype(element)::type;
+      write_panels<T>(scratch.sums + int64_t(b) * kLanes<T> * s.value_columns, rows, s.head_dim, kLanes<T>,
+                      reinterpret_cast<E*>(const_cast<char*>(y)) + row * p.y.row_stride, p.y.row_stride);
+    });
+  }
+
+  // state null: quadratic form.
+  void run(const Item& item, const ForwardScratch<T>& scratch, bool state_is_zero) const {
+    const ForwardProblem& p = problem;
+    const Sizes<T>& s = sizes;
+    const int64_t group = p.heads / p.kv_heads;
+    const Tokens<T> keys = head_tokens<T>(p, s, false, statistics, item.batch, item.kv_head);
+    const bool keep_state = item.last && p.final_state.kv;
+    for (int64_t row = item.begin; row < item.end; row += s.chunk) {
+      const int rows = int(smaller<int64_t>(s.chunk, item.end - row));
+      if (!item.quadratic) {
+        pack_tokens(keys, row, rows, s.chunk, scratch.keys, scratch.key_features);
+        pack_values(problem.v, item.batch, item.kv_head, row, rows, s.chunk, scratch.values);
+      }
+      for (int64_t g = 0; g < group; g++) {
+        const int64_t head = item.kv_head * group + g;
+        pack_tokens(head_tokens<T>(p, s, true, statistics, item.batch, head), row, rows, s.chunk, scratch.queries,
+                    scratch.query_features);
+        const int64_t first_key = item.quadratic ? item.sequence_begin : row;
+        for (int64_t key = first_key; key <= row; key += s.chunk) {
+          if (item.quadratic) {
+            const int key_rows = key == row ? rows : s.chunk;
+            pack_tokens(keys, key, key_rows, 0, scratch.keys, scratch.key_features);
+            pack_values(problem.v, item.batch, item.kv_head, key, key_rows, 0, scratch.values);
+          }
+          const Meeting meeting{key == row ? rows : s.chunk, key == row, key == first_key, key == row,
+                                item.quadratic || state_is_zero ? nullptr : scratch.state};
+          for (int b = 0; b * kLanes<T> < rows; b++) {
+            meet(scratch, b, meeting);
+            if (meeting.last)
+              write_block(scratch, b, item, head, row + b * kLanes<T>,
+                          smaller(rows - b * kLanes<T>, kLanes<T>));
+          }
+        }
+      }
+      if (item.quadratic || (row + rows == item.end && !keep_state)) continue;
+      update_state<T, false>(s, pairs, s.polynomial ? scratch.keys : scratch.key_features, nullptr,
+                             scratch.values, rows, scratch.state, scratch.key_slab);
+      state_is_zero = false;
+    }
+    if (keep_state) export_state(s, scratch.state, p.final_state, item.sequence * p.kv_heads + item.kv_head);
+  }
+
+  // The state that an item's keys leave behind, from zero; in the buffers of `scratch`.
+  void local_state(const Item& item, const ForwardScratch<T>& scratch, T* state) const {
+    const Sizes<T>& s = sizes;
+    const Tokens<T> keys = head_tokens<T>(problem, s, false, statistics, item.batch, item.kv_head);
+    for (int64_t i = 0; i < s.state_size; i++) state[i] = 0;
+    for (int64_t row = item.begin; row < item.end; row += s.chunk) {
+      const int rows = int(smaller<int64_t>(s.chunk, item.end - row));
+      pack_tokens(keys, row, rows, s.chunk, scratch.keys, scratch.key_features);
+      pack_values(problem.v, item.batch, item.kv_head, row, rows, s.chunk, scratch.values);
+      update_state<T, false>(s, pairs, s.polynomial ? scratch.keys : scratch.key_features, nullptr,
+                             scratch.values, rows, state, scratch.key_slab);
+    }
+  }
+};
+
+}  // namespace rebased::cpu::REBASED_ISA

@@ -1,0 +1,59 @@
+// Forward of a whole problem: workspace, passes, items.
+#pragma once
+
+#include "cpu/forward.h"
+
+namespace rebased::cpu::REBASED_ISA {
+
+// With parallel null only counts the workspace's bytes.
+template <class T>
+inline int64_t run_forward(const ForwardProblem& p, int threads, const Parallel* parallel) {
+  Arena arena{parallel ? static_cast<char*>(p.workspace) : nullptr};
+  const bool needs_state = p.initial_state.kv || p.final_state.kv;
+  const ForwardCall<T> call(p, threads, arena, needs_state);
+  const Sizes<T>& s = call.sizes;
+  const Schedule<T>& schedule = call.schedule;
+  T* states = call.take_states(arena, Schedule<T>::bound(p, s, threads) * p.kv_heads);
+  const int64_t shared = arena.used;
+  {
+    ForwardScratch<T> sample(s, arena);
+  }
+  const int64_t scratch_bytes = arena.used - shared;
+  if (!parallel) return shared + threads * scratch_bytes;
+
+  const auto scratch_of = [&](int worker) {
+    Arena own{arena.base, shared + worker * scratch_bytes};
+    return ForwardScratch<T>(s, own);
+  };
+  call.zero_unowned_rows(p.y, p.heads, p.head_dim);
+  if (schedule.packed)
+    for (int64_t i = 0; i < p.heads; i++)
+      for (int64_t row = 0; row < p.seqlen; row++)
+        static_cast<T*>(p.r)[i * p.seqlen + row] = 1;  // owned rows are overwritten
+  call.compute_statistics(*parallel);
+  if (schedule.cut()) {
+    for_items(*parallel, schedule.items(), [&](int64_t number, int worker) {
+      const Item item = schedule.item(number);
+      if (!item.quadratic && !item.last)
+        call.local_state(item, scratch_of(worker), states + number * s.state_size);
+    });
+    call.sum_states(*parallel, states, p.initial_state, false);
+  }
+  for_items(*parallel, schedule.items(), [&](int64_t number, int worker) {
+    const Item item = schedule.item(number);
+    const ForwardScratch<T> scratch = scratch_of(worker);
+    bool state_is_zero = false;
+    if (!item.quadratic) {
+      if (item.first) {
+        state_is_zero = !p.initial_state.kv;
+        import_state(s, p.initial_state, item.sequence * p.kv_heads + item.kv_head, scratch.state);
+      } else {
+        __builtin_memcpy(scratch.state, states + number * s.state_size, s.state_size * sizeof(T));
+      }
+    }
+    call.run(item, scratch, state_is_zero);
+  });
+  return 0;
+}
+
+}  // namespace rebased::cpu::REBASED_ISA

@@ -1,0 +1,9 @@
+#define REBASED_ISA avx512
+#define REBASED_VECTOR_BYTES 64
+#include "cpu/forward_driver.h"
+#include "cpu/instruction_set.h"
+
+int64_t rebased::cpu::avx512::forward_float(const ForwardProblem& problem, int threads,
+                                            const Parallel* parallel) {
+  return run_forward<float>(problem, threads, parallel);
+}

@@ -1,0 +1,9 @@
+#define REBASED_ISA portable
+#define REBASED_VECTOR_BYTES 16
+#include "cpu/backward_driver.h"
+#include "cpu/instruction_set.h"
+
+int64_t rebased::cpu::portable::backward_double(const BackwardProblem& problem, int threads,
+                                                const Parallel* parallel) {
+  return run_backward<double>(problem, threads, parallel);
+}

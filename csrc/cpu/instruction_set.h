@@ -1,0 +1,23 @@
+// The entry points that each instruction set's translation units define. Only declarations: this header is
+// compiled with every set of flags.
+#pragma once
+
+#include "op/backend.h"
+
+#define REBASED_DECLARE_ENTRIES(isa)                                                 \
+  namespace rebased::cpu::isa {                                                      \
+  /* parallel null: the workspace's bytes for `threads`; else runs, and returns 0 */ \
+  int64_t forward_float(const ForwardProblem&, int threads, const Parallel*);        \
+  int64_t forward_double(const ForwardProblem&, int threads, const Parallel*);       \
+  int64_t backward_float(const BackwardProblem&, int threads, const Parallel*);      \
+  int64_t backward_double(const BackwardProblem&, int threads, const Parallel*);     \
+  int64_t step_float(const StepProblem&, int threads, const Parallel*);              \
+  int64_t step_double(const StepProblem&, int threads, const Parallel*);             \
+  }
+
+REBASED_DECLARE_ENTRIES(portable)
+#if defined(__x86_64__)
+REBASED_DECLARE_ENTRIES(avx2)
+REBASED_DECLARE_ENTRIES(avx512)
+#endif
+#undef REBASED_DECLARE_ENTRIES

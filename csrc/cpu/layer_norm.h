@@ -1,0 +1,201 @@
+// LayerNorm, affine and scale on the way from a tensor's rows to a transposed block (lanes are tokens), and
+// their backward on the way out. LayerNorm::token runs over all heads of a token: its statistics come from
+// a pass before (token_statistics), and its backward ends in one after (finish_token_gradient).
+#pragma once
+
+#include "cpu/plan.h"
+
+namespace rebased::cpu::REBASED_ISA {
+
+template <FeatureMap Map>
+struct MapConstant {
+  static constexpr FeatureMap value = Map;
+};
+
+// q or k of one head.
+template <class T>
+struct Tokens {
+  const char* data;
+  int64_t row_stride;
+  Dtype dtype;
+  FeatureMap map;
+  LayerNorm norm;
+  const T *gamma, *beta;  // null: 1, 0
+  const T *mean, *rstd;   // of LayerNorm::token, by row
+  T scale, eps;
+  int feature_dim, feature_rows;
+};
+
+template <class T>
+inline Tokens<T> head_tokens(const Problem& p, const Sizes<T>& s, bool query, const T* statistics,
+                             int64_t batch, int64_t head) {
+  const Affine& affine = query ? p.query_affine : p.key_affine;
+  const ConstRows& rows = query ? p.q : p.k;
+  Tokens<T> t;
+  t.data = head_rows<T>(rows, batch, head, p.dtype);
+  t.row_stride = rows.row_stride;
+  t.dtype = p.dtype, t.map = p.feature_map, t.norm = p.layer_norm;
+  t.gamma = affine.gamma ? static_cast<const T*>(affine.gamma) + head * affine.gamma_head_stride : nullptr;
+  t.beta = affine.beta ? static_cast<const T*>(affine.beta) + head * affine.beta_head_stride : nullptr;
+  const int64_t tokens = p.batch * p.seqlen;  // statistics: mean of q, rstd of q, mean of k, rstd of k
+  t.mean = statistics ? statistics + (query ? 0 : 2) * tokens + batch * p.seqlen : nullptr;
+  t.rstd = statistics ? t.mean + tokens : nullptr;
+  t.scale = query && s.polynomial ? T(p.scale) : T(1);
+  t.eps = T(p.layer_norm_eps);
+  t.feature_dim = s.feature_dim, t.feature_rows = s.feature_rows;
+  return t;
+}
+
+// mean and rstd of every token over all heads, one block of tokens.
+template <class T, class E>
+inline void token_statistics(const RowsOf<const void*>& rows, int64_t batch, int64_t heads, int feature_dim,
+                             int64_t begin, int64_t end, T eps, T* mean, T* rstd) {
+  for (int64_t row = begin; row < end; row++) {
+    const E* token = static_cast<const E*>(rows.data) + batch * rows.batch_stride + row * rows.row_stride;
+    const T count = T(heads * feature_dim);
+    Vector<T> sum{}, squares{};
+    for (int64_t head = 0; head < heads; head++)
+      for (int e = 0; e < feature_dim; e += kWidth<T>)
+        sum += read<T>(token + head * rows.head_stride + e, feature_dim - e);
+    const T center = horizontal_sum<T>(sum) / count;
+    for (int64_t head = 0; head < heads; head++)
+      for (int e = 0; e < feature_dim; e += kWidth<T>) {
+        const Vector<T> x = read<T>(token + head * rows.head_stride + e, feature_dim - e) - center;
+        squares += lane_numbers<T>() < typename Simd<T>::Int(feature_dim - e) ? x * x : Vector<T>{};
+      }
+    mean[row] = center;
+    rstd[row] = 1 / square_root(broadcast<T>(horizontal_sum<T>(squares) / count + eps))[0];
+  }
+}
+
+// Elementwise features of a vector of q' or k'.
+template <class T>
+REBASED_INLINE Vector<T> elementwise_feature(FeatureMap map, Vector<T> x) {
+  if (map == FeatureMap::square) return x * x;
+  return x > 0 ? x + T(1) : exp_nonpositive<T>(x > 0 ? Vector<T>{} : x);
+}
+
+// Map is FeatureMap::outer for both polynomial maps: no features are made here.
+template <class T, FeatureMap Map, bool Keep>
+inline void normalize_block(const Tokens<T>& t, int64_t row, int rows, T* X, T* F, T* H, T* inv) {
+  const int d = t.feature_dim;
+  for (int n = 0; n < kLanes<T>; n += kWidth<T>) {
+    T* x = X + n;
+    const auto valid = lane_numbers<T>() < typename Simd<T>::Int(rows - n);
+    Vector<T> mean{}, rstd = broadcast<T>(1);
+    if (t.norm == LayerNorm::head) {
+      for (int e = 0; e < d; e++) mean += load(x + e * kLanes<T>);
+      mean *= 1 / T(d);
+      Vector<T> variance{};
+      for (int e = 0; e < d; e++) {
+        const Vector<T> centered = load(x + e * kLanes<T>) - mean;
+        variance += centered * centered;
+      }
+      rstd = 1 / square_root(variance * (1 / T(d)) + t.eps);
+    } else if (t.norm == LayerNorm::token) {
+      mean = read<T>(t.mean + row + n, rows - n);
+      rstd = read<T>(t.rstd + row + n, rows - n);
+    }
+    if (Keep) store(inv + n, rstd);
+    for (int e = 0; e < d; e++) {
+      const T scaled_gamma = t.gamma ? t.gamma[e] * t.scale : t.scale;
+      const T scaled_beta = t.beta ? t.beta[e] * t.scale : T(0);
+      const Vector<T> normalized = (load(x + e * kLanes<T>) - mean) * rstd;
+      if (Keep) store(H + e * kLanes<T> + n, valid ? normalized : Vector<T>{});
+      const Vector<T> result = valid ? normalized * scaled_gamma + scaled_beta : Vector<T>{};
+      store(x + e * kLanes<T>, result);
+      if (Map != FeatureMap::outer)
+        store(F + e * kLanes<T> + n, valid ? elementwise_feature<T>(Map, result) : Vector<T>{});
+    }
+    store(x + d * kLanes<T>, valid ? broadcast<T>(1) : Vector<T>{});
+    for (int e = d + 1; e < t.feature_rows; e++) store(x + e * kLanes<T>, Vector<T>{});
+    if (Map != FeatureMap::outer)
+      for (int e = d; e < t.feature_rows; e++) store(F + e * kLanes<T> + n, Vector<T>{});
+  }
+}
+
+// X: q' or k' of `rows` tokens, transposed, zero in the lanes after them; its rows past feature_dim are ones
+// (in the lanes of tokens) and zeros. For the elementwise maps F takes the features. H and inv, null or both
+// given, take what the backward needs: the normalized input and 1 / deviation.
+template <class T>
+inline void pack_block(const Tokens<T>& t, int64_t row, int rows, T* X, T* F, T* H, T* inv) {
+  with_element<T>(t.dtype, [&](auto element) {
+    using E = typename decltype(element)::type;
+    read_transposed<T>(reinterpret_cast<const E*>(t.data) + row * t.row_stride, t.row_stride, rows,
+                       t.feature_dim, X);
+  });
+  const auto normalize = [&](auto map) {
+    constexpr FeatureMap kind = decltype(map)::value;
+    if (H) normalize_block<T, kind, true>(t, row, rows, X, F, H, inv);
+    else normalize_block<T, kind, false>(t, row, rows, X, F, H, inv);
+  };
+  if (t.map == FeatureMap::square) normalize(MapConstant<FeatureMap::square>{});
+  else if (t.map == FeatureMap::elu) normalize(MapConstant<FeatureMap::elu>{});
+  else normalize(MapConstant<FeatureMap::outer>{});
+}
+
+// From dX, the gradient of q' or k' of a block (overwritten), to the gradient of q or k, or, for
+// LayerNorm::token, to gamma * gradient, which finish_token_gradient takes on. gamma and beta gradients are
+// summed lane by lane into grad_affine: [2][feature_dim][kWidth].
+template <class T, class E>
+inline void layer_norm_backward(const Tokens<T>& t, int rows, T* dX, const T* H, const T* inv, E* target,
+                                int64_t stride, T* grad_affine) {
+  const int d = t.feature_dim;
+  for (int n = 0; n < kLanes<T> && n < rows; n += kWidth<T>) {
+    Vector<T> mean{}, mean_product{};
+    for (int e = 0; e < d; e++) {
+      const Vector<T> gradient = load(dX + e * kLanes<T> + n) * t.scale;
+      const Vector<T> normalized = load(H + e * kLanes<T> + n);
+      T* gamma = grad_affine + e * kWidth<T>;
+      T* beta = gamma + d * kWidth<T>;
+      store(gamma, load(gamma) + gradient * normalized);
+      store(beta, load(beta) + gradient);
+      const Vector<T> h = t.gamma ? gradient * t.gamma[e] : gradient;
+      mean += h;
+      mean_product += h * normalized;
+      store(dX + e * kLanes<T> + n, h);
+    }
+    if (t.norm != LayerNorm::head) continue;
+    mean *= 1 / T(d), mean_product *= 1 / T(d);
+    const Vector<T> rstd = load(inv + n);
+    for (int e = 0; e < d; e++) {
+      T* x = dX + e * kLanes<T> + n;
+      store(x, rstd * (load(x) - mean - load(H + e * kLanes<T> + n) * mean_product));
+    }
+  }
+  write_transposed<T>(dX, rows, d, target, stride);
+}
+
+// In: gamma * gradient of the normalized token, all heads of rows [begin, end). Out: gradient of q or k.
+template <class T, class S, class E>
+inline void finish_token_gradient(const RowsOf<const void*>& input, const RowsOf<const void*>& source,
+                                  const RowsOf<void*>& target, int64_t batch, int64_t heads, int feature_dim,
+                                  int64_t begin, int64_t end, const T* mean, const T* rstd) {
+  for (int64_t row = begin; row < end; row++) {
+    const E* x = static_cast<const E*>(input.data) + batch * input.batch_stride + row * input.row_stride;
+    const S* h = static_cast<const S*>(source.data) + batch * source.batch_stride + row * source.row_stride;
+    E* out = static_cast<E*>(target.data) + batch * target.batch_stride + row * target.row_stride;
+    Vector<T> sum{}, product{};  // lanes past feature_dim hold h = 0
+    for (int64_t head = 0; head < heads; head++)
+      for (int e = 0; e < feature_dim; e += kWidth<T>) {
+        const int count = feature_dim - e;
+        const Vector<T> normalized =
+            (read<T>(x + head * input.head_stride + e, count) - mean[row]) * rstd[row];
+        const Vector<T> gradient = read<T>(h + head * source.head_stride + e, count);
+        sum += gradient, product += gradient * normalized;
+      }
+    const T count = T(heads * feature_dim);
+    const T mean_gradient = horizontal_sum<T>(sum) / count, mean_product = horizontal_sum<T>(product) / count;
+    for (int64_t head = 0; head < heads; head++)
+      for (int e = 0; e < feature_dim; e += kWidth<T>) {
+        const int count = feature_dim - e;
+        const Vector<T> normalized =
+            (read<T>(x + head * input.head_stride + e, count) - mean[row]) * rstd[row];
+        const Vector<T> gradient = read<T>(h + head * source.head_stride + e, count);
+        write<T>(out + head * target.head_stride + e,
+                 rstd[row] * (gradient - mean_gradient - normalized * mean_product), count);
+      }
+  }
+}
+
+}  // namespace rebased::cpu::REBASED_ISA

@@ -1,0 +1,170 @@
+// The vector type of one instruction set: GCC vector extensions of REBASED_VECTOR_BYTES, and the few
+// operations on whole vectors that operators do not give.
+//
+// Everything in the headers of this folder that becomes code lives in namespace rebased::cpu::REBASED_ISA,
+// and no std:: template is used: an inline function compiled for AVX-512 under a shared name could be the
+// copy that the linker keeps for every other translation unit.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+#if !defined(REBASED_ISA) || !defined(REBASED_VECTOR_BYTES)
+#error "define REBASED_ISA and REBASED_VECTOR_BYTES before including the kernels"
+#endif
+
+#define REBASED_INLINE inline __attribute__((always_inline))
+
+namespace rebased::cpu::REBASED_ISA {
+
+typedef float FloatVector __attribute__((vector_size(REBASED_VECTOR_BYTES)));
+typedef double DoubleVector __attribute__((vector_size(REBASED_VECTOR_BYTES)));
+typedef int32_t Int32Vector __attribute__((vector_size(REBASED_VECTOR_BYTES)));
+typedef int64_t Int64Vector __attribute__((vector_size(REBASED_VECTOR_BYTES)));
+typedef uint32_t Uint32Vector __attribute__((vector_size(REBASED_VECTOR_BYTES)));
+
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
+  using Vector = FloatVector;
+  using IntVector = Int32Vector;
+  using Int = int32_t;
+};
+template <>
+struct Simd<double> {
+  using Vector = DoubleVector;
+  using IntVector = Int64Vector;
+  using Int = int64_t;
+};
+template <class T>
+using Vector = typename Simd<T>::Vector;
+template <class T>
+using IntVector = typename Simd<T>::IntVector;
+
+template <class T>
+constexpr int kWidth = REBASED_VECTOR_BYTES / int(sizeof(T));  // elements of a vector
+constexpr int kVectors = 2;                                    // vectors side by side in a tile
+template <class T>
+constexpr int kLanes = kVectors * kWidth<T>;  // tokens of a block, and columns of a panel of values
+// Rows of a tile: kRows * kVectors accumulators and kVectors operands fill the register file.
+constexpr int kRows = REBASED_VECTOR_BYTES == 64 ? 8 : 4;
+
+template <class T>
+REBASED_INLINE T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+REBASED_INLINE T larger(T a, T b) {
+  return a < b ? b : a;
+}
+REBASED_INLINE int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+template <class T>
+REBASED_INLINE Vector<T> load(const T* source) {
+  Vector<T> v;
+  __builtin_memcpy(&v, source, sizeof v);
+  return v;
+}
+template <class T>
+REBASED_INLINE void store(T* target, Vector<T> v) {
+  __builtin_memcpy(target, &v, sizeof v);
+}
+template <class T>
+REBASED_INLINE Vector<T> broadcast(T s) {
+  return s - Vector<T>{};
+}
+
+template <class T, int... L>
+REBASED_INLINE IntVector<T> lane_numbers(std::integer_sequence<int, L...>) {
+  return IntVector<T>{L...};
+}
+// 0, 1, 2, ... in the integer type as wide as T.
+template <class T>
+REBASED_INLINE IntVector<T> lane_numbers() {
+  return lane_numbers<T>(std::make_integer_sequence<int, kWidth<T>>{});
+}
+
+// The compiler does not vectorise a square root that may set errno, so this one is by intrinsics.
+#if REBASED_VECTOR_BYTES == 64 && defined(__AVX512F__)
+REBASED_INLINE FloatVector square_root(FloatVector v) { return (FloatVector)_mm512_maskz_sqrt_ps(0xffff, (__m512)v); }
+REBASED_INLINE DoubleVector square_root(DoubleVector v) { return (DoubleVector)_mm512_maskz_sqrt_pd(0xff, (__m512d)v); }
+#elif REBASED_VECTOR_BYTES == 32 && defined(__AVX__)
+REBASED_INLINE FloatVector square_root(FloatVector v) { return (FloatVector)_mm256_sqrt_ps((__m256)v); }
+REBASED_INLINE DoubleVector square_root(DoubleVector v) { return (DoubleVector)_mm256_sqrt_pd((__m256d)v); }
+#else
+REBASED_INLINE FloatVector square_root(FloatVector v) {
+  for (int l = 0; l < kWidth<float>; l++) v[l] = __builtin_sqrtf(v[l]);
+  return v;
+}
+REBASED_INLINE DoubleVector square_root(DoubleVector v) {
+  for (int l = 0; l < kWidth<double>; l++) v[l] = __builtin_sqrt(v[l]);
+  return v;
+}
+#endif
+
+template <class T, int Distance, int... L>
+REBASED_INLINE void exchange(Vector<T>& a, Vector<T>& b, std::integer_sequence<int, L...>) {
+  const Vector<T> low = __builtin_shufflevector(a, b, ((L & Distance) ? kWidth<T> + L - Distance : L)...);
+  const Vector<T> high = __builtin_shufflevector(a, b, ((L & Distance) ? kWidth<T> + L : L + Distance)...);
+  a = low, b = high;
+}
+template <class T, int Distance>
+REBASED_INLINE void exchange_blocks(Vector<T> (&rows)[kWidth<T>]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth<T>; i++)
+    if (!(i & Distance))
+      exchange<T, Distance>(rows[i], rows[i + Distance], std::make_integer_sequence<int, kWidth<T>>{});
+}
+// Transposes a square of kWidth vectors: swaps the off-diagonal blocks, halving the block size each time.
+template <class T>
+REBASED_INLINE void transpose(Vector<T> (&rows)[kWidth<T>]) {
+  if constexpr (kWidth<T> > 8) exchange_blocks<T, 8>(rows);
+  if constexpr (kWidth<T> > 4) exchange_blocks<T, 4>(rows);
+  if constexpr (kWidth<T> > 2) exchange_blocks<T, 2>(rows);
+  exchange_blocks<T, 1>(rows);
+}
+
+template <class T, int Distance, int... L>
+REBASED_INLINE Vector<T> fold(Vector<T> v, std::integer_sequence<int, L...>) {
+  return v + __builtin_shufflevector(v, v, (L ^ Distance)...);
+}
+template <class T, int Distance = kWidth<T> / 2>
+REBASED_INLINE T horizontal_sum(Vector<T> v) {
+  if constexpr (Distance == 0) return v[0];
+  else return horizontal_sum<T, Distance / 2>(fold<T, Distance>(v, std::make_integer_sequence<int, kWidth<T>>{}));
+}
+
+// exp(x) for x <= 0, to about 1 unit in the last place; below the smallest normal number it stays there.
+// 2^n exp(r) with |r| <= ln(2) / 2 and the Taylor polynomial of exp.
+template <class T>
+REBASED_INLINE Vector<T> exp_nonpositive(Vector<T> x) {
+  constexpr bool single = sizeof(T) == 4;
+  constexpr T lowest = single ? T(-87.3) : T(-708.3), log2_e = T(1.4426950408889634074);
+  constexpr T ln2_high = single ? T(0.693359375) : T(6.93147180369123816490e-01);
+  constexpr T ln2_low = single ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
+  constexpr T magic = single ? T(12582912) : T(6755399441055744);  // 1.5 * 2^mantissa bits: rounds to integer
+  constexpr int mantissa_bits = single ? 23 : 52, degree = single ? 7 : 13;
+  x = x < lowest ? broadcast<T>(lowest) : x;
+  const Vector<T> shifted = x * log2_e + magic;
+  const Vector<T> n = shifted - magic;
+  const Vector<T> r = (x - n * ln2_high) - n * ln2_low;
+  T factorial = 1;
+  for (int i = 2; i <= degree; i++) factorial *= T(i);
+  Vector<T> sum = broadcast<T>(1 / factorial);
+#pragma GCC unroll 16
+  for (int i = degree; i > 0; i--) {
+    factorial /= T(i);
+    sum = sum * r + 1 / factorial;
+  }
+  const IntVector<T> exponent = (IntVector<T>)shifted - (IntVector<T>)broadcast<T>(magic);
+  return (Vector<T>)((IntVector<T>)sum + (exponent << mantissa_bits));
+}
+
+}  // namespace rebased::cpu::REBASED_ISA

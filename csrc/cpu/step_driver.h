@@ -1,0 +1,230 @@
+// One token per sequence: S += phi(k') v^T, z += phi(k'), then y = phi(q') S / (phi(q') z + eps).
+//
+// The state is read once and written once, row by row, each row queried while it is in registers. An item is
+// one sequence and kv head; its features (F of k', F of each query head) lie in the worker's scratch.
+#pragma once
+
+#include "cpu/plan.h"
+
+namespace rebased::cpu::REBASED_ISA {
+
+template <class T>
+struct StepScratch {
+  T* token;           // q' or k', twice over, so that rotations are contiguous; whole vectors may be read
+  T* key_features;    // [feature]
+  T* query_features;  // [query head of the group][feature], weighted
+  T* sums;            // [query head][kColumns]
+  T* values;          // v, then y, of one head
+  int64_t features;   // rounded up to whole vectors, zero past F
+
+  StepScratch(const StepProblem& p, const Sizes<T>& s, int64_t group, Arena& arena);
+};
+
+constexpr int kStepVectors = 4;  // vectors of a state's row that are updated together
+
+template <class T>
+StepScratch<T>::StepScratch(const StepProblem& p, const Sizes<T>& s, int64_t group, Arena& arena) {
+  features = round_up(s.features, kWidth<T>);
+  token = arena.take<T>(2 * p.feature_dim + 2 * kWidth<T>);
+  key_features = arena.take<T>(features), query_features = arena.take<T>(group * features);
+  sums = arena.take<T>(group * s.value_columns);
+  values = arena.take<T>(s.value_columns);
+}
+
+// q' or k' of one head of one sequence, scale included, repeated to 2 d entries.
+template <class T, class E>
+inline void prepare_token(const StepProblem& p, const Sizes<T>& s, bool query, int64_t batch, int64_t head,
+                          T* x) {
+  const ConstRows& rows = query ? p.q : p.k;
+  const Affine& affine = query ? p.query_affine : p.key_affine;
+  const int d = s.feature_dim;
+  const E* token = static_cast<const E*>(rows.data) + batch * rows.batch_stride;
+  const E* own = token + head * rows.head_stride;
+  T mean = 0, rstd = 1;
+  if (p.layer_norm != LayerNorm::none) {
+    const bool all = p.layer_norm == LayerNorm::token;
+    const int64_t heads = all ? (query ? p.heads : p.kv_heads) : 1;
+    const E* first = all ? token : own;
+    const T count = T(heads * d);
+    Vector<T> sum{}, squares{};
+    for (int64_t h = 0; h < heads; h++)
+      for (int e = 0; e < d; e += kWidth<T>) sum += read<T>(first + h * rows.head_stride + e, d - e);
+    mean = horizontal_sum<T>(sum) / count;
+    for (int64_t h = 0; h < heads; h++)
+      for (int e = 0; e < d; e += kWidth<T>) {
+        const Vector<T> centered = read<T>(first + h * rows.head_stride + e, d - e) - mean;
+        squares += lane_numbers<T>() < typename Simd<T>::Int(d - e) ? centered * centered : Vector<T>{};
+      }
+    rstd = 1 / square_root(broadcast<T>(horizontal_sum<T>(squares) / count + T(p.layer_norm_eps)))[0];
+  }
+  const T scale = query && s.polynomial ? T(p.scale) : T(1);
+  const T* gamma =
+      affine.gamma ? static_cast<const T*>(affine.gamma) + head * affine.gamma_head_stride : nullptr;
+  const T* beta = affine.beta ? static_cast<const T*>(affine.beta) + head * affine.beta_head_stride : nullptr;
+  for (int e = 0; e < d; e += kWidth<T>) {
+    Vector<T> value = (read<T>(own + e, d - e) - mean) * rstd;
+    if (gamma) value *= read<T>(gamma + e, d - e);
+    if (beta) value += read<T>(beta + e, d - e);
+    store(x + e, value * scale);
+  }
+  for (int e = 0; e < d; e++) x[d + e] = x[e];
+}
+
+// phi in the public order, with the query's weights where asked for; x as prepare_token leaves it.
+template <class T>
+inline void token_features(const StepProblem& p, const Sizes<T>& s, bool weighted, const T* x, T* features,
+                           int64_t padded) {
+  const int d = s.feature_dim;
+  if (!s.polynomial) {
+    for (int e = 0; e < d; e += kWidth<T>) {
+      const Vector<T> value = read<T>(x + e, d - e);
+      const Vector<T> feature =
+          p.feature_map == FeatureMap::square
+              ? value * value
+              : (value > 0 ? value + T(1) : exp_nonpositive<T>(value > 0 ? Vector<T>{} : value));
+      store(features + e, feature);
+    }
+  } else {
+    T* target = features;
+    if (p.feature_map == FeatureMap::taylor) {
+      *target++ = weighted ? s.a0 : T(1);
+      for (int e = 0; e < d; e++) *target++ = weighted ? s.a1 * x[e] : x[e];
+    }
+    for (int offset = 0; target < features + s.features; offset++) {
+      const T weight = weighted ? (offset ? 2 * s.a2 : s.a2) : T(1);
+      const int count = smaller<int>(d, int(features + s.features - target));
+      for (int e = 0; e < count; e += kWidth<T>)
+        write<T>(target + e, load(x + e) * load(x + offset + e) * weight, count - e);
+      target += count;
+    }
+  }
+  for (int64_t f = s.features; f < padded; f++) features[f] = 0;
+}
+
+// Columns [column, column + NV vectors) of the state, `count` of them within head_dim.
+template <class T, int NV, bool OneQuery>
+inline void step_columns(const StepScratch<T>& scratch, const Sizes<T>& s, int64_t group, int column,
+                         int count, T* state) {
+  Vector<T> values[NV], sums[NV] = {};
+#pragma GCC unroll 4
+  for (int n = 0; n < NV; n++) values[n] = load(scratch.values + column + n * kWidth<T>);
+  for (int64_t g = 0; g < group && !OneQuery; g++)
+    for (int n = 0; n < NV; n++)
+      store(scratch.sums + g * s.value_columns + column + n * kWidth<T>, Vector<T>{});
+  const bool whole = count == NV * kWidth<T>;
+  for (int f = 0; f < s.features; f++) {
+    T* row = state + int64_t(f) * s.head_dim + column;
+    const T key = scratch.key_features[f];
+    Vector<T> entries[NV];
+    if (whole) {
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; n++)
+        store(row + n * kWidth<T>, entries[n] = load(row + n * kWidth<T>) + key * values[n]);
+    } else {
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; n++) {
+        entries[n] = read<T>(row + n * kWidth<T>, count - n * kWidth<T>) + key * values[n];
+        write<T>(row + n * kWidth<T>, entries[n], count - n * kWidth<T>);
+      }
+    }
+    if (OneQuery) {
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; n++) sums[n] += scratch.query_features[f] * entries[n];
+      continue;
+    }
+    for (int64_t g = 0; g < group; g++) {
+      const T query = scratch.query_features[g * scratch.features + f];
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; n++) {
+        T* sum = scratch.sums + g * s.value_columns + column + n * kWidth<T>;
+        store(sum, load(sum) + query * entries[n]);
+      }
+    }
+  }
+  if (OneQuery)
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; n++) store(scratch.sums + column + n * kWidth<T>, sums[n]);
+}
+
+template <class T, int NV>
+REBASED_INLINE void step_columns(const StepScratch<T>& scratch, const Sizes<T>& s, int64_t group, int column,
+                                 T* state) {
+  const int count = smaller(s.head_dim - column, NV * kWidth<T>);
+  if (group == 1)
+    step_columns<T, NV, true>(scratch, s, group, column, count, state);
+  else
+    step_columns<T, NV, false>(scratch, s, group, column, count, state);
+}
+
+template <class T, class E>
+inline void step_item(const StepProblem& p, const Sizes<T>& s, const StepScratch<T>& scratch, int64_t batch,
+                      int64_t kv_head) {
+  const int64_t group = p.heads / p.kv_heads;
+  const int64_t slot = p.state_index ? p.state_index[batch] : batch;
+  const auto output = [&](int64_t g) {
+    return static_cast<E*>(p.y.data) + batch * p.y.batch_stride + (kv_head * group + g) * p.y.head_stride;
+  };
+  if (slot < 0 || slot >= p.num_slots) {
+    for (int64_t g = 0; g < group; g++) __builtin_memset(output(g), 0, s.head_dim * sizeof(E));
+    return;
+  }
+  prepare_token<T, E>(p, s, false, batch, kv_head, scratch.token);
+  token_features(p, s, false, scratch.token, scratch.key_features, scratch.features);
+  for (int64_t g = 0; g < group; g++) {
+    prepare_token<T, E>(p, s, true, batch, kv_head * group + g, scratch.token);
+    token_features(p, s, true, scratch.token, scratch.query_features + g * scratch.features,
+                   scratch.features);
+  }
+  const E* v = static_cast<const E*>(p.v.data) + batch * p.v.batch_stride + kv_head * p.v.head_stride;
+  for (int n = 0; n < s.value_columns; n += kWidth<T>)
+    store(scratch.values + n, read<T>(v + n, s.head_dim - n));
+
+  const int64_t number = slot * p.kv_heads + kv_head;
+  T* state = static_cast<T*>(p.state.kv) + number * s.features * s.head_dim;
+  T* denominators = static_cast<T*>(p.state.k) + number * s.features;
+  int column = 0;
+  for (; column + kStepVectors * kWidth<T> <= s.value_columns; column += kStepVectors * kWidth<T>)
+    step_columns<T, kStepVectors>(scratch, s, group, column, state);
+  for (; column < s.value_columns; column += kWidth<T>) step_columns<T, 1>(scratch, s, group, column, state);
+
+  for (int f = 0; f < s.features; f++) denominators[f] += scratch.key_features[f];
+  for (int64_t g = 0; g < group; g++) {
+    const T* query = scratch.query_features + g * scratch.features;
+    Vector<T> sum{};
+    for (int f = 0; f < s.features; f += kWidth<T>)
+      sum += load(query + f) * read<T>(denominators + f, s.features - f);
+    const T scale = p.normalize ? 1 / (horizontal_sum<T>(sum) + T(p.eps)) : T(1);
+    for (int n = 0; n < s.head_dim; n += kWidth<T>)
+      write<T>(output(g) + n, load(scratch.sums + g * s.value_columns + n) * scale, s.head_dim - n);
+  }
+}
+
+// With parallel null only counts the workspace's bytes.
+template <class T>
+inline int64_t run_step(const StepProblem& p, int threads, const Parallel* parallel) {
+  Arena arena{parallel ? static_cast<char*>(p.workspace) : nullptr};
+  const Sizes<T> s(p, 1);
+  const int64_t group = p.kv_heads ? p.heads / p.kv_heads : 0;
+  {
+    StepScratch<T> sample(p, s, group, arena);
+  }
+  const int64_t scratch_bytes = arena.used;
+  if (!parallel) return threads * scratch_bytes;
+
+  // a second thread pays from about this much state on
+  constexpr int64_t bytes_per_thread = 128 << 10;
+  const int64_t items = p.batch * p.kv_heads;
+  const int64_t useful = items * s.features * s.head_dim * int64_t(sizeof(T)) / bytes_per_thread;
+  const Parallel few{int(larger<int64_t>(1, smaller<int64_t>(threads, useful))), parallel->run};
+  for_items(few, items, [&](int64_t item, int worker) {
+    Arena own{arena.base, worker * scratch_bytes};
+    const StepScratch<T> scratch(p, s, group, own);
+    with_element<T>(p.dtype, [&](auto element) {
+      using E = typename decltype(element)::type;
+      step_item<T, E>(p, s, scratch, item / p.kv_heads, item % p.kv_heads);
+    });
+  });
+  return 0;
+}
+
+}  // namespace rebased::cpu::REBASED_ISA
