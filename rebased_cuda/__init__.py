@@ -1,0 +1,24 @@
+"""ReBased linear attention for PyTorch, as one fused op with hand-written CUDA and CPU kernels.
+
+`rebased_attention` is the op, `rebased_attention_step` its one-token decode step, `RebasedState` what a
+sequence leaves behind; `ReBasedAttention` and `GatedShortConvolution` are layers; `rebased_cuda.reference` is
+the same maths in plain torch, the judge of every backend. `build_info()` says what this build contains.
+"""
+
+import torch  # before _C: loads the libtorch_cpu that _C's symbols are found in
+
+from ._load import build_info
+from .attention import rebased_attention, rebased_attention_step
+from .layers import GatedShortConvolution, ReBasedAttention
+from .state import RebasedState
+
+__version__ = "0.1.0"
+__all__ = [
+    "GatedShortConvolution",
+    "ReBasedAttention",
+    "RebasedState",
+    "build_info",
+    "rebased_attention",
+    "rebased_attention_step",
+]
+del torch

@@ -1,0 +1,130 @@
+"""Between the public functions and the C++ operators: autograd, and shapes for the compiler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _load as _load  # registers the operators
+from .state import num_features
+
+ops = torch.ops.rebased_cuda
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _empty_rows(like: Tensor, heads: int, width: int) -> Tensor:
+    """(batch, heads, rows, width) in like's memory order: csrc/bindings/tensors.h has the same rule."""
+    batch, _, rows, _ = like.shape
+    if like.stride(1) < like.stride(2):
+        return like.new_empty(batch, rows, heads, width).transpose(1, 2)
+    return like.new_empty(batch, heads, rows, width)
+
+
+@torch.library.register_fake("rebased_cuda::forward")
+def _(  # type: ignore[no-untyped-def]
+    q, k, v, gamma_q, beta_q, gamma_k, beta_k, initial_kv, initial_k, cu_seqlens, feature_map, *options
+):
+    return_state = options[-1]
+    batch, heads, seqlen, feature_dim = q.shape
+    accumulator = _accumulator(q.dtype)
+    y = _empty_rows(q, heads, v.shape[3])
+    r = q.new_empty(batch, heads, seqlen, dtype=accumulator)
+    if not return_state:
+        return y, r, q.new_empty(0, dtype=accumulator), q.new_empty(0, dtype=accumulator)
+    states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sizes = (states, k.shape[1], num_features(feature_map, feature_dim))
+    kv = q.new_empty(*sizes, v.shape[3], dtype=accumulator)
+    return y, r, kv, q.new_empty(*sizes, dtype=accumulator)
+
+
+@torch.library.register_fake("rebased_cuda::backward")
+def _(  # type: ignore[no-untyped-def]
+    grad_y, grad_kv, grad_k, q, k, v, gamma_q, beta_q, gamma_k, beta_k, initial_kv, initial_k, *rest
+):
+    def like_contiguous(tensor):  # type: ignore[no-untyped-def]
+        if tensor is None:
+            return q.new_empty(0, dtype=_accumulator(q.dtype))
+        return tensor.new_empty(tensor.shape)
+
+    return (
+        _empty_rows(q, q.shape[1], q.shape[3]),
+        _empty_rows(k, k.shape[1], k.shape[3]),
+        _empty_rows(v, v.shape[1], v.shape[3]),
+        *map(like_contiguous, (gamma_q, beta_q, gamma_k, beta_k, initial_kv, initial_k)),
+    )
+
+
+@torch.library.register_fake("rebased_cuda::step")
+def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+
+
+class Attention(torch.autograd.Function):
+    """forward and backward as one differentiable function of q, k, v, the parameters and the initial state.
+
+    Saved for backward: the inputs, y and r (one number a row). There is no setup_context, so torch.func
+    transforms (vmap, jacrev, forward mode) raise instead of giving wrong numbers.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gamma_q: Tensor | None,
+        beta_q: Tensor | None,
+        gamma_k: Tensor | None,
+        beta_k: Tensor | None,
+        initial_kv: Tensor | None,
+        initial_k: Tensor | None,
+        cu_seqlens: Tensor | None,
+        return_state: bool,
+        *options: Any,
+    ) -> Any:
+        inputs = (q, k, v, gamma_q, beta_q, gamma_k, beta_k, initial_kv, initial_k, cu_seqlens)
+        y, r, kv, state_k = ops.forward(*inputs, *options, return_state)
+        ctx.save_for_backward(*inputs, y, r)
+        ctx.options = options
+        ctx.state_shape = kv.shape
+        ctx.set_materialize_grads(False)  # an unused state costs no gradient of zeros
+        return (y, kv, state_k) if return_state else y
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_y: Tensor | None, grad_kv: Tensor | None = None, grad_k: Tensor | None = None
+    ) -> Any:
+        *inputs, y, r = ctx.saved_tensors
+        if grad_y is None:
+            grad_y = torch.zeros_like(y)
+        if grad_kv is not None or grad_k is not None:
+            grad_kv = y.new_zeros(ctx.state_shape, dtype=r.dtype) if grad_kv is None else grad_kv
+            grad_k = y.new_zeros(ctx.state_shape[:3], dtype=r.dtype) if grad_k is None else grad_k
+        gradients = AttentionBackward.apply(grad_y, grad_kv, grad_k, *inputs, y, r, *ctx.options)
+        # the operator returns tensors without elements for what was absent
+        present = (g if x is not None else None for g, x in zip(gradients, inputs[:9], strict=True))
+        return *present, *(None,) * (2 + len(ctx.options))
+
+
+class AttentionBackward(torch.autograd.Function):
+    """The backward operator as a function of its own, whose backward says that there is none.
+
+    once_differentiable looks only at the incoming gradients: behind y.sum(), which hands in a constant, a
+    second derivative would run through it and be wrong.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        return ops.backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "rebased_attention has no second derivatives: its backward is a fused kernel. "
+            "Use rebased_cuda.reference for double backward."
+        )

@@ -1,0 +1,291 @@
+"""The two layers of the authors' hybrid: a gated short convolution first, then ReBased attention.
+
+Both have `forward` for training, `prefill` and `step` for decoding: prefill reads a prompt and gives what the
+layer remembers of it, step takes one token more and updates that in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import MAX_FEATURE_DIM, MAX_HEAD_DIM, rebased_attention, rebased_attention_step
+from .state import RebasedState, num_features
+
+
+class ReBasedAttention(nn.Module):
+    """Multi-head ReBased attention: projections, LayerNorm and affine of q and k, linear attention.
+
+    With the defaults it is the authors' layer, in arithmetic and in the names of its state dict, so that
+    their checkpoints load with a strict load_state_dict: proj_q, proj_k, proj_v, proj_o (.weight), ln_q and
+    ln_k (.weight = gamma, .bias = beta, one entry per head and feature).
+
+    Args:
+        hidden_size: width of x.
+        num_heads: query heads.
+        feature_dim: d, the width of one head's q and k, 1 to 128.
+        num_kv_heads: heads of k and v, a divisor of num_heads; num_heads when None. Query head h uses kv head
+            h // (num_heads / num_kv_heads).
+        head_dim: dv, the width of one head's v, 1 to 256; when None
+            hidden_size // (num_kv_heads or num_heads), which need not divide evenly.
+        feature_map, scale, eps, layer_norm_eps: as in `rebased_attention`.
+        layer_norm: "token" (over all heads' features of a token together, the authors'), "head" or None.
+        use_gamma, use_beta: False leaves gamma (ln_q.weight, ln_k.weight) or beta (the .bias) out.
+
+    Raises:
+        ValueError: a size or a name is out of range; the message names the argument.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int = 12,
+        feature_dim: int = 16,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        feature_map: str = "outer",
+        layer_norm: str | None = "token",
+        use_gamma: bool = True,
+        use_beta: bool = True,
+        scale: float | None = None,
+        eps: float = 1e-12,
+        layer_norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        _check_size("hidden_size", hidden_size)
+        _check_size("num_heads", num_heads)
+        _check_size("feature_dim", feature_dim, MAX_FEATURE_DIM)
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        _check_size("num_kv_heads", num_kv_heads, num_heads)
+        if num_heads % num_kv_heads != 0:
+            raise ValueError(f"num_kv_heads: expected a divisor of num_heads {num_heads}, got {num_kv_heads}")
+        head_dim = hidden_size // num_kv_heads if head_dim is None else head_dim
+        _check_size("head_dim", head_dim, MAX_HEAD_DIM)
+        num_features(feature_map, feature_dim)  # raises for an unknown map
+        if layer_norm not in ("token", "head", None):
+            raise ValueError(f'layer_norm: expected "token", "head" or None, got {layer_norm!r}')
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.feature_dim = feature_dim
+        self.head_dim = head_dim
+        self.feature_map = feature_map
+        self.layer_norm = layer_norm
+        self.scale = scale
+        self.eps = eps
+        self.layer_norm_eps = layer_norm_eps
+
+        self.proj_q = nn.Linear(hidden_size, num_heads * feature_dim, bias=False)
+        self.proj_k = nn.Linear(hidden_size, num_kv_heads * feature_dim, bias=False)
+        self.proj_v = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
+        self.proj_o = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        # These hold gamma and beta, the op does their arithmetic. nn.LayerNorm, because optimisers that spare
+        # norms from weight decay look for it.
+        self.ln_q = nn.LayerNorm(num_heads * feature_dim, eps=layer_norm_eps)
+        self.ln_k = nn.LayerNorm(num_kv_heads * feature_dim, eps=layer_norm_eps)
+        for norm in (self.ln_q, self.ln_k):
+            if not use_gamma:
+                norm.register_parameter("weight", None)
+            if not use_beta:
+                norm.register_parameter("bias", None)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, feature_dim={self.feature_dim}, "
+            f"head_dim={self.head_dim}, feature_map={self.feature_map!r}, layer_norm={self.layer_norm!r}"
+        )
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Causal attention of every token to itself and those before it.
+
+        Args:
+            x: (B, N, hidden_size), float32, float64, float16 or bfloat16.
+            attention_mask: (B, N) bool or integers, nonzero for tokens, 0 for padding, on x's device. Padding
+                may stand anywhere: the tokens of a row count as one sequence, as if nothing were between
+                them. It is packed away inside with no synchronisation and no shape that depends on the mask.
+
+        Returns:
+            y (B, N, hidden_size), 0 at padding.
+
+        Raises:
+            ValueError, TypeError: x or attention_mask is not as above.
+        """
+        packed, order, cu_seqlens = self._pack(x, attention_mask)
+        y = rebased_attention(*self._sequences(packed), **self._options(), cu_seqlens=cu_seqlens)
+        return self._unpack(y, order, x)
+
+    def prefill(self, x: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, RebasedState]:
+        """`forward`, and the state to go on from with `step`: (y, state) with B sequences in the state.
+
+        The state is float32 (float64 for float64). Gradients flow out of it; for decoding call this under
+        torch.no_grad().
+        """
+        packed, order, cu_seqlens = self._pack(x, attention_mask)
+        y, state = rebased_attention(
+            *self._sequences(packed), **self._options(), cu_seqlens=cu_seqlens, return_state=True
+        )
+        return self._unpack(y, order, x), state
+
+    def step(self, x_t: Tensor, state: RebasedState) -> Tensor:
+        """One token more for each sequence.
+
+        Args:
+            x_t: (B, hidden_size).
+            state: of B sequences, from `prefill`, or `RebasedState.zeros` for none; **updated in place**.
+
+        Returns:
+            y_t (B, hidden_size): what `forward` of the whole gives in its last row.
+
+        Raises:
+            ValueError, TypeError: x_t or the state has another shape or dtype; the state is untouched.
+            RuntimeError: grad mode is on: call it under torch.no_grad().
+        """
+        _check_shape("x_t", x_t, ("B", self.hidden_size))
+        y = rebased_attention_step(*self._heads(x_t), state, **self._options())
+        output: Tensor = self.proj_o(y.flatten(1))
+        return output
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (..., num_heads, feature_dim), k, v (..., num_kv_heads, ...) of x (..., hidden_size)."""
+        return (
+            self.proj_q(x).unflatten(-1, (self.num_heads, self.feature_dim)),
+            self.proj_k(x).unflatten(-1, (self.num_kv_heads, self.feature_dim)),
+            self.proj_v(x).unflatten(-1, (self.num_kv_heads, self.head_dim)),
+        )
+
+    def _sequences(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v (B, heads, N, ...) of x (B, N, hidden_size)."""
+        q, k, v = self._heads(x)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _options(self) -> dict[str, Any]:
+        def per_head(parameter: Tensor | None, heads: int) -> Tensor | None:
+            return None if parameter is None else parameter.view(heads, self.feature_dim)
+
+        return {
+            "gamma_q": per_head(self.ln_q.weight, self.num_heads),
+            "beta_q": per_head(self.ln_q.bias, self.num_heads),
+            "gamma_k": per_head(self.ln_k.weight, self.num_kv_heads),
+            "beta_k": per_head(self.ln_k.bias, self.num_kv_heads),
+            "feature_map": self.feature_map,
+            "layer_norm": self.layer_norm,
+            "scale": self.scale,
+            "eps": self.eps,
+            "layer_norm_eps": self.layer_norm_eps,
+        }
+
+    def _pack(self, x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(x, None, None), or x (1, B N, hidden_size) with all padding last, its order, cu_seqlens (B + 1,).
+
+        The rows behind the last sequence are in none, so the op gives y = 0 there.
+        """
+        _check_shape("x", x, ("B", "N", self.hidden_size))
+        if attention_mask is None:
+            return x, None, None
+        tokens = _tokens(attention_mask, x)
+        order = tokens.logical_not().flatten().to(torch.uint8).argsort(stable=True)
+        cu_seqlens = nn.functional.pad(tokens.sum(1).cumsum(0), (1, 0))
+        return x.flatten(0, 1).index_select(0, order).unsqueeze(0), order, cu_seqlens
+
+    def _unpack(self, y: Tensor, order: Tensor | None, x: Tensor) -> Tensor:
+        """The layer's output of y (B, num_heads, N, head_dim), each row back where x has it."""
+        output: Tensor = self.proj_o(y.transpose(1, 2).flatten(2))
+        if order is not None:
+            output = torch.empty_like(output[0]).index_copy(0, order, output[0]).view(x.shape)
+        return output
+
+
+class GatedShortConvolution(nn.Module):
+    """y = u + conv(u) * proj(u): what a token and the few before it say, without attention.
+
+    conv is a causal depthwise convolution over time with bias, proj a Linear with bias. State-dict names:
+    conv.weight (hidden_size, 1, kernel_size), conv.bias, proj.weight, proj.bias.
+
+    Args:
+        hidden_size: width of u.
+        kernel_size: how many tokens the convolution sees, the present one included.
+
+    Raises:
+        ValueError: a size is less than 1.
+    """
+
+    def __init__(self, hidden_size: int, kernel_size: int = 3) -> None:
+        super().__init__()
+        _check_size("hidden_size", hidden_size)
+        _check_size("kernel_size", kernel_size)
+        self.hidden_size = hidden_size
+        self.kernel_size = kernel_size
+        self.conv = nn.Conv1d(hidden_size, hidden_size, kernel_size, groups=hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, u: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """y (B, N, hidden_size) of u (B, N, hidden_size); attention_mask as in `ReBasedAttention.forward`."""
+        return self.prefill(u, attention_mask)[0]
+
+    def prefill(self, u: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`forward`, and the cache to go on from: (B, hidden_size, kernel_size - 1), the last tokens of u.
+
+        Raises:
+            ValueError, TypeError: u or attention_mask has another shape or dtype.
+        """
+        _check_shape("u", u, ("B", "N", self.hidden_size))
+        if attention_mask is None:
+            return self._convolve(u)
+        # padding goes to the front of each row, as the zeros that stand before a sequence anyway
+        tokens = _tokens(attention_mask, u)
+        padding = tokens.logical_not().unsqueeze(-1)
+        order = tokens.to(torch.uint8).argsort(dim=1, stable=True).unsqueeze(-1).expand(u.shape)
+        y, cache = self._convolve(u.masked_fill(padding, 0).gather(1, order))
+        return torch.empty_like(y).scatter(1, order, y).masked_fill(padding, 0), cache
+
+    def step(self, u_t: Tensor, cache: Tensor) -> Tensor:
+        """One token more: u_t (B, hidden_size) -> y_t (B, hidden_size); `cache` is **updated in place**.
+
+        Raises:
+            ValueError: u_t or the cache has another shape; the cache is untouched.
+            RuntimeError: grad mode is on: call it under torch.no_grad().
+        """
+        _check_shape("u_t", u_t, ("B", self.hidden_size))
+        _check_shape("cache", cache, (u_t.shape[0], self.hidden_size, self.kernel_size - 1))
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (u_t, cache, *self.parameters())):
+            raise RuntimeError("GatedShortConvolution.step is for inference: call it under torch.no_grad().")
+        y, last = self._convolve(u_t.unsqueeze(1), cache)
+        cache.copy_(last)
+        return y.squeeze(1)
+
+    def _convolve(self, u: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y of u (B, N, hidden_size) after the tokens `before` (a cache, or None: zeros); the next cache."""
+        if before is None:
+            before = u.new_zeros(u.shape[0], self.hidden_size, self.kernel_size - 1)
+        window = torch.cat([before, u.transpose(1, 2)], -1)  # (B, hidden_size, kernel_size - 1 + N)
+        cache = window[..., u.shape[1] :].contiguous()
+        if u.shape[1] == 0:  # nn.Conv1d refuses a window shorter than its kernel
+            return u, cache
+        return u + self.conv(window).transpose(1, 2) * self.proj(u), cache
+
+
+def _check_size(name: str, value: int, largest: int | None = None) -> None:
+    if value < 1 or (largest is not None and value > largest):
+        allowed = "at least 1" if largest is None else f"from 1 to {largest}"
+        raise ValueError(f"{name}: expected {allowed}, got {value}")
+
+
+def _check_shape(name: str, x: Tensor, shape: tuple[int | str, ...]) -> None:
+    """Sizes given as a number must be met, those given as a letter may be any."""
+    fits = x.dim() == len(shape) and all(
+        isinstance(size, str) or size == given for size, given in zip(shape, x.shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape ({expected}), got {tuple(x.shape)}")
+
+
+def _tokens(attention_mask: Tensor, x: Tensor) -> Tensor:
+    """The mask as bool (B, N): True for tokens."""
+    if attention_mask.is_floating_point() or attention_mask.is_complex():
+        raise TypeError(f"attention_mask: expected bool or an integer dtype, got {attention_mask.dtype}")
+    _check_shape("attention_mask", attention_mask, tuple(x.shape[:2]))
+    return attention_mask != 0

@@ -1,0 +1,297 @@
+"""What `rebased_attention` computes, in readable PyTorch: the judge of every other implementation.
+
+    q' = gamma_q * LayerNorm(q) + beta_q          k' = gamma_k * LayerNorm(k) + beta_k         (1)
+    sim(i, j) = phi(q'_i) . phi(k'_j)                                                          (2)
+    y_i = sum_{j<=i} sim(i, j) v_j / (sum_{j<=i} sim(i, j) + eps)                              (3)
+
+As sim is a dot product of features, the sums of (3) over a prefix are a state of fixed size:
+
+    kv_i = sum_{j<=i} phi(k'_j) v_j^T             k_i = sum_{j<=i} phi(k'_j)                   (4)
+    y_i = phi(q'_i) kv_i / (phi(q'_i) k_i + eps)                                               (5)
+
+Three forms of one function, alike in arguments and results:
+
+    quadratic   (3) as it stands, with the N x N matrix of sim
+    chunked     (3) within a chunk of tokens, (4) and (5) from one chunk to the next
+    recurrent   (4) and (5), token by token; `step` is one such token
+
+    form(q, k, v, gamma_q=None, beta_q=None, gamma_k=None, beta_k=None, *, feature_map="outer",
+         layer_norm=None, scale=None, eps=1e-6, layer_norm_eps=1e-5, normalize=True,
+         initial_state=None, return_state=False, cu_seqlens=None) -> y  or  y, (kv, k)
+
+    q (B, Hq, N, d)   k (B, Hkv, N, d)   v (B, Hkv, N, dv)   y (B, Hq, N, dv)
+    gamma, beta (d,) or (heads, d)   kv (B, Hkv, F, dv)   k (B, Hkv, F)
+
+Query head h reads the kv head h // (Hq // Hkv). `cu_seqlens` packs sequences along N with B = 1:
+the states' first dimension is then the number of sequences, and y = 0 for rows in no sequence.
+Everything inside, states included, is float32, or float64 for float64 inputs; y has q's dtype.
+Nothing is updated in place, so autograd gives the gradients, also those through the states.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = tuple[Tensor, Tensor]  # kv (B, Hkv, F, dv), k (B, Hkv, F)
+Result = Tensor | tuple[Tensor, State]
+
+FEATURE_MAPS = ("outer", "square", "taylor", "elu")
+LAYER_NORMS = ("token", "head", None)
+
+
+def normalise(
+    x: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    layer_norm: str | None = None,
+    layer_norm_eps: float = 1e-5,
+) -> Tensor:
+    """Equation (1): x' = gamma * LayerNorm(x) + beta, for x (B, heads, N, d).
+
+    "token" takes mean and variance over all heads' features of a token together, "head" over each
+    head's own; None leaves the LayerNorm out, gamma and beta stay. Both are (d,) or (heads, d).
+    """
+    _check("layer_norm", layer_norm, LAYER_NORMS)
+    if layer_norm is not None:
+        over = (-3, -1) if layer_norm == "token" else (-1,)
+        centred = x - x.mean(over, keepdim=True)
+        x = centred * torch.rsqrt(centred.square().mean(over, keepdim=True) + layer_norm_eps)
+    if gamma is not None:
+        x = x * gamma.unsqueeze(-2)
+    if beta is not None:
+        x = x + beta.unsqueeze(-2)
+    return x
+
+
+def num_features(feature_map: str, feature_dim: int) -> int:
+    """F, the length of phi(x) for x of length d."""
+    _check("feature_map", feature_map, FEATURE_MAPS)
+    symmetric = feature_dim * (feature_dim + 1) // 2
+    return {"outer": symmetric, "taylor": 1 + feature_dim + symmetric}.get(feature_map, feature_dim)
+
+
+def circulant(x: Tensor) -> Tensor:
+    """The d (d + 1) / 2 products of two entries of x: (e, i) -> x_i x_((i+e) mod d), e = 0..d//2.
+
+    For even d the second half of the last offset repeats the first and is left out.
+    """
+    d = x.shape[-1]
+    rotated = torch.cat([x, x], -1).unfold(-1, d, 1)[..., : d // 2 + 1, :]  # (..., e, i)
+    return (x.unsqueeze(-2) * rotated).flatten(-2)[..., : d * (d + 1) // 2]
+
+
+def key_features(k: Tensor, feature_map: str = "outer") -> Tensor:
+    """phi(k') as the states hold it, without scale or weights: (..., d) -> (..., F)."""
+    _check("feature_map", feature_map, FEATURE_MAPS)
+    if feature_map == "square":
+        return k.square()
+    if feature_map == "elu":
+        return torch.nn.functional.elu(k) + 1
+    if feature_map == "taylor":
+        return torch.cat([torch.ones_like(k[..., :1]), k, circulant(k)], -1)
+    return circulant(k)
+
+
+def query_features(q: Tensor, feature_map: str = "outer", scale: float | None = None) -> Tensor:
+    """phi(q') with what makes its dot product with `key_features` equal sim: (..., d) -> (..., F).
+
+    (s q.k)^2 is a sum over ordered pairs of entries, and `circulant` has every unordered pair once:
+    the d squares weigh s^2, all other products 2 s^2. `taylor` takes half of that.
+    """
+    features = key_features(q, feature_map)
+    if feature_map in ("square", "elu"):
+        return features
+    d = q.shape[-1]
+    s = d**-0.5 if scale is None else scale
+    weight = [q.new_full((d,), s * s), q.new_full((d * (d - 1) // 2,), 2 * s * s)]
+    if feature_map == "taylor":
+        weight = [q.new_ones(1), q.new_full((d,), s), *(w / 2 for w in weight)]
+    return features * torch.cat(weight)
+
+
+def sim(q: Tensor, k: Tensor, feature_map: str = "outer", scale: float | None = None) -> Tensor:
+    """Equation (2) for q' (..., N, d) and k' (..., M, d): (..., N, M).
+
+    With u = s q'.k' it is u^2 for `outer` and 1 + u + u^2 / 2 for `taylor`: no features needed.
+    """
+    if feature_map in ("square", "elu"):
+        return key_features(q, feature_map) @ key_features(k, feature_map).mT
+    _check("feature_map", feature_map, FEATURE_MAPS)
+    s = q.shape[-1] ** -0.5 if scale is None else scale
+    u = s * q @ k.mT
+    return u.square() if feature_map == "outer" else 1 + u + u.square() / 2
+
+
+def attention_matrix(
+    q: Tensor,
+    k: Tensor,
+    gamma_q: Tensor | None = None,
+    beta_q: Tensor | None = None,
+    gamma_k: Tensor | None = None,
+    beta_k: Tensor | None = None,
+    *,
+    feature_map: str = "outer",
+    layer_norm: str | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    layer_norm_eps: float = 1e-5,
+    normalize: bool = True,
+) -> Tensor:
+    """A (B, Hq, N, N) of y = A v: sim(i, j) for j <= i, over its row's sum + eps if `normalize`."""
+    q = normalise(*_widen(q, gamma_q, beta_q), layer_norm, layer_norm_eps)
+    k = normalise(*_widen(k, gamma_k, beta_k), layer_norm, layer_norm_eps)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    attention = sim(q, k, feature_map, scale).tril()
+    return attention / (attention.sum(-1, keepdim=True) + eps) if normalize else attention
+
+
+def quadratic(q: Tensor, k: Tensor, v: Tensor, *affine: Tensor | None, **options: Any) -> Result:
+    """Equation (3) as it stands, O(N^2). Arguments and results: the head of this module."""
+    return _attend(_quadratic, q, k, v, *affine, **options)
+
+
+def chunked(
+    q: Tensor, k: Tensor, v: Tensor, *affine: Tensor | None, chunk: int = 64, **options: Any
+) -> Result:
+    """(3) within a chunk, (4) and (5) between chunks, O(N). Arguments: the head of this module."""
+    return _attend(partial(_chunked, chunk=chunk), q, k, v, *affine, **options)
+
+
+def recurrent(q: Tensor, k: Tensor, v: Tensor, *affine: Tensor | None, **options: Any) -> Result:
+    """Equations (4) and (5), token by token. Arguments and results: the head of this module."""
+    return _attend(_recurrent, q, k, v, *affine, **options)
+
+
+def step(
+    q: Tensor, k: Tensor, v: Tensor, state: State, *affine: Tensor | None, **options: Any
+) -> tuple[Tensor, State]:
+    """One token of `recurrent`: q (B, Hq, d), k (B, Hkv, d), v (B, Hkv, dv) -> y (B, Hq, dv)."""
+    q, k, v = (x.unsqueeze(2) for x in (q, k, v))
+    y, state = recurrent(q, k, v, *affine, initial_state=state, return_state=True, **options)
+    return y.squeeze(2), state
+
+
+# The three forms of the sums in (3), each going on from the state of what came before. `group`
+# query heads share a kv head. The denominator is the numerator of v = 1: v has a last column of
+# ones, and the state is [kv, k].
+#     q (B, Hkv, group, N, d)   k (B, Hkv, 1, N, d)   v (B, Hkv, 1, N, dv + 1)
+#     sums (B, Hkv, group, N, dv + 1)   state (B, Hkv, 1, F, dv + 1)
+Form = Callable[[Tensor, Tensor, Tensor, Tensor, str, float | None], tuple[Tensor, Tensor]]
+
+
+def _quadratic(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, feature_map: str, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    sums = sim(q, k, feature_map, scale).tril() @ v + query_features(q, feature_map, scale) @ state
+    return sums, state + key_features(k, feature_map).mT @ v
+
+
+def _chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    feature_map: str,
+    scale: float | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    sums = []
+    for q_c, k_c, v_c in _split(chunk, q, k, v):
+        sums_c, state = _quadratic(q_c, k_c, v_c, state, feature_map, scale)
+        sums.append(sums_c)
+    return torch.cat(sums, -2), state
+
+
+def _recurrent(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, feature_map: str, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    sums = []
+    for q_t, k_t, v_t in _split(1, q, k, v):
+        state = state + key_features(k_t, feature_map).mT @ v_t
+        sums.append(query_features(q_t, feature_map, scale) @ state)
+    return torch.cat(sums, -2), state
+
+
+def _split(length: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors' rows, `length` tokens at a time (once, with none, where N = 0)."""
+    return zip(*(torch.split(x, length, -2) for x in tensors), strict=True)
+
+
+def _attend(
+    form: Form,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gamma_q: Tensor | None = None,
+    beta_q: Tensor | None = None,
+    gamma_k: Tensor | None = None,
+    beta_k: Tensor | None = None,
+    *,
+    feature_map: str = "outer",
+    layer_norm: str | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    layer_norm_eps: float = 1e-5,
+    normalize: bool = True,
+    initial_state: State | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Result:
+    """Everything around a form's sums: (1), groups of heads, sequences, the division of (3)."""
+    dtype, kv_heads = q.dtype, k.shape[1]
+    q = normalise(*_widen(q, gamma_q, beta_q), layer_norm, layer_norm_eps)
+    k = normalise(*_widen(k, gamma_k, beta_k), layer_norm, layer_norm_eps)
+    v = v.to(q.dtype)
+    q = torch.unflatten(q, 1, (kv_heads, q.shape[1] // kv_heads))
+    k = k.unsqueeze(2)
+    v = torch.cat([v, torch.ones_like(v[..., :1])], -1).unsqueeze(2)
+
+    sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if initial_state is None:
+        features = num_features(feature_map, k.shape[-1])
+        state = v.new_zeros(sequences, kv_heads, 1, features, v.shape[-1])
+    else:
+        kv, k_sum = initial_state
+        state = torch.cat([kv, k_sum.unsqueeze(-1)], -1).to(q.dtype).unsqueeze(2)
+
+    def rows(first: int, last: int, state: Tensor) -> tuple[Tensor, Tensor]:
+        q_r, k_r, v_r = (x[..., first:last, :] for x in (q, k, v))
+        sums, state = form(q_r, k_r, v_r, state, feature_map, scale)
+        y = sums[..., :-1] / (sums[..., -1:] + eps) if normalize else sums[..., :-1]
+        return y, state
+
+    if cu_seqlens is None:
+        y, state = rows(0, q.shape[-2], state)
+    else:
+        bounds = cu_seqlens.tolist()
+        before, after = (
+            v.new_zeros(*q.shape[:-2], length, v.shape[-1] - 1)
+            for length in (bounds[0], q.shape[-2] - bounds[-1])
+        )
+        done = [rows(bounds[i], bounds[i + 1], state[i : i + 1]) for i in range(sequences)]
+        y = torch.cat([before, *(piece for piece, _ in done), after], -2)
+        state = torch.cat([state[:0], *(last for _, last in done)])
+
+    y = y.flatten(1, 2).to(dtype)
+    state = state.squeeze(2)
+    return (y, (state[..., :-1], state[..., -1])) if return_state else y
+
+
+def _widen(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The type that sums are taken in: float32, or float64 where x is float64."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        x.to(dtype),
+        None if gamma is None else gamma.to(dtype),
+        None if beta is None else beta.to(dtype),
+    )
+
+
+def _check(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
