@@ -1,0 +1,40 @@
+"""What all tests share: the devices of this machine, seeds, and how hard hypothesis tries.
+
+CPU tensors go to the native backend, or with REBASED_CPU_BACKEND=emulated (a test build) through the CUDA
+kernels on the emulator; the choice is made at import, so .ci/run runs pytest once for each.
+"""
+
+import hypothesis
+import pytest
+import torch
+
+import rebased_cuda
+
+EMULATED = rebased_cuda.build_info()["cpu_backend"] == "emulated"
+
+hypothesis.settings.register_profile(
+    "default",
+    deadline=None,
+    max_examples=20 if EMULATED else 60,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize=True,  # the same examples on every machine: a red run can be repeated
+)
+hypothesis.settings.load_profile("default")
+
+DEVICES = ["cpu"]
+if rebased_cuda.build_info()["cuda"] and torch.cuda.is_available():
+    DEVICES.append("cuda")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_report_header() -> str:
+    return f"rebased_cuda: {rebased_cuda.build_info()}, devices {DEVICES}"

@@ -1,0 +1,125 @@
+"""Inputs for the op and the measure of error, shared by the tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rebased_cuda import RebasedState, reference
+from rebased_cuda.state import num_features
+
+MAPS = ("outer", "square", "taylor", "elu")
+NORMS = (None, "token", "head")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of the op; `inputs` makes the tensors, all of them leaves that require grad if wanted."""
+
+    feature_map: str = "outer"
+    layer_norm: str | None = "token"
+    batch: int = 2
+    heads: int = 4
+    kv_heads: int = 4
+    seqlen: int = 21
+    feature_dim: int = 5
+    head_dim: int = 7
+    affine: str = "heads"  # gamma, beta of shape (heads, d); "shared": (d,); "none"
+    packed: tuple[int, ...] = ()  # cu_seqlens; then batch is 1
+    with_state: bool = False
+    normalize: bool = True
+    eps: float = 1e-3
+    scale: float | None = None
+    dtype: torch.dtype = torch.float64
+    device: str = "cpu"
+    seed: int = 0
+
+    def but(self, **changes: Any) -> Problem:
+        return replace(self, **changes)
+
+    @property
+    def states(self) -> int:
+        return len(self.packed) - 1 if self.packed else self.batch
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "feature_map": self.feature_map,
+            "layer_norm": self.layer_norm,
+            "scale": self.scale,
+            "eps": self.eps,
+            "normalize": self.normalize,
+        }
+        if self.packed:
+            options["cu_seqlens"] = torch.tensor(self.packed, device=self.device)
+        return options
+
+    def inputs(self, requires_grad: bool = False) -> list[Tensor | None]:
+        """q, k, v, gamma_q, beta_q, gamma_k, beta_k, initial kv, initial k."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def normal(
+            *sizes: int, dtype: torch.dtype = self.dtype, mean: float = 0.0, std: float = 1.0
+        ) -> Tensor:
+            x = mean + std * torch.randn(*sizes, generator=generator, dtype=torch.float64)
+            return x.to(dtype).to(self.device).requires_grad_(requires_grad)
+
+        b, n, d, dv = self.batch, self.seqlen, self.feature_dim, self.head_dim
+        q, k = normal(b, self.heads, n, d), normal(b, self.kv_heads, n, d)
+        v = normal(b, self.kv_heads, n, dv)
+        parameters: list[Tensor | None] = [None] * 4
+        if self.affine != "none":
+            shapes = [(self.heads, d)] * 2 + [(self.kv_heads, d)] * 2
+            if self.affine == "shared":
+                shapes = [(d,)] * 4
+            means = (1.0, 0.2, 1.0, 0.2)
+            parameters = [
+                normal(*shape, dtype=self.accumulator, mean=mean, std=0.3)
+                for shape, mean in zip(shapes, means, strict=True)
+            ]
+        state: list[Tensor | None] = [None, None]
+        if self.with_state:
+            # of a real prefix: the denominator stays positive
+            prefix = self.but(
+                batch=self.states,
+                seqlen=9,
+                packed=(),
+                with_state=False,
+                dtype=torch.float64,
+                seed=self.seed + 1,
+            )
+            kv, k_sum = run_reference(prefix.inputs(), prefix)[1:]
+            state = [x.to(self.accumulator).detach().requires_grad_(requires_grad) for x in (kv, k_sum)]
+        return [q, k, v, *parameters, *state]
+
+
+def run(function: Any, inputs: list[Tensor | None], problem: Problem, **more: Any) -> tuple[Tensor, ...]:
+    """(y, kv, k) of any form of the op."""
+    *call, kv, k = inputs
+    state = None if kv is None else RebasedState(kv, k)
+    y, final = function(*call, initial_state=state, return_state=True, **problem.options(), **more)
+    return y, *final
+
+
+def run_reference(inputs: list[Tensor | None], problem: Problem, form: Any = reference.quadratic) -> Any:
+    """The judge: the reference in float64."""
+    return run(form, [None if x is None else x.double() for x in inputs], problem)
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """L2 norm of the difference over that of the expected value."""
+    if value.numel() == 0:
+        assert value.shape == expected.shape
+        return 0.0
+    difference = (value.double() - expected.double()).norm()
+    return (difference / expected.double().norm().clamp_min(1e-300)).item()
+
+
+def features_of(problem: Problem) -> int:
+    return num_features(problem.feature_map, problem.feature_dim)
