@@ -291,7 +291,9 @@ def rebased_attention(
         raise TypeError(f"return_state: expected a bool, got {type(return_state).__name__}")
     tensors = _distinct([q, k, v, *parameters, *initial])
     # always through the Function: the bare operator would give forward-mode AD silent zeros
-    result = Attention.apply(*tensors, cu_seqlens, return_state, *options)
+    result = Attention.apply(  # type: ignore[no-untyped-call]
+        *tensors, cu_seqlens, return_state, *options
+    )
     return (result[0], RebasedState(result[1], result[2])) if return_state else result
 
 

@@ -72,7 +72,7 @@ class Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,
@@ -96,7 +96,7 @@ class Attention(torch.autograd.Function):
         return (y, kv, state_k) if return_state else y
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad_y: Tensor | None, grad_kv: Tensor | None = None, grad_k: Tensor | None = None
     ) -> Any:
         *inputs, y, r = ctx.saved_tensors
@@ -105,7 +105,9 @@ class Attention(torch.autograd.Function):
         if grad_kv is not None or grad_k is not None:
             grad_kv = y.new_zeros(ctx.state_shape, dtype=r.dtype) if grad_kv is None else grad_kv
             grad_k = y.new_zeros(ctx.state_shape[:3], dtype=r.dtype) if grad_k is None else grad_k
-        gradients = AttentionBackward.apply(grad_y, grad_kv, grad_k, *inputs, y, r, *ctx.options)
+        gradients: Any = AttentionBackward.apply(  # type: ignore[no-untyped-call]
+            grad_y, grad_kv, grad_k, *inputs, y, r, *ctx.options
+        )
         # the operator returns tensors without elements for what was absent
         present = (g if x is not None else None for g, x in zip(gradients, inputs[:9], strict=True))
         return *present, *(None,) * (2 + len(ctx.options))

@@ -40,7 +40,15 @@ class NativeBackend {
 };
 
 [[maybe_unused]] void require_success(const char* error) {
-  if (*error != '\0') throw std::runtime_error(std::string("rebased_cuda: ") + error);
+  if (*error == '\0') return;
+  std::string message = std::string("rebased_cuda: ") + error;
+#if defined(REBASED_CUDA)
+  if (std::strstr(error, "no kernel image") != nullptr) {
+    message += ": this build has code for " REBASED_CUDA_ARCHITECTURES
+               " only; rebuild with this GPU's compute capability in TORCH_CUDA_ARCH_LIST";
+  }
+#endif
+  throw std::runtime_error(message);
 }
 
 #if defined(REBASED_EMULATOR)
@@ -228,10 +236,15 @@ struct StateOutputs {
   MutableState pointers{nullptr, nullptr};
 };
 
+// A host workspace up to this many bytes is on the stack: a decode step then allocates nothing but y.
+constexpr int64_t kStackWorkspace = 32 << 10;
+
 template <class Backend, class AnyProblem>
 void run(const Backend& backend, AnyProblem& problem, const Tensor& like) {
   const int64_t bytes = backend.workspace_bytes(problem);
-  if (bytes == 0) {
+  if (Backend::on_host && bytes <= kStackWorkspace) {
+    alignas(64) char workspace[kStackWorkspace];
+    problem.workspace = workspace;
     backend.run(problem);
     return;
   }

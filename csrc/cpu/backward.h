@@ -26,6 +26,7 @@ struct BackwardScratch {
   T* grad_values;       // [block]: values of kLanes rows
   T* grad_affine;       // [query head of the group][2][feature_dim][kWidth]
   T* state;
+  PrefetchQueue* queue;
 
   BackwardScratch(const Sizes<T>& s, int64_t group, Arena& arena) {
     const int64_t tokens = int64_t(s.blocks) * s.feature_rows * kLanes<T>;
@@ -45,6 +46,7 @@ struct BackwardScratch {
     grad_values = arena.take<T>(columns);
     grad_affine = arena.take<T>(group * 2 * s.feature_dim * kWidth<T>);
     state = arena.take<T>(s.state_size);
+    queue = arena.take<PrefetchQueue>(1);
   }
 };
 
@@ -57,7 +59,7 @@ struct BackwardCall : Call<T> {
   using Call<T>::sizes, Call<T>::pairs, Call<T>::statistics, Call<T>::pack_tokens, Call<T>::pack_values;
 
   BackwardCall(const BackwardProblem& p, int threads, Arena& arena, bool needs_state)
-      : Call<T>(p, threads, arena, needs_state), problem(p), query_target(p.grad_q), key_target(p.grad_k) {
+      : Call<T>(p, threads, arena, needs_state, 2), problem(p), query_target(p.grad_q), key_target(p.grad_k) {
     accumulator_target = p.layer_norm == LayerNorm::token && !is_accumulator<T>(p.dtype);
     if (!accumulator_target) return;
     const int64_t row = p.feature_dim, head = p.seqlen * row;
@@ -68,12 +70,13 @@ struct BackwardCall : Call<T> {
   int64_t token_block() const { return int64_t(sizes.feature_rows) * kLanes<T>; }
 
   // ghat and -delta of a chunk of queries.
-  void pack_gradients(const BackwardScratch<T>& scratch, int64_t batch, int64_t head, int64_t row, int rows, int ahead) const {
+  void pack_gradients(const BackwardScratch<T>& scratch, int64_t batch, int64_t head, int64_t row, int rows,
+                      const Ahead& ahead) const {
     const BackwardProblem& p = problem;
     const T* r = static_cast<const T*>(p.r) + (batch * p.heads + head) * p.seqlen + row;
     pack_values(p.grad_y, batch, head, row, rows, ahead, scratch.gradients);
     const char* y_head = head_rows<T>(p.y, batch, head, p.dtype);
-    if (ahead && p.normalize) this->prefetch(y_head, row + ahead, rows, p.y.row_stride, sizes.head_dim);
+    if (p.normalize) this->queue_rows(ahead, y_head, row, rows, p.y.row_stride, sizes.head_dim);
     for (int i = 0; i < sizes.chunk; i++) scratch.delta[i] = 0;
     with_element<T>(p.dtype, [&](auto element) {
       using E = typename decltype(element)::type;
@@ -135,6 +138,7 @@ struct BackwardCall : Call<T> {
     const T* gradients = scratch.transposed + int64_t(b) * s.value_columns * kLanes<T>;
     const int end = diagonal ? smaller(key_rows, (b + 1) * kLanes<T>) : key_rows;
     for (int j = 0; j < end; j += kRows) {
+      scratch.queue->advance();
       T* weights = scratch.weights + j * kLanes<T>;
       if (s.polynomial) {
         Tile<T, kVectors> u;
@@ -157,8 +161,10 @@ struct BackwardCall : Call<T> {
       const auto seen = [&](int r, int n) {
         return lane_numbers<T>() >= typename Simd<T>::Int(first + r - n * kWidth<T>);
       };
-      if (diagonal && first + kRows > 0) finish_weights<true>(c, seen, weights);
-      else finish_weights<false>(c, seen, weights);
+      if (diagonal && first + kRows > 0)
+        finish_weights<true>(c, seen, weights);
+      else
+        finish_weights<false>(c, seen, weights);
     }
     add_weighted_tokens(s.polynomial ? scratch.keys : scratch.key_features, scratch.weights, 0, end,
                         scratch.grad_tokens + b * token_block());
@@ -203,6 +209,7 @@ struct BackwardCall : Call<T> {
     const T* values = scratch.transposed + int64_t(b) * s.value_columns * kLanes<T>;
     const int begin = diagonal ? b * kLanes<T> : 0;
     for (int i = begin; i < query_rows; i += kRows) {
+      scratch.queue->advance();
       T *scores = scratch.scores + i * kLanes<T>, *weights = scratch.weights + i * kLanes<T>;
       const int first = i - b * kLanes<T>;  // query of the tile's first row, counted from lane 0's own
       const auto seen = [&](int r, int n) {
@@ -213,16 +220,20 @@ struct BackwardCall : Call<T> {
       u.zero();
       u.template multiply_transposed<kLanes<T>>(
           s.feature_dim, all_queries + i / kLanes<T> * token_block() + i % kLanes<T>, keys);
-      if (masked) finish_sim<true>(u, seen, scores, weights);
-      else finish_sim<false>(u, seen, scores, weights);
+      if (masked)
+        finish_sim<true>(u, seen, scores, weights);
+      else
+        finish_sim<false>(u, seen, scores, weights);
       Tile<T, kVectors> c;
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 2
         for (int n = 0; n < kVectors; n++) c.sum[r][n] = broadcast<T>(scratch.delta[i + r]);
       dot_values(c, scratch.gradients, i, values);
-      if (masked) finish_weights<true>(c, seen, weights);
-      else finish_weights<false>(c, seen, weights);
+      if (masked)
+        finish_weights<true>(c, seen, weights);
+      else
+        finish_weights<false>(c, seen, weights);
     }
     add_weighted_tokens(all_queries, scratch.weights, begin, query_rows,
                         scratch.grad_tokens + b * token_block());
@@ -230,6 +241,7 @@ struct BackwardCall : Call<T> {
       constexpr int NV = decltype(vectors)::value, columns = NV * kWidth<T>;
       const T* gradients = scratch.gradients + int64_t(column) * s.chunk;
       for (int j = 0; j < kLanes<T>; j += kRows) {
+        scratch.queue->advance();
         const int first = diagonal ? begin + j : 0;
         T* target =
             scratch.grad_values + int64_t(b) * kLanes<T> * s.value_columns + column * kLanes<T> + j * columns;
@@ -258,6 +270,7 @@ struct BackwardCall : Call<T> {
         constexpr int NV = decltype(vectors)::value, columns = NV * kWidth<T>;
         const T* state = scratch.state + int64_t(column) * s.feature_pad + int64_t(begin) * columns;
         for (int j = 0; j < kLanes<T>; j += kRows) {
+          scratch.queue->advance();
           T* target = sums + column * kLanes<T> + j * columns;
           Tile<T, NV> tile;
           if (begin)

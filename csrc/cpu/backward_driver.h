@@ -62,7 +62,7 @@ inline int64_t run_backward(const BackwardProblem& p, int threads, const Paralle
   const Sizes<T>& s = call.sizes;
   const Schedule<T>& schedule = call.schedule;
   const int64_t group = p.kv_heads ? p.heads / p.kv_heads : 0;
-  const int64_t most_items = Schedule<T>::bound(p, s, threads) * p.kv_heads;
+  const int64_t most_items = Schedule<T>::bound(p, s, threads, 2) * p.kv_heads;
   T* key_states = call.take_states(arena, most_items);
   T* query_states = call.take_states(arena, most_items);
   call.query_affine = arena.take<T>(most_items * group * 2 * s.feature_dim);
@@ -80,28 +80,28 @@ inline int64_t run_backward(const BackwardProblem& p, int threads, const Paralle
   };
   call.compute_statistics(*parallel);
   if (schedule.cut()) {
-    for_items(*parallel, 2 * schedule.items(), [&](int64_t number, int worker) {
-      const Item item = schedule.item(number / 2);
+    for_items(*parallel, schedule.items(), [&](int64_t number, int worker) {
+      const Item item = schedule.item(number);
       if (item.quadratic) return;
-      if (number % 2 == 0 && !item.last)
-        call.local_key_state(item, scratch_of(worker), key_states + number / 2 * s.state_size);
-      if (number % 2 == 1 && !item.first)
-        call.local_query_state(item, scratch_of(worker), query_states + number / 2 * s.state_size);
+      if (item.part == 0 && !item.first)
+        call.local_query_state(item, scratch_of(worker), query_states + item.number * s.state_size);
+      if (item.part == 1 && !item.last)
+        call.local_key_state(item, scratch_of(worker), key_states + item.number * s.state_size);
     });
     call.sum_states(*parallel, key_states, p.initial_state, false);
     call.sum_states(*parallel, query_states, p.grad_final_state, true);
   }
-  for_items(*parallel, 2 * schedule.items(), [&](int64_t number, int worker) {
-    const Item item = schedule.item(number / 2);
+  for_items(*parallel, schedule.items(), [&](int64_t number, int worker) {
+    const Item item = schedule.item(number);
     const BackwardScratch<T> scratch = scratch_of(worker);
-    const bool keys = number % 2 == 0, outermost = keys ? item.last : item.first;
+    const bool keys = item.part == 0, outermost = keys ? item.last : item.first;
     const ConstState& given = keys ? p.grad_final_state : p.initial_state;
     if (item.quadratic) {
     } else if (outermost) {
       import_state(s, given, item.sequence * p.kv_heads + item.kv_head, scratch.state);
     } else {
       const T* states = keys ? query_states : key_states;
-      __builtin_memcpy(scratch.state, states + number / 2 * s.state_size, s.state_size * sizeof(T));
+      __builtin_memcpy(scratch.state, states + item.number * s.state_size, s.state_size * sizeof(T));
     }
     const bool state_is_zero = outermost && !given.kv;
     if (keys)
@@ -109,8 +109,8 @@ inline int64_t run_backward(const BackwardProblem& p, int threads, const Paralle
     else
       call.sweep_queries(item, scratch, state_is_zero);
   });
-  sum_affine(s, call.query_affine, schedule.items(), p.kv_heads, group, p.query_affine, p.grad_query_affine);
-  sum_affine(s, call.key_affine, schedule.items(), p.kv_heads, 1, p.key_affine, p.grad_key_affine);
+  sum_affine(s, call.query_affine, schedule.heads(), p.kv_heads, group, p.query_affine, p.grad_query_affine);
+  sum_affine(s, call.key_affine, schedule.heads(), p.kv_heads, 1, p.key_affine, p.grad_key_affine);
   if (p.layer_norm == LayerNorm::token) finish_token_gradients(call, *parallel);
   call.zero_unowned_rows(p.grad_q, p.heads, p.feature_dim);
   call.zero_unowned_rows(p.grad_k, p.kv_heads, p.feature_dim);

@@ -18,11 +18,11 @@ struct BackwardSweeps : BackwardCall<T> {
   }
   void add_keys_to_state(const BackwardScratch<T>& scratch, int rows, T* state) const {
     update_state<T, false>(sizes, pairs, sizes.polynomial ? scratch.keys : scratch.key_features, nullptr,
-                           scratch.values, rows, state, scratch.row_slab);
+                           scratch.values, rows, state, scratch.row_slab, scratch.queue);
   }
   void add_queries_to_state(const BackwardScratch<T>& scratch, int rows, T* state) const {
     update_state<T, true>(sizes, pairs, sizes.polynomial ? scratch.queries : scratch.query_features,
-                          scratch.delta, scratch.gradients, rows, state, scratch.row_slab);
+                          scratch.delta, scratch.gradients, rows, state, scratch.row_slab, scratch.queue);
   }
 
   // dq of an item, from its start state S.
@@ -32,31 +32,33 @@ struct BackwardSweeps : BackwardCall<T> {
     const int64_t group = p.heads / p.kv_heads;
     const Tokens<T> keys = key_tokens(item);
     this->clear(scratch.grad_affine, group * 2 * s.feature_dim * kWidth<T>);
+    const Ahead next{scratch.queue, s.chunk};
     for (int64_t row = item.begin; row < item.end; row += s.chunk) {
+      scratch.queue->clear();
       const int rows = int(smaller<int64_t>(s.chunk, item.end - row));
       const bool last_chunk = row + rows == item.end;
       if (!item.quadratic) {
-        this->pack_tokens(keys, row, rows, s.chunk, scratch.keys, scratch.key_features);
-        this->pack_values(p.v, item.batch, item.kv_head, row, rows, s.chunk, scratch.values);
+        this->pack_tokens(keys, row, rows, next, scratch.keys, scratch.key_features);
+        this->pack_values(p.v, item.batch, item.kv_head, row, rows, next, scratch.values);
       }
       for (int64_t g = 0; g < group; g++) {
         const int64_t head = item.kv_head * group + g;
         const Tokens<T> queries = query_tokens(item, head);
-        this->pack_tokens(queries, row, rows, s.chunk, scratch.queries, scratch.query_features, scratch.normalized,
-                          scratch.inverse_deviation);
-        this->pack_gradients(scratch, item.batch, head, row, rows, s.chunk);
+        this->pack_tokens(queries, row, rows, next, scratch.queries, scratch.query_features,
+                          scratch.normalized, scratch.inverse_deviation);
+        this->pack_gradients(scratch, item.batch, head, row, rows, next);
         this->transpose_values(scratch.gradients, rows, scratch.transposed);
         this->clear(scratch.grad_tokens, s.blocks * token_block());
         for (int b = 0; b * kLanes<T> < rows && !item.quadratic && !state_is_zero; b++)
           state_gradient<T, true>(s, pairs, scratch.state,
                                   scratch.transposed + int64_t(b) * s.value_columns * kLanes<T>,
                                   scratch.delta + b * kLanes<T>, scratch.queries + b * token_block(),
-                                  scratch.grad_tokens + b * token_block());
+                                  scratch.grad_tokens + b * token_block(), scratch.queue);
         for (int64_t key = item.quadratic ? item.sequence_begin : row; key <= row; key += s.chunk) {
           const int key_rows = key == row ? rows : s.chunk;
           if (item.quadratic) {
-            this->pack_tokens(keys, key, key_rows, 0, scratch.keys, scratch.key_features);
-            this->pack_values(p.v, item.batch, item.kv_head, key, key_rows, 0, scratch.values);
+            this->pack_tokens(keys, key, key_rows, Ahead{}, scratch.keys, scratch.key_features);
+            this->pack_values(p.v, item.batch, item.kv_head, key, key_rows, Ahead{}, scratch.values);
           }
           for (int b = 0; b * kLanes<T> < rows; b++) this->meet_keys(scratch, b, key_rows, key == row);
         }
@@ -82,29 +84,31 @@ struct BackwardSweeps : BackwardCall<T> {
     this->clear(scratch.grad_affine, 2 * s.feature_dim * kWidth<T>);
     const int64_t chunks = (item.end - item.begin + s.chunk - 1) / s.chunk;
     for (int64_t row = item.begin + (chunks - 1) * s.chunk; row >= item.begin; row -= s.chunk) {
+      scratch.queue->clear();
       const int rows = int(smaller<int64_t>(s.chunk, item.end - row));
-      this->pack_tokens(keys, row, rows, -s.chunk, scratch.keys, scratch.key_features, scratch.normalized,
-                        scratch.inverse_deviation);
-      this->pack_values(p.v, item.batch, item.kv_head, row, rows, -s.chunk, scratch.values);
+      this->pack_tokens(keys, row, rows, Ahead{scratch.queue, -s.chunk}, scratch.keys, scratch.key_features,
+                        scratch.normalized, scratch.inverse_deviation);
+      this->pack_values(p.v, item.batch, item.kv_head, row, rows, Ahead{scratch.queue, -s.chunk},
+                        scratch.values);
       this->transpose_values(scratch.values, rows, scratch.transposed);
       this->clear(scratch.grad_tokens, s.blocks * token_block());
       const bool with_state = !item.quadratic && !state_is_zero;
       if (!with_state) this->clear(scratch.grad_values, int64_t(s.chunk) * s.value_columns);
       for (int b = 0; b * kLanes<T> < rows && with_state; b++) {
-        state_gradient<T, false>(s, pairs, scratch.state,
-                                 scratch.transposed + int64_t(b) * s.value_columns * kLanes<T>, nullptr,
-                                 scratch.keys + b * token_block(), scratch.grad_tokens + b * token_block());
+        state_gradient<T, false>(
+            s, pairs, scratch.state, scratch.transposed + int64_t(b) * s.value_columns * kLanes<T>, nullptr,
+            scratch.keys + b * token_block(), scratch.grad_tokens + b * token_block(), scratch.queue);
         this->values_from_state(scratch, b);
       }
       for (int64_t g = 0; g < group; g++) {
         const int64_t head = item.kv_head * group + g;
         const Tokens<T> queries = query_tokens(item, head);
-        const int ahead = item.quadratic ? s.chunk : -s.chunk;
+        const Ahead next{scratch.queue, item.quadratic ? s.chunk : -s.chunk};
         const int64_t end = item.quadratic ? item.sequence_end : row + rows;
         for (int64_t query = row; query < end; query += s.chunk) {
           const int query_rows = int(smaller<int64_t>(s.chunk, end - query));
-          this->pack_tokens(queries, query, query_rows, ahead, scratch.queries, scratch.query_features);
-          this->pack_gradients(scratch, item.batch, head, query, query_rows, ahead);
+          this->pack_tokens(queries, query, query_rows, next, scratch.queries, scratch.query_features);
+          this->pack_gradients(scratch, item.batch, head, query, query_rows, next);
           for (int b = 0; b * kLanes<T> < rows; b++) this->meet_queries(scratch, b, query_rows, query == row);
         }
         if (!item.quadratic && (row > item.begin || keep_state))
@@ -137,21 +141,25 @@ struct BackwardSweeps : BackwardCall<T> {
   void local_key_state(const Item& item, const BackwardScratch<T>& scratch, T* state) const {
     const Tokens<T> keys = key_tokens(item);
     this->clear(state, sizes.state_size);
+    const Ahead next{scratch.queue, sizes.chunk};
     for (int64_t row = item.begin; row < item.end; row += sizes.chunk) {
+      scratch.queue->clear();
       const int rows = int(smaller<int64_t>(sizes.chunk, item.end - row));
-      this->pack_tokens(keys, row, rows, sizes.chunk, scratch.keys, scratch.key_features);
-      this->pack_values(problem.v, item.batch, item.kv_head, row, rows, sizes.chunk, scratch.values);
+      this->pack_tokens(keys, row, rows, next, scratch.keys, scratch.key_features);
+      this->pack_values(problem.v, item.batch, item.kv_head, row, rows, next, scratch.values);
       add_keys_to_state(scratch, rows, state);
     }
   }
   void local_query_state(const Item& item, const BackwardScratch<T>& scratch, T* state) const {
     const int64_t group = problem.heads / problem.kv_heads;
     this->clear(state, sizes.state_size);
+    const Ahead next{scratch.queue, sizes.chunk};
     for (int64_t row = item.begin; row < item.end; row += sizes.chunk) {
+      scratch.queue->clear();
       const int rows = int(smaller<int64_t>(sizes.chunk, item.end - row));
       for (int64_t head = item.kv_head * group; head < (item.kv_head + 1) * group; head++) {
-        this->pack_tokens(query_tokens(item, head), row, rows, sizes.chunk, scratch.queries, scratch.query_features);
-        this->pack_gradients(scratch, item.batch, head, row, rows, sizes.chunk);
+        this->pack_tokens(query_tokens(item, head), row, rows, next, scratch.queries, scratch.query_features);
+        this->pack_gradients(scratch, item.batch, head, row, rows, next);
         add_queries_to_state(scratch, rows, state);
       }
     }

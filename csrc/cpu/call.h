@@ -9,12 +9,13 @@
 
 namespace rebased::cpu::REBASED_ISA {
 
-// Tokens of a chunk: `outer` and `taylor` spend 4 F head_dim on states whatever the chunk, and a short chunk
-// keeps scores few; many features want the state's traffic spread over more tokens.
+// Tokens of a chunk. Scores cost chunk * (feature_dim + head_dim) a token and the states' products the same
+// whatever the chunk, so the shortest chunk that amortises reading and writing a state is best; the
+// quadratic form, which large feature_dim uses, packs keys once per chunk of queries.
 template <class T>
 inline int chunk_length(const Problem& p) {
   const bool polynomial = p.feature_map == FeatureMap::outer || p.feature_map == FeatureMap::taylor;
-  return polynomial ? (p.feature_dim <= 32 ? 32 : 128) : larger(kLanes<T>, 16);
+  return !polynomial ? 16 : p.feature_dim <= 32 ? 32 : 128;
 }
 
 template <class T>
@@ -26,13 +27,13 @@ struct Call {
   T* statistics;  // mean, rstd of q, mean, rstd of k, each (batch, seqlen); null unless LayerNorm::token
 
   // With an arena of null base only the arena's size counts.
-  Call(const Problem& p, int threads, Arena& arena, bool needs_state)
+  Call(const Problem& p, int threads, Arena& arena, bool needs_state, int64_t parts)
       : base(p), sizes(p, chunk_length<T>(p)) {
     schedule.sequences = arena.take<Sequence>(p.num_sequences);
     pairs = sizes.polynomial ? arena.take<FeaturePair<T>>(sizes.feature_pad) : nullptr;
     statistics = p.layer_norm == LayerNorm::token ? arena.take<T>(4 * p.batch * p.seqlen) : nullptr;
     if (!arena.base) return;
-    schedule.fill(p, sizes, threads, needs_state);
+    schedule.fill(p, sizes, threads, parts, needs_state);
     if (pairs) fill_feature_pairs(p, sizes, pairs);
   }
 
@@ -41,30 +42,33 @@ struct Call {
     return cut ? arena.take<T>(most_items * sizes.state_size) : nullptr;
   }
 
-  // The packing of a chunk also prefetches the rows that lie `ahead` rows further on, which the sweep packs
-  // next (0: none).
-  void pack_tokens(const Tokens<T>& t, int64_t row, int rows, int ahead, T* X, T* F, T* H = nullptr,
+  // The packing of a chunk also queues the rows that the sweep packs next.
+  void pack_tokens(const Tokens<T>& t, int64_t row, int rows, const Ahead& ahead, T* X, T* F, T* H = nullptr,
                    T* inv = nullptr) const {
     const int64_t block = int64_t(sizes.feature_rows) * kLanes<T>;
     for (int b = 0; b * kLanes<T> < rows; b++)
       pack_block<T>(t, row + b * kLanes<T>, smaller(rows - b * kLanes<T>, kLanes<T>), X + b * block,
                     F ? F + b * block : nullptr, H ? H + b * block : nullptr,
                     inv ? inv + b * kLanes<T> : nullptr);
-    if (ahead) prefetch(t.data, row + ahead, rows, t.row_stride, t.feature_dim);
+    queue_rows(ahead, t.data, row, rows, t.row_stride, t.feature_dim);
   }
-  void pack_values(const ConstRows& source, int64_t batch, int64_t head, int64_t row, int rows, int ahead,
-                   T* values) const {
-    const char* data = head_rows<T>(source, batch, head, base.dtype);
+  void pack_values(const ConstRows& source, int64_t batch, int64_t head, int64_t row, int rows,
+                   const Ahead& ahead, T* values) const {
+    const char* data =
+        head_rows<T>(source, batch, head, base.dtype) + sizes.first_column * bytes_of<T>(base.dtype);
     with_element<T>(base.dtype, [&](auto element) {
       using E = typename decltype(element)::type;
       read_panels<T>(reinterpret_cast<const E*>(data) + row * source.row_stride, source.row_stride, rows,
                      sizes.head_dim, sizes.chunk, values);
     });
-    if (ahead) prefetch(data, row + ahead, rows, source.row_stride, sizes.head_dim);
+    queue_rows(ahead, data, row, rows, source.row_stride, sizes.head_dim);
   }
-  void prefetch(const char* data, int64_t row, int rows, int64_t row_stride, int width) const {
+  void queue_rows(const Ahead& ahead, const char* data, int64_t row, int rows, int64_t row_stride,
+                  int width) const {
+    if (!ahead.queue) return;
     const int64_t bytes = bytes_of<T>(base.dtype);
-    prefetch_rows(reinterpret_cast<const char*>(uintptr_t(data) + row * row_stride * bytes), row_stride * bytes, rows, width * bytes);
+    ahead.queue->add(uintptr_t(data) + (row + ahead.rows) * row_stride * bytes, row_stride * bytes, rows,
+                     width * bytes);
   }
 
   static constexpr int64_t kRowsOfItem = 256;  // tokens of one item of the passes over whole tokens

@@ -146,14 +146,6 @@ REBASED_INLINE int64_t bytes_of(Dtype dtype) {
   return sizeof(T) == 8 ? 8 : dtype == Dtype::float32 ? 4 : 2;
 }
 
-// Asks for the rows that a sweep reads next: the hardware does not follow a chunk's worth of short rows in
-// time, nor backwards. Addresses past a tensor's end are harmless.
-inline void prefetch_rows(const char* rows, int64_t stride_bytes, int count, int64_t row_bytes) {
-  for (int row = 0; row < count; row++)
-    for (int64_t byte = 0; byte < row_bytes; byte += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(uintptr_t(rows) + row * stride_bytes + byte), 0, 2);
-}
-
 // source: `rows` rows of `width` elements; target: [width][kLanes], lane = row, lanes past `rows` zero.
 template <class T, class E>
 inline void read_transposed(const E* source, int64_t stride, int rows, int width, T* target) {

@@ -24,10 +24,12 @@ inline void feature_slab(const FeaturePair<T>* pairs, int begin, int end, const 
 // chunk, null: 1) goes with the denominator's state only. features: scratch, [block][kRows][kLanes].
 template <class T, bool Weighted>
 inline void update_state(const Sizes<T>& s, const FeaturePair<T>* pairs, const T* tokens,
-                         const T* token_weights, const T* values, int rows, T* state, T* features) {
+                         const T* token_weights, const T* values, int rows, T* state, T* features,
+                         PrefetchQueue* queue) {
   const int blocks = (rows + kLanes<T> - 1) / kLanes<T>;
   const int64_t token_block = int64_t(s.feature_rows) * kLanes<T>;
   for (int f = 0; f < s.feature_pad; f += kRows) {
+    queue->advance();
     const T* phi = features;
     int64_t phi_block = kRows * kLanes<T>;
     if (!s.polynomial) {
@@ -65,17 +67,17 @@ template <class T>
 inline void import_state(const Sizes<T>& s, const ConstState& source, int64_t number, T* state) {
   for (int64_t i = 0; i < s.state_size; i++) state[i] = 0;
   if (!source.kv) return;
-  const T* kv = static_cast<const T*>(source.kv) + number * s.features * s.head_dim;
+  const T* kv = static_cast<const T*>(source.kv) + number * s.features * s.all_columns + s.first_column;
   const T* k = static_cast<const T*>(source.k) + number * s.features;
-  read_panels<T>(kv, s.head_dim, s.features, s.head_dim, s.feature_pad, state);
+  read_panels<T>(kv, s.all_columns, s.features, s.head_dim, s.feature_pad, state);
   for (int f = 0; f < s.features; f++) state[s.state_kv + f] = k[f];
 }
 template <class T>
 inline void export_state(const Sizes<T>& s, const T* state, const MutableState& target, int64_t number) {
-  T* kv = static_cast<T*>(target.kv) + number * s.features * s.head_dim;
+  T* kv = static_cast<T*>(target.kv) + number * s.features * s.all_columns + s.first_column;
   T* k = static_cast<T*>(target.k) + number * s.features;
-  write_panels<T>(state, s.features, s.head_dim, s.feature_pad, kv, s.head_dim);
-  for (int f = 0; f < s.features; f++) k[f] = state[s.state_kv + f];
+  write_panels<T>(state, s.features, s.head_dim, s.feature_pad, kv, s.all_columns);
+  for (int f = 0; f < s.features && s.first_column == 0; f++) k[f] = state[s.state_kv + f];
 }
 
 // dX += (d phi / d X)^T (state values^T + state_k token_weights^T) for a block: the part of the gradient of
@@ -83,11 +85,12 @@ inline void export_state(const Sizes<T>& s, const T* state, const MutableState& 
 // states without weights. For the elementwise maps dX takes the gradient of the features.
 template <class T, bool Weighted>
 inline void state_gradient(const Sizes<T>& s, const FeaturePair<T>* pairs, const T* state, const T* values,
-                           const T* token_weights, const T* X, T* dX) {
+                           const T* token_weights, const T* X, T* dX, PrefetchQueue* queue) {
   Vector<T> weights[kVectors];
   for (int n = 0; n < kVectors; n++)
     weights[n] = token_weights ? load(token_weights + n * kWidth<T>) : broadcast<T>(1);
   for (int f = 0; f < s.feature_pad; f += kRows) {
+    queue->advance();
     Tile<T, kVectors> tile;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++)

@@ -21,6 +21,7 @@ struct ForwardScratch {
   T* sums;                                            // [block]: values of kLanes rows, before the division
   T* denominators;                                    // [chunk]
   T* state;
+  PrefetchQueue* queue;
 
   ForwardScratch(const Sizes<T>& s, Arena& arena) {
     const int64_t tokens = int64_t(s.blocks) * s.feature_rows * kLanes<T>;
@@ -34,6 +35,7 @@ struct ForwardScratch {
     sums = arena.take<T>(int64_t(s.chunk) * s.value_columns);
     denominators = arena.take<T>(s.chunk);
     state = arena.take<T>(s.state_size);
+    queue = arena.take<PrefetchQueue>(1);
   }
 };
 
@@ -42,8 +44,8 @@ struct ForwardCall : Call<T> {
   const ForwardProblem& problem;
   using Call<T>::sizes, Call<T>::pairs, Call<T>::statistics, Call<T>::pack_tokens, Call<T>::pack_values;
 
-  ForwardCall(const ForwardProblem& p, int threads, Arena& arena, bool needs_state)
-      : Call<T>(p, threads, arena, needs_state), problem(p) {}
+  ForwardCall(const ForwardProblem& p, int threads, Arena& arena, bool needs_state, int64_t parts)
+      : Call<T>(p, threads, arena, needs_state, parts), problem(p) {}
 
   // How a block of queries meets a chunk of keys.
   struct Meeting {
@@ -63,14 +65,17 @@ struct ForwardCall : Call<T> {
     const T* queries = (s.polynomial ? scratch.queries : scratch.query_features) + b * block;
     const int end = meeting.diagonal ? smaller(meeting.key_rows, (b + 1) * kLanes<T>) : meeting.key_rows;
     for (int j = 0; j < end; j += kRows) {
+      scratch.queue->advance();
       Tile<T, kVectors> tile;
       tile.zero();
       tile.template multiply_transposed<kLanes<T>>(s.feature_dim,
                                                    keys + j / kLanes<T> * block + j % kLanes<T>, queries);
       T* scores = scratch.scores + j * kLanes<T>;
       const int first = j - b * kLanes<T>;  // key of the tile's first row, counted from lane 0's own
-      if (meeting.diagonal && first + kRows > 0) finish_scores<true>(tile, first, scores, sums);
-      else finish_scores<false>(tile, first, scores, sums);
+      if (meeting.diagonal && first + kRows > 0)
+        finish_scores<true>(tile, first, scores, sums);
+      else
+        finish_scores<false>(tile, first, scores, sums);
     }
   }
 
@@ -85,7 +90,8 @@ struct ForwardCall : Call<T> {
       for (int n = 0; n < kVectors; n++) {
         Vector<T> sim = tile.sum[r][n];
         if (polynomial) sim = a0 + sim * (a1 + a2 * sim);
-        if (Masked) sim = lane_numbers<T>() >= typename Simd<T>::Int(first + r - n * kWidth<T>) ? sim : Vector<T>{};
+        if (Masked)
+          sim = lane_numbers<T>() >= typename Simd<T>::Int(first + r - n * kWidth<T>) ? sim : Vector<T>{};
         sums[n] += sim;
         store(scores + r * kLanes<T> + n * kWidth<T>, sim);
       }
@@ -131,6 +137,7 @@ struct ForwardCall : Call<T> {
         const T* state =
             features ? meeting.state + int64_t(column) * s.feature_pad + int64_t(begin) * columns : nullptr;
         for (int i = 0; i < kLanes<T>; i += kRows) {
+          scratch.queue->advance();
           T* target = sums + column * kLanes<T> + i * columns;
           Tile<T, NV> tile;
           if (started)
@@ -162,8 +169,8 @@ struct ForwardCall : Call<T> {
     const ForwardProblem& p = problem;
     const Sizes<T>& s = sizes;
     T* r = static_cast<T*>(p.r) + (item.batch * p.heads + head) * p.seqlen + row;
-    for (int i = 0; i < rows; i++) r[i] = scratch.denominators[b * kLanes<T> + i];
-    const char* y = head_rows<T>(p.y, item.batch, head, p.dtype);
+    for (int i = 0; i < rows && s.first_column == 0; i++) r[i] = scratch.denominators[b * kLanes<T> + i];
+    const char* y = head_rows<T>(p.y, item.batch, head, p.dtype) + s.first_column * bytes_of<T>(p.dtype);
     with_element<T>(p.dtype, [&](auto element) {
       using E = typename decltype(element)::type;
       write_panels<T>(scratch.sums + int64_t(b) * kLanes<T> * s.value_columns, rows, s.head_dim, kLanes<T>,
@@ -178,22 +185,24 @@ struct ForwardCall : Call<T> {
     const int64_t group = p.heads / p.kv_heads;
     const Tokens<T> keys = head_tokens<T>(p, s, false, statistics, item.batch, item.kv_head);
     const bool keep_state = item.last && p.final_state.kv;
+    const Ahead next{scratch.queue, s.chunk};
     for (int64_t row = item.begin; row < item.end; row += s.chunk) {
+      scratch.queue->clear();
       const int rows = int(smaller<int64_t>(s.chunk, item.end - row));
       if (!item.quadratic) {
-        pack_tokens(keys, row, rows, s.chunk, scratch.keys, scratch.key_features);
-        pack_values(problem.v, item.batch, item.kv_head, row, rows, s.chunk, scratch.values);
+        pack_tokens(keys, row, rows, next, scratch.keys, scratch.key_features);
+        pack_values(problem.v, item.batch, item.kv_head, row, rows, next, scratch.values);
       }
       for (int64_t g = 0; g < group; g++) {
         const int64_t head = item.kv_head * group + g;
-        pack_tokens(head_tokens<T>(p, s, true, statistics, item.batch, head), row, rows, s.chunk, scratch.queries,
-                    scratch.query_features);
+        pack_tokens(head_tokens<T>(p, s, true, statistics, item.batch, head), row, rows, next,
+                    scratch.queries, scratch.query_features);
         const int64_t first_key = item.quadratic ? item.sequence_begin : row;
         for (int64_t key = first_key; key <= row; key += s.chunk) {
           if (item.quadratic) {
             const int key_rows = key == row ? rows : s.chunk;
-            pack_tokens(keys, key, key_rows, 0, scratch.keys, scratch.key_features);
-            pack_values(problem.v, item.batch, item.kv_head, key, key_rows, 0, scratch.values);
+            pack_tokens(keys, key, key_rows, Ahead{}, scratch.keys, scratch.key_features);
+            pack_values(problem.v, item.batch, item.kv_head, key, key_rows, Ahead{}, scratch.values);
           }
           const Meeting meeting{key == row ? rows : s.chunk, key == row, key == first_key, key == row,
                                 item.quadratic || state_is_zero ? nullptr : scratch.state};
@@ -207,7 +216,7 @@ struct ForwardCall : Call<T> {
       }
       if (item.quadratic || (row + rows == item.end && !keep_state)) continue;
       update_state<T, false>(s, pairs, s.polynomial ? scratch.keys : scratch.key_features, nullptr,
-                             scratch.values, rows, scratch.state, scratch.key_slab);
+                             scratch.values, rows, scratch.state, scratch.key_slab, scratch.queue);
       state_is_zero = false;
     }
     if (keep_state) export_state(s, scratch.state, p.final_state, item.sequence * p.kv_heads + item.kv_head);
@@ -218,12 +227,14 @@ struct ForwardCall : Call<T> {
     const Sizes<T>& s = sizes;
     const Tokens<T> keys = head_tokens<T>(problem, s, false, statistics, item.batch, item.kv_head);
     for (int64_t i = 0; i < s.state_size; i++) state[i] = 0;
+    const Ahead next{scratch.queue, s.chunk};
     for (int64_t row = item.begin; row < item.end; row += s.chunk) {
+      scratch.queue->clear();
       const int rows = int(smaller<int64_t>(s.chunk, item.end - row));
-      pack_tokens(keys, row, rows, s.chunk, scratch.keys, scratch.key_features);
-      pack_values(problem.v, item.batch, item.kv_head, row, rows, s.chunk, scratch.values);
+      pack_tokens(keys, row, rows, next, scratch.keys, scratch.key_features);
+      pack_values(problem.v, item.batch, item.kv_head, row, rows, next, scratch.values);
       update_state<T, false>(s, pairs, s.polynomial ? scratch.keys : scratch.key_features, nullptr,
-                             scratch.values, rows, state, scratch.key_slab);
+                             scratch.values, rows, state, scratch.key_slab, scratch.queue);
     }
   }
 };

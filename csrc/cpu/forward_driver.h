@@ -5,15 +5,28 @@
 
 namespace rebased::cpu::REBASED_ISA {
 
+// Parts that the value columns are split into: no more than the threads need, whole panels, and only where
+// one sequence and head each would leave threads idle for a whole sweep with a state.
+template <class T>
+inline int64_t column_parts(const ForwardProblem& p, int threads, bool needs_state) {
+  const Sizes<T> s(p, chunk_length<T>(p));
+  const int64_t items = larger<int64_t>(1, p.num_sequences * p.kv_heads);
+  const int64_t panels = (s.head_dim + kLanes<T> - 1) / kLanes<T>;
+  const int64_t missing = (threads + items - 1) / items;
+  const bool quadratic = !needs_state && s.quadratic_is_cheaper(p.seqlen);
+  return quadratic || missing > panels ? 1 : missing;
+}
+
 // With parallel null only counts the workspace's bytes.
 template <class T>
 inline int64_t run_forward(const ForwardProblem& p, int threads, const Parallel* parallel) {
   Arena arena{parallel ? static_cast<char*>(p.workspace) : nullptr};
   const bool needs_state = p.initial_state.kv || p.final_state.kv;
-  const ForwardCall<T> call(p, threads, arena, needs_state);
+  const int64_t parts = column_parts<T>(p, threads, needs_state);
+  const ForwardCall<T> call(p, threads, arena, needs_state, parts);
   const Sizes<T>& s = call.sizes;
   const Schedule<T>& schedule = call.schedule;
-  T* states = call.take_states(arena, Schedule<T>::bound(p, s, threads) * p.kv_heads);
+  T* states = call.take_states(arena, Schedule<T>::bound(p, s, threads, parts) * p.kv_heads);
   const int64_t shared = arena.used;
   {
     ForwardScratch<T> sample(s, arena);
@@ -35,23 +48,29 @@ inline int64_t run_forward(const ForwardProblem& p, int threads, const Parallel*
     for_items(*parallel, schedule.items(), [&](int64_t number, int worker) {
       const Item item = schedule.item(number);
       if (!item.quadratic && !item.last)
-        call.local_state(item, scratch_of(worker), states + number * s.state_size);
+        call.local_state(item, scratch_of(worker), states + item.number * s.state_size);
     });
     call.sum_states(*parallel, states, p.initial_state, false);
   }
+  const int64_t panels = (p.head_dim + kLanes<T> - 1) / kLanes<T>;
+  const auto part_begin = [&](int64_t part) {
+    return int(smaller(panels * part / parts * kLanes<T>, p.head_dim));
+  };
   for_items(*parallel, schedule.items(), [&](int64_t number, int worker) {
     const Item item = schedule.item(number);
     const ForwardScratch<T> scratch = scratch_of(worker);
+    ForwardCall<T> own = call;
+    own.sizes.set_columns(part_begin(item.part), part_begin(item.part + 1));
     bool state_is_zero = false;
     if (!item.quadratic) {
       if (item.first) {
         state_is_zero = !p.initial_state.kv;
-        import_state(s, p.initial_state, item.sequence * p.kv_heads + item.kv_head, scratch.state);
+        import_state(own.sizes, p.initial_state, item.sequence * p.kv_heads + item.kv_head, scratch.state);
       } else {
-        __builtin_memcpy(scratch.state, states + number * s.state_size, s.state_size * sizeof(T));
+        __builtin_memcpy(scratch.state, states + item.number * s.state_size, s.state_size * sizeof(T));
       }
     }
-    call.run(item, scratch, state_is_zero);
+    own.run(item, scratch, state_is_zero);
   });
   return 0;
 }

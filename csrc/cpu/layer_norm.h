@@ -126,12 +126,17 @@ inline void pack_block(const Tokens<T>& t, int64_t row, int rows, T* X, T* F, T*
   });
   const auto normalize = [&](auto map) {
     constexpr FeatureMap kind = decltype(map)::value;
-    if (H) normalize_block<T, kind, true>(t, row, rows, X, F, H, inv);
-    else normalize_block<T, kind, false>(t, row, rows, X, F, H, inv);
+    if (H)
+      normalize_block<T, kind, true>(t, row, rows, X, F, H, inv);
+    else
+      normalize_block<T, kind, false>(t, row, rows, X, F, H, inv);
   };
-  if (t.map == FeatureMap::square) normalize(MapConstant<FeatureMap::square>{});
-  else if (t.map == FeatureMap::elu) normalize(MapConstant<FeatureMap::elu>{});
-  else normalize(MapConstant<FeatureMap::outer>{});
+  if (t.map == FeatureMap::square)
+    normalize(MapConstant<FeatureMap::square>{});
+  else if (t.map == FeatureMap::elu)
+    normalize(MapConstant<FeatureMap::elu>{});
+  else
+    normalize(MapConstant<FeatureMap::outer>{});
 }
 
 // From dX, the gradient of q' or k' of a block (overwritten), to the gradient of q or k, or, for

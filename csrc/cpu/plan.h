@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/elements.h"
+#include "cpu/prefetch.h"
 #include "op/backend.h"
 #include "op/feature_map.h"
 
@@ -30,13 +31,14 @@ struct Sizes {
   int slab;                       // features of a block laid out at once
   int chunk, blocks;              // tokens of a chunk, kLanes-blocks of it
   bool polynomial;
-  T a0, a1, a2;                  // sim = a0 + a1 u + a2 u^2
-  int64_t state_kv, state_size;  // elements of the numerator's state, and of both
+  T a0, a1, a2;                       // sim = a0 + a1 u + a2 u^2
+  int64_t state_kv, state_size;       // elements of the numerator's state, and of both
+  int first_column = 0, all_columns;  // of the head's values: where these begin, and how many there are
 
   explicit Sizes(const Problem& p, int chunk_limit) {
     feature_dim = int(p.feature_dim), head_dim = int(p.head_dim);
     feature_rows = int(round_up(feature_dim + 2, kRows));
-    value_columns = int(round_up(head_dim, kWidth<T>));
+    all_columns = head_dim;
     polynomial = p.feature_map == FeatureMap::outer || p.feature_map == FeatureMap::taylor;
     const bool taylor = p.feature_map == FeatureMap::taylor;
     features =
@@ -47,6 +49,12 @@ struct Sizes {
     const int64_t longest = round_up(larger<int64_t>(p.seqlen, 1), kLanes<T>);
     chunk = int(smaller<int64_t>(round_up(chunk_limit, kLanes<T>), longest));
     blocks = chunk / kLanes<T>;
+    set_columns(0, head_dim);
+  }
+  // Works on columns [begin, end) of the values only.
+  void set_columns(int begin, int end) {
+    first_column = begin, head_dim = end - begin;
+    value_columns = int(round_up(head_dim, kWidth<T>));
     state_kv = int64_t(feature_pad) * value_columns;
     state_size = round_up(state_kv + feature_pad, 64 / int64_t(sizeof(T)));
   }
@@ -103,32 +111,37 @@ struct Sequence {
   bool quadratic;
 };
 
-// One item of work: a segment of a sequence, for one kv head and its group of query heads.
+// One item of work: a segment of a sequence, for one kv head and its group of query heads, and one part of
+// what is to be done for it.
 struct Item {
-  int64_t sequence, batch, kv_head, segment, number;  // number: over segments and kv heads
+  int64_t sequence, batch, kv_head, segment, part;
+  int64_t number;  // over segments and kv heads
   int64_t sequence_begin, sequence_end, begin, end;
   bool quadratic, first, last;
 };
 
+// Parts: independent pieces that an item falls into at little extra cost, so that few heads keep the threads
+// busy: the value columns in forward, the two sweeps in backward. Only what is still missing then is cut into
+// segments: with states, that repeats half of the work.
 template <class T>
 struct Schedule {
   Sequence* sequences;
-  int64_t num_sequences, kv_heads, total_segments;
+  int64_t num_sequences, kv_heads, parts, total_segments;
   bool packed;
 
   // Most segments that `fill` can make.
-  static int64_t bound(const Problem& p, const Sizes<T>& s, int threads) {
+  static int64_t bound(const Problem& p, const Sizes<T>& s, int threads, int64_t parts) {
     const int64_t chunks = (p.seqlen + s.chunk - 1) / s.chunk;
-    return p.num_sequences * larger<int64_t>(1, smaller(wanted(p, threads, true), chunks));
+    return p.num_sequences * larger<int64_t>(1, smaller(wanted(p, threads, parts, true), chunks));
   }
-  // Segments per sequence that keep the threads busy. Segments of the quadratic form cost nothing but are
-  // uneven, those with states repeat the states' half of the work.
-  static int64_t wanted(const Problem& p, int threads, bool quadratic) {
-    const int64_t items = larger<int64_t>(1, p.num_sequences * p.kv_heads);
-    if (items >= (quadratic ? 4 : 1) * threads || threads == 1) return 1;
-    return ((quadratic ? 4 : 1) * threads + items - 1) / items;
+  // Segments per sequence. Those of the quadratic form cost nothing but are uneven: four for each thread.
+  static int64_t wanted(const Problem& p, int threads, int64_t parts, bool quadratic) {
+    const int64_t items = larger<int64_t>(1, p.num_sequences * p.kv_heads * parts);
+    const int64_t enough = threads == 1 ? 1 : (quadratic ? 4 : 1) * threads;
+    return (enough + items - 1) / items;
   }
-  void fill(const Problem& p, const Sizes<T>& s, int threads, bool needs_state) {
+  void fill(const Problem& p, const Sizes<T>& s, int threads, int64_t of_parts, bool needs_state) {
+    parts = of_parts;
     num_sequences = p.num_sequences, kv_heads = p.kv_heads, packed = p.cu_seqlens != nullptr;
     total_segments = 0;
     int64_t previous = 0;
@@ -142,20 +155,22 @@ struct Schedule {
       }
       const int64_t rows = sequence.end - sequence.begin;
       sequence.quadratic = !needs_state && s.quadratic_is_cheaper(rows);
-      const int64_t segments =
-          larger<int64_t>(1, smaller(wanted(p, threads, sequence.quadratic), (rows + s.chunk - 1) / s.chunk));
+      const int64_t segments = larger<int64_t>(
+          1, smaller(wanted(p, threads, parts, sequence.quadratic), (rows + s.chunk - 1) / s.chunk));
       sequence.segment_length = round_up((rows + segments - 1) / segments, s.chunk);
       sequence.segments = rows == 0 ? 1 : (rows + sequence.segment_length - 1) / sequence.segment_length;
       sequence.first_segment = total_segments;
       total_segments += sequence.segments;
     }
   }
-  int64_t items() const { return total_segments * kv_heads; }
+  int64_t heads() const { return total_segments * kv_heads; }  // items without their parts
+  int64_t items() const { return heads() * parts; }
   Item item(int64_t number) const {
     Item item;
-    item.number = number;
-    item.kv_head = number % kv_heads;
-    const int64_t segment = number / kv_heads;
+    item.part = number % parts;
+    item.number = number / parts;
+    item.kv_head = item.number % kv_heads;
+    const int64_t segment = item.number / kv_heads;
     int64_t low = 0, high = num_sequences;
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;

@@ -93,8 +93,12 @@ REBASED_INLINE IntVector<T> lane_numbers() {
 
 // The compiler does not vectorise a square root that may set errno, so this one is by intrinsics.
 #if REBASED_VECTOR_BYTES == 64 && defined(__AVX512F__)
-REBASED_INLINE FloatVector square_root(FloatVector v) { return (FloatVector)_mm512_maskz_sqrt_ps(0xffff, (__m512)v); }
-REBASED_INLINE DoubleVector square_root(DoubleVector v) { return (DoubleVector)_mm512_maskz_sqrt_pd(0xff, (__m512d)v); }
+REBASED_INLINE FloatVector square_root(FloatVector v) {
+  return (FloatVector)_mm512_maskz_sqrt_ps(0xffff, (__m512)v);
+}
+REBASED_INLINE DoubleVector square_root(DoubleVector v) {
+  return (DoubleVector)_mm512_maskz_sqrt_pd(0xff, (__m512d)v);
+}
 #elif REBASED_VECTOR_BYTES == 32 && defined(__AVX__)
 REBASED_INLINE FloatVector square_root(FloatVector v) { return (FloatVector)_mm256_sqrt_ps((__m256)v); }
 REBASED_INLINE DoubleVector square_root(DoubleVector v) { return (DoubleVector)_mm256_sqrt_pd((__m256d)v); }
@@ -137,8 +141,11 @@ REBASED_INLINE Vector<T> fold(Vector<T> v, std::integer_sequence<int, L...>) {
 }
 template <class T, int Distance = kWidth<T> / 2>
 REBASED_INLINE T horizontal_sum(Vector<T> v) {
-  if constexpr (Distance == 0) return v[0];
-  else return horizontal_sum<T, Distance / 2>(fold<T, Distance>(v, std::make_integer_sequence<int, kWidth<T>>{}));
+  if constexpr (Distance == 0)
+    return v[0];
+  else
+    return horizontal_sum<T, Distance / 2>(
+        fold<T, Distance>(v, std::make_integer_sequence<int, kWidth<T>>{}));
 }
 
 // exp(x) for x <= 0, to about 1 unit in the last place; below the smallest normal number it stays there.
