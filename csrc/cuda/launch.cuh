@@ -1,0 +1,98 @@
+// The host's side of device.cuh, which includes this file: devices and launches.
+#pragma once
+
+// LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, arguments...): queues the kernel on the stream (a
+// cudaStream_t as void*) and gives the error text, "" when all is well. Under emulation the kernel has run to
+// its end when this returns.
+#define LAUNCH(...) ::rebased::REBASED_BACKEND::launch_kernel(__VA_ARGS__)
+
+namespace rebased::REBASED_BACKEND {
+
+struct DeviceAttributes {
+  int multiprocessors;
+  int compute_capability;       // 80 for 8.0
+  int shared_memory_per_block;  // bytes, opt-in maximum
+};
+
+#if defined(REBASED_EMULATED)
+
+inline const char* set_device(int) { return ""; }
+
+inline const char* device_attributes(int, DeviceAttributes* attributes) {
+  emulator::Limits limits{};
+  const char* const error = emulator::limits(&limits);
+  *attributes = {limits.multiprocessors, limits.compute_capability,
+                 static_cast<int>(limits.shared_memory_per_block)};
+  return error;
+}
+
+template <class... Parameters, class... Arguments>
+const char* launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_shared_bytes,
+                          void*, const Arguments&... arguments) {
+  static_assert((sizeof(Parameters) + ... + 0) <= 4096, "CUDA's limit on the size of a kernel's parameters");
+  const auto run = [&] { kernel(static_cast<Parameters>(arguments)...); };
+  using Run = decltype(run);
+  return emulator::launch(
+      {reinterpret_cast<const void*>(kernel), grid, block, dynamic_shared_bytes},
+      [](const void* context) { (*static_cast<const Run*>(context))(); }, &run);
+}
+
+#else
+
+inline const char* error_text(cudaError_t error) {
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
+inline const char* set_device(int index) { return error_text(cudaSetDevice(index)); }
+
+inline const char* device_attributes(int index, DeviceAttributes* attributes) {
+  int major = 0, minor = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+  if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
+  if (!error) {
+    error = cudaDeviceGetAttribute(&attributes->multiprocessors, cudaDevAttrMultiProcessorCount, index);
+  }
+  if (!error) {
+    error = cudaDeviceGetAttribute(&attributes->shared_memory_per_block,
+                                   cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  }
+  attributes->compute_capability = 10 * major + minor;
+  return error_text(error);
+}
+
+// Dynamic shared memory past 48 KB less the static arrays needs the kernel's consent. It is raised once and
+// never lowered, to the most there is: another host thread may be launching the same kernel with another
+// size.
+inline cudaError_t allow_dynamic_shared_memory(const void* kernel, size_t bytes) {
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error || bytes <= static_cast<size_t>(attributes.maxDynamicSharedSizeBytes)) return error;
+  int device = 0, limit = 0;
+  error = cudaGetDevice(&device);
+  if (!error) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error) return error;
+  const int most = limit - static_cast<int>(attributes.sharedSizeBytes);
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+}
+
+template <class... Parameters, class... Arguments>
+const char* launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic_shared_bytes,
+                          void* stream, const Arguments&... arguments) {
+  if (dynamic_shared_bytes > 0) {
+    const cudaError_t error =
+        allow_dynamic_shared_memory(reinterpret_cast<const void*>(kernel), dynamic_shared_bytes);
+    if (error) return error_text(error);
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = dynamic_shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  cudaGetLastError();  // told; the next launch is not to find it again
+  return error_text(error);
+}
+
+#endif
+
+}  // namespace rebased::REBASED_BACKEND

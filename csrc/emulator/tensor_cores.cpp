@@ -1,0 +1,153 @@
+// Twins of the tensor-core instructions; cuda/device.cuh has the fragments' layouts. Products are exact, as
+// on the device; sums are float32, rounded to nearest in order of k, where the device truncates in an order
+// of its own.
+#include "emulator/block.h"
+#include "emulator/runtime.h"
+#include "emulator/sanitizer.h"
+
+namespace rebased::emulator {
+namespace {
+
+using Float4 = float __attribute__((vector_size(16)));
+using Row = Float4[2];  // 8 columns
+
+inline float bfloat16_to_float(uint32_t bits) { return bits_float(bits << 16); }
+inline float half_bits_to_float(uint32_t bits) { return half_to_float(static_cast<uint16_t>(bits)); }
+inline float tf32_to_float(uint32_t bits) {
+  return bits_float(bits & 0xffffe000u);
+}  // the unit ignores 13 bits
+
+const MatrixOperands& operand_of(void* const (&operands)[32], int lane) {
+  return *static_cast<const MatrixOperands*>(operands[lane]);
+}
+
+// d += a b for a (16, depth) and b (depth, 8), d in the lanes' registers.
+template <int depth>
+void multiply(const float (&a)[16][depth], const Row (&b)[depth], void* const (&operands)[32]) {
+  Row d[16];
+  for (int lane = 0; lane < 32; ++lane) {
+    const float* const from = operand_of(operands, lane).d;
+    const int g = lane / 4, t = lane % 4;
+    __builtin_memcpy(reinterpret_cast<char*>(d[g]) + 8 * t, from, 8);
+    __builtin_memcpy(reinterpret_cast<char*>(d[g + 8]) + 8 * t, from + 2, 8);
+  }
+  for (int row = 0; row < 16; row += 4) {  // four rows at a time fit in 16 vector registers
+    Float4 sum[4][2];
+    for (int i = 0; i < 4; ++i) {
+      for (int half = 0; half < 2; ++half) sum[i][half] = d[row + i][half];
+    }
+    for (int k = 0; k < depth; ++k) {
+      const Float4 low = b[k][0], high = b[k][1];
+      for (int i = 0; i < 4; ++i) {
+        sum[i][0] += a[row + i][k] * low;
+        sum[i][1] += a[row + i][k] * high;
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      for (int half = 0; half < 2; ++half) d[row + i][half] = sum[i][half];
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    float* const to = operand_of(operands, lane).d;
+    const int g = lane / 4, t = lane % 4;
+    __builtin_memcpy(to, reinterpret_cast<const char*>(d[g]) + 8 * t, 8);
+    __builtin_memcpy(to + 2, reinterpret_cast<const char*>(d[g + 8]) + 8 * t, 8);
+  }
+}
+
+template <float (*to_float)(uint32_t)>
+void mma_m16n8k16(void* const (&operands)[32]) {
+  float a[16][16];
+  Row b[16];
+  for (int lane = 0; lane < 32; ++lane) {
+    const MatrixOperands& operand = operand_of(operands, lane);
+    const int g = lane / 4, t = lane % 4;
+    for (int half = 0; half < 2; ++half) {
+      const int k = 2 * t + half;
+      const auto value = [half](uint32_t pair) { return to_float(half ? pair >> 16 : pair & 0xffffu); };
+      a[g][k] = value(operand.a[0]);
+      a[g + 8][k] = value(operand.a[1]);
+      a[g][k + 8] = value(operand.a[2]);
+      a[g + 8][k + 8] = value(operand.a[3]);
+      reinterpret_cast<float*>(b[k])[g] = value(operand.b[0]);
+      reinterpret_cast<float*>(b[k + 8])[g] = value(operand.b[1]);
+    }
+  }
+  multiply(a, b, operands);
+}
+
+struct MatrixRow {
+  const void* address;
+  uint32_t* registers;
+  int count;
+  bool transposed;
+};
+
+void load_matrices(void* const (&operands)[32], unsigned) {
+  const auto& first = *static_cast<const MatrixRow*>(operands[0]);
+  for (int m = 0; m < first.count; ++m) {
+    uint16_t matrix[8][8];
+    for (int row = 0; row < 8; ++row) {
+      __builtin_memcpy(matrix[row], static_cast<const MatrixRow*>(operands[8 * m + row])->address, 16);
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      const uint16_t low = first.transposed ? matrix[2 * t][g] : matrix[g][2 * t];
+      const uint16_t high = first.transposed ? matrix[2 * t + 1][g] : matrix[g][2 * t + 1];
+      static_cast<MatrixRow*>(operands[lane])->registers[m] = low | static_cast<uint32_t>(high) << 16;
+    }
+  }
+}
+
+struct MatrixElements {
+  uint32_t from, to;
+};
+
+void transpose_elements(void* const (&operands)[32], unsigned) {
+  const auto element = [&](int row, int column) -> uint32_t {
+    return static_cast<const MatrixElements*>(operands[row * 4 + column / 2])->from >> column % 2 * 16 &
+           0xffffu;
+  };
+  for (int lane = 0; lane < 32; ++lane) {
+    const int g = lane / 4, t = lane % 4;
+    static_cast<MatrixElements*>(operands[lane])->to = element(2 * t, g) | element(2 * t + 1, g) << 16;
+  }
+}
+
+}  // namespace
+
+void mma_bfloat16(void* const (&operands)[32], unsigned) { mma_m16n8k16<bfloat16_to_float>(operands); }
+void mma_half(void* const (&operands)[32], unsigned) { mma_m16n8k16<half_bits_to_float>(operands); }
+
+void mma_tf32(void* const (&operands)[32], unsigned) {
+  float a[16][8];
+  Row b[8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const MatrixOperands& operand = operand_of(operands, lane);
+    const int g = lane / 4, t = lane % 4;
+    a[g][t] = tf32_to_float(operand.a[0]);
+    a[g + 8][t] = tf32_to_float(operand.a[1]);
+    a[g][t + 4] = tf32_to_float(operand.a[2]);
+    a[g + 8][t + 4] = tf32_to_float(operand.a[3]);
+    reinterpret_cast<float*>(b[t])[g] = tf32_to_float(operand.b[0]);
+    reinterpret_cast<float*>(b[t + 4])[g] = tf32_to_float(operand.b[1]);
+  }
+  multiply(a, b, operands);
+}
+
+void ldmatrix(uint32_t* registers, int count, const void* row, bool transposed, Site site) {
+  if (lane_index() < 8 * count) {
+    check_address(row, 16, Memory::shared, "ldmatrix", site);
+    note_read(row, 16, __builtin_return_address(0));
+  }
+  MatrixRow operand{row, registers, count, transposed};
+  warp_collective(load_matrices, "ldmatrix", 0xffffffffu, &operand, site);
+}
+
+uint32_t transpose_matrix(uint32_t matrix, Site site) {
+  MatrixElements elements{matrix, 0};
+  warp_collective(transpose_elements, "transpose_matrix", 0xffffffffu, &elements, site);
+  return elements.to;
+}
+
+}  // namespace rebased::emulator
