@@ -1,0 +1,5 @@
+#include "cuda/general_launch.cuh"
+
+namespace rebased::REBASED_BACKEND {
+template const char* launch_general<half_t>(const BackwardProblem&, const Plan&, void*);
+}

@@ -1,0 +1,7 @@
+#include "cuda/general_launch.cuh"
+
+namespace rebased::REBASED_BACKEND {
+template const char* launch_general<bfloat16_t>(const ForwardProblem&, const Plan&, void*);
+template const char* launch_preparation<bfloat16_t>(const ForwardProblem&, const Plan&, void*);
+template const char* launch_fill<bfloat16_t>(const ForwardProblem&, const Plan&, void*);
+}  // namespace rebased::REBASED_BACKEND

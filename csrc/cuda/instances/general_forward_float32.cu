@@ -1,0 +1,7 @@
+#include "cuda/general_launch.cuh"
+
+namespace rebased::REBASED_BACKEND {
+template const char* launch_general<float>(const ForwardProblem&, const Plan&, void*);
+template const char* launch_preparation<float>(const ForwardProblem&, const Plan&, void*);
+template const char* launch_fill<float>(const ForwardProblem&, const Plan&, void*);
+}  // namespace rebased::REBASED_BACKEND

@@ -1,0 +1,5 @@
+#include "cuda/step.cuh"
+
+namespace rebased::REBASED_BACKEND {
+template const char* launch_step<bfloat16_t>(const StepProblem&, const Plan&, void*);
+}

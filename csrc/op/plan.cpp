@@ -1,0 +1,263 @@
+#include "op/plan.h"
+
+#include <algorithm>
+
+#include "op/backend.h"
+
+namespace rebased {
+namespace {
+
+// Shared memory past which a block would be alone on a multiprocessor of any architecture: better a shorter
+// chunk, or the state in the L2 cache, and more blocks at work.
+constexpr int64_t shared_memory_of_half_a_multiprocessor = 112 * 1024;
+
+PlanOverride active_override;
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+// The least stride >= width that is an odd number of quads.
+int odd_quads(int64_t width) { return static_cast<int>((divide_up(width, 4) | 1) * 4); }
+
+int64_t features_of(const Problem& problem) { return num_features(problem.feature_map, problem.feature_dim); }
+
+// Of a sequence, on average: the lengths of packed ones are on the device.
+int64_t mean_rows(const Problem& problem) {
+  return problem.cu_seqlens && problem.num_sequences ? problem.seqlen / problem.num_sequences
+                                                     : problem.seqlen;
+}
+
+// What the general kernels need to know of a path and a direction.
+struct Sweep {
+  bool backward, quadratic;
+};
+
+GeneralTiles general_tiles(const Problem& problem, Sweep sweep, int chunk, bool state_in_shared) {
+  GeneralTiles tiles{};
+  tiles.chunk = chunk;
+  // one 4 x 4 tile of y per thread, or two
+  tiles.threads = static_cast<int>(
+      std::clamp<int64_t>(round_up(chunk / 4 * divide_up(problem.head_dim, 4), 32), 128, 256));
+  tiles.row_stride = odd_quads(chunk);
+  tiles.value_stride = odd_quads(problem.head_dim);
+  tiles.num_features = static_cast<int>(features_of(problem));
+  tiles.padded_features = static_cast<int>(round_up(tiles.num_features, 4));
+  tiles.gradient_features = sweep.backward && !sweep.quadratic ? std::min(tiles.padded_features, 64) : 0;
+  tiles.state_in_shared = state_in_shared;
+
+  int size = 0;
+  const auto take = [&size](int count) {
+    const int offset = size;
+    size += static_cast<int>(round_up(count, 4));
+    return offset;
+  };
+  const int feature_tile = static_cast<int>(problem.feature_dim + 2) * tiles.row_stride;
+  const int value_tile = chunk * tiles.value_stride;
+  const int score_tile = chunk * tiles.row_stride;
+  tiles.row_features = take(feature_tile);
+  tiles.other_features = take(feature_tile);
+  tiles.other_values = take(value_tile);
+  if (sweep.backward) {
+    tiles.row_normalized = take(feature_tile);
+    tiles.row_gradient = take(feature_tile);
+    tiles.row_values = take(value_tile);
+    tiles.scores = take(std::max(2 * score_tile, tiles.gradient_features * tiles.row_stride));
+    tiles.score_gradients = tiles.scores + score_tile;
+    tiles.feature_gradients = tiles.scores;
+  } else {
+    tiles.scores = take(score_tile);
+  }
+  const bool gathers = sweep.quadratic || (sweep.backward && problem.group_size() > 1);
+  tiles.gathered_values = take(gathers ? value_tile : 0);
+  tiles.vectors = take(GeneralTiles::vector_count * chunk + tiles.threads);
+  tiles.state = take(state_in_shared ? static_cast<int>(tiles.slot_size()) : 0);
+  tiles.size = size;
+  return tiles;
+}
+
+// The state in shared memory with chunks of 32 or 16 if that fits, else in the workspace with the longest
+// chunk that fits: each chunk then reads the whole state once from the L2 cache. The longest chunk that fits
+// when there is no state. Two blocks a multiprocessor where possible. False where nothing fits.
+bool choose_tiles(const Problem& problem, const Device& device, Sweep sweep, GeneralTiles* chosen) {
+  struct Candidate {
+    int chunk;
+    bool state_in_shared;
+  };
+  static constexpr Candidate candidates[] = {{32, true},  {16, true}, {64, false}, {32, false},
+                                             {16, false}, {8, false}, {4, false}};
+  const int64_t accumulator = accumulator_size(problem.dtype), most = device.shared_memory_per_block;
+  const PlanOverride& forced = plan_override();
+  const bool forced_place = forced.state_in_shared >= 0 && !sweep.quadratic;
+  const int64_t state_bytes = features_of(problem) * (odd_quads(problem.head_dim) + 1) * accumulator;
+  for (const int64_t limit : {std::min(most, shared_memory_of_half_a_multiprocessor), most}) {
+    for (const Candidate candidate : candidates) {
+      const int chunk = forced.chunk ? forced.chunk : candidate.chunk;
+      const bool state_in_shared = forced_place ? forced.state_in_shared == 1 : candidate.state_in_shared;
+      if (state_in_shared && (sweep.quadratic || state_bytes > limit)) continue;
+      *chosen = general_tiles(problem, sweep, chunk, state_in_shared);
+      if (chosen->size * accumulator <= limit) return true;
+    }
+  }
+  return false;
+}
+
+// Enough blocks for two on every multiprocessor, of at least eight chunks each. Without a state blocks do not
+// depend on each other: one per chunk, or for packed sequences per chunk of one of twice the mean length.
+int choose_segments(const Problem& problem, const Device& device, Sweep sweep, int chunk) {
+  const int64_t rows = mean_rows(problem), chunks = divide_up(problem.seqlen, chunk);
+  if (sweep.quadratic) {
+    return static_cast<int>(std::max<int64_t>(std::min(chunks, 2 * divide_up(rows, chunk)), 1));
+  }
+  if (plan_override().segments) return plan_override().segments;
+  const int64_t blocks = problem.num_sequences * problem.kv_heads;
+  if (blocks == 0) return 1;
+  const int64_t wanted = divide_up(2 * device.multiprocessors, blocks);
+  return static_cast<int>(std::clamp<int64_t>(std::min(wanted, rows / (8 * chunk)), 1, 128));
+}
+
+void add_region(Workspace* workspace, bool needed, Region* region, int64_t bytes) {
+  if (!needed) return;
+  *region = {workspace->bytes, bytes};
+  workspace->bytes += round_up(bytes, 64);
+}
+
+Plan plan_general(const Problem& problem, const Device& device, Sweep sweep) {
+  Plan plan;
+  plan.path = sweep.quadratic ? Path::quadratic : Path::general;
+  if (!choose_tiles(problem, device, sweep, &plan.tiles)) {
+    plan.error = "no chunk length fits this device's shared memory";
+    return plan;
+  }
+  const int64_t accumulator = accumulator_size(problem.dtype);
+  plan.segments = choose_segments(problem, device, sweep, plan.tiles.chunk);
+  plan.shared_memory_bytes = plan.tiles.size * accumulator;
+
+  const int64_t tokens = problem.batch * problem.seqlen;
+  const bool token_norm = problem.layer_norm == LayerNorm::token;
+  const int64_t states =
+      problem.num_sequences * problem.kv_heads * plan.segments * plan.tiles.slot_size() * accumulator;
+  const bool slots = !sweep.quadratic && (plan.segments > 1 || !plan.tiles.state_in_shared);
+  Workspace& workspace = plan.workspace;
+  const auto add = [&](bool needed, Region* region, int64_t bytes) {
+    add_region(&workspace, needed, region, bytes);
+  };
+  add(problem.cu_seqlens != nullptr, &workspace.bounds, (problem.num_sequences + 1) * 8);
+  add(token_norm, &workspace.query_statistics, tokens * 2 * accumulator);
+  add(token_norm, &workspace.key_statistics, tokens * 2 * accumulator);
+  add(slots, &workspace.states, states);
+  if (sweep.backward) {
+    const int64_t affine = problem.num_sequences * plan.segments * 2 * problem.feature_dim * accumulator;
+    const int64_t gradient = tokens * problem.feature_dim * accumulator;
+    add(slots, &workspace.reverse_states, states);
+    add(problem.normalize, &workspace.delta, tokens * problem.heads * accumulator);
+    add(token_norm, &workspace.query_gradient, gradient * problem.heads);
+    add(token_norm, &workspace.key_gradient, gradient * problem.kv_heads);
+    add(problem.query_affine.gamma || problem.query_affine.beta, &workspace.query_affine,
+        affine * problem.heads);
+    add(problem.key_affine.gamma || problem.key_affine.beta, &workspace.key_affine,
+        affine * problem.kv_heads);
+  }
+  return plan;
+}
+
+bool stateless(const ForwardProblem& problem) {
+  return !problem.initial_state.kv && !problem.initial_state.k && !problem.final_state.kv &&
+         !problem.final_state.k;
+}
+bool stateless(const BackwardProblem& problem) {
+  return !problem.initial_state.kv && !problem.initial_state.k && !problem.grad_final_state.kv &&
+         !problem.grad_final_state.k && !problem.grad_initial_state.kv && !problem.grad_initial_state.k;
+}
+
+// Whether scores of all pairs cost fewer operations than a state: per row and with n rows on average,
+//   forward   n (d + dv)       against C (d + dv) + 4 F dv
+//   backward  n (3 d + 2 dv)   against C (3 d + 2 dv) + 10 F dv
+bool quadratic_is_cheaper(const Problem& problem, bool backward) {
+  constexpr int64_t chunk = 32;
+  const int64_t d = problem.feature_dim, dv = problem.head_dim;
+  const int64_t pair = backward ? 3 * d + 2 * dv : d + dv;
+  return (mean_rows(problem) - chunk) * pair < (backward ? 10 : 4) * features_of(problem) * dv;
+}
+
+template <class AnyProblem>
+Plan plan_sweep(const AnyProblem& problem, const Device& device, bool backward) {
+  Path path = stateless(problem) && quadratic_is_cheaper(problem, backward) ? Path::quadratic : Path::general;
+  if (plan_override().force_path) path = plan_override().path;
+  if (path == Path::tensor_core || (path == Path::quadratic && !stateless(problem))) {
+    Plan plan;
+    plan.path = path;
+    plan.error = "this path does not take this problem";
+    return plan;
+  }
+  return plan_general(problem, device, {backward, path == Path::quadratic});
+}
+
+}  // namespace
+
+void set_plan_override(const PlanOverride& forced) { active_override = forced; }
+const PlanOverride& plan_override() { return active_override; }
+
+Plan plan_forward(const ForwardProblem& problem, const Device& device) {
+  return plan_sweep(problem, device, false);
+}
+Plan plan_backward(const BackwardProblem& problem, const Device& device) {
+  return plan_sweep(problem, device, true);
+}
+
+Plan plan_step(const StepProblem& problem, const Device&) {
+  Plan plan;
+  StepTiles& step = plan.step;
+  const int64_t features = features_of(problem);
+  const int64_t group = problem.kv_heads ? problem.group_size() : 1;
+  step.threads = features * divide_up(problem.head_dim, 4) <= 512 ? 128 : 256;
+  step.heads_at_once = static_cast<int>(std::clamp<int64_t>(group, 1, 4));
+  step.features_at_once = static_cast<int>(std::min<int64_t>(round_up(features, 4), 1024));
+  const int heads = step.heads_at_once;
+  step.features = 0;
+  step.vectors = step.features + (1 + heads) * step.features_at_once;
+  step.sums = step.vectors + static_cast<int>(round_up((1 + heads) * problem.feature_dim, 4));
+  step.denominators = step.sums + heads * step.threads * 4;
+  step.size = step.denominators + heads * step.threads;
+  plan.shared_memory_bytes = step.size * accumulator_size(problem.dtype);
+  return plan;
+}
+
+const char* path_name(Path path) {
+  return path == Path::general ? "general" : path == Path::tensor_core ? "tensor_core" : "quadratic";
+}
+
+std::vector<std::pair<std::string, int64_t>> plan_entries(const Plan& plan) {
+  std::vector<std::pair<std::string, int64_t>> entries = {
+      {"segments", plan.segments},
+      {"shared_memory_bytes", plan.shared_memory_bytes},
+      {"tiles.chunk", plan.tiles.chunk},
+      {"tiles.threads", plan.tiles.threads},
+      {"tiles.num_features", plan.tiles.num_features},
+      {"tiles.state_in_shared", plan.tiles.state_in_shared},
+      {"step.threads", plan.step.threads},
+      {"step.heads_at_once", plan.step.heads_at_once},
+      {"step.features_at_once", plan.step.features_at_once},
+      {"workspace.bytes", plan.workspace.bytes},
+  };
+  const Workspace& workspace = plan.workspace;
+  const std::pair<const char*, Region> regions[] = {
+      {"bounds", workspace.bounds},
+      {"query_statistics", workspace.query_statistics},
+      {"key_statistics", workspace.key_statistics},
+      {"states", workspace.states},
+      {"reverse_states", workspace.reverse_states},
+      {"delta", workspace.delta},
+      {"query_gradient", workspace.query_gradient},
+      {"key_gradient", workspace.key_gradient},
+      {"query_affine", workspace.query_affine},
+      {"key_affine", workspace.key_affine},
+  };
+  for (const auto& [name, region] : regions) {
+    if (region.bytes == 0) continue;
+    entries.emplace_back(std::string("workspace.") + name + ".offset", region.offset);
+    entries.emplace_back(std::string("workspace.") + name + ".bytes", region.bytes);
+  }
+  return entries;
+}
+
+}  // namespace rebased

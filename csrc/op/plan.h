@@ -1,0 +1,119 @@
+// How a call is cut into blocks: which path, chunk length, segments, threads, shared memory and workspace,
+// from a Problem's sizes and a Device's limits alone. No GPU and no pointer is looked at (except whether
+// optional ones are null), so that a plan can be tested, shown and asked for its workspace before anything is
+// allocated.
+//
+// Sizes of shared memory and workspace are in accumulators (float, or double for float64) unless named bytes.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "op/feature_map.h"
+#include "op/problem.h"
+
+namespace rebased {
+
+struct Device;  // backend.h
+
+// general: SIMT kernels with a state, every problem. quadratic: the same kernels without, for problems that
+// neither take nor give one. tensor_core: mma kernels for 16-bit types.
+enum class Path { general, tensor_core, quadratic };
+
+// The general path's shared-memory tiles, as offsets; kernels and plan.cpp read the same numbers.
+//   feature tile  (feature_dim + 2, chunk), stride row_stride: q' or k' transposed, then a row of ones (0
+//   past
+//                 the last row of the sequence) and a row of zeros
+//   value tile    (chunk, head_dim), stride value_stride, padded with zeros
+//   state         (padded_features, head_dim), stride value_stride, then padded_features sums
+// Both strides are an odd number of 16-byte (float) quads, so that eight lanes with consecutive rows touch
+// all banks.
+struct GeneralTiles {
+  int chunk, threads;
+  int row_stride, value_stride;
+  int num_features, padded_features;  // padded to a multiple of 4
+  int gradient_features;              // features whose gradients are held at once, a multiple of 4
+  bool state_in_shared;               // else the state lives in its workspace slot
+
+  int row_features, other_features;  // feature tiles: of the rows the block computes, of those they look at
+  int row_normalized;                // feature tile: LayerNorm(x) of the rows, then only in backward
+  int row_gradient;                  // feature tile: d loss / d row_features
+  int row_values, other_values;      // value tiles
+  int scores;                        // (chunk, row_stride): scores, [other][row]
+  int score_gradients;               // (chunk, row_stride)
+  int feature_gradients;             // (gradient_features, row_stride), in the place of the two above
+  int gathered_values;               // value tile: y or grad v while several others or heads add to it
+  int vectors;                       // vector_count vectors of `chunk`, then one of `threads`
+  int state;
+  int size;
+
+  // rows of `vectors`
+  static constexpr int row_extra = 0, other_extra = 1, row_mean = 2, row_scale = 3, row_sum = 4, row_dot = 5,
+                       vector_count = 6;
+
+  REBASED_HOST_DEVICE int64_t slot_size() const {
+    return static_cast<int64_t>(padded_features) * value_stride + padded_features;
+  }
+};
+
+// The step kernel's: threads, the query heads whose features are held at once, and the features held at once.
+// Shared memory, as offsets: features (1 + heads_at_once, features_at_once) of k' and of the query heads,
+// vectors (1 + heads_at_once, feature_dim), sums (heads_at_once, threads, 4) and (heads_at_once, threads).
+struct StepTiles {
+  int threads, heads_at_once, features_at_once;
+  int features, vectors, sums, denominators, size;
+};
+
+struct Region {
+  int64_t offset = 0, bytes = 0;
+};
+
+// What the workspace holds, each region at a multiple of 64 bytes; a region of 0 bytes is absent.
+struct Workspace {
+  Region bounds;            // int64 (num_sequences + 1): cu_seqlens clamped
+  Region query_statistics;  // (batch, seqlen, 2): mean and 1 / standard deviation of "token" LayerNorm
+  Region key_statistics;
+  Region states;          // (num_sequences, kv_heads, segments, slot_size): state before each segment
+  Region reverse_states;  // the same for T and M of backward, after each segment
+  Region delta;           // (batch, heads, seqlen): sum over head_dim of r grad_y y
+  Region query_gradient;  // (batch, heads, seqlen, feature_dim): grad q' of "token" LayerNorm
+  Region key_gradient;    // (batch, kv_heads, seqlen, feature_dim)
+  Region query_affine;    // (num_sequences, heads, segments, 2, feature_dim): grad gamma, grad beta per block
+  Region key_affine;      // (num_sequences, kv_heads, segments, 2, feature_dim)
+  int64_t bytes = 0;
+};
+
+struct Plan {
+  Path path = Path::general;
+  const char* error = "";  // why there is no such plan; empty when there is one
+  int segments = 1;        // runs of chunks of one sequence that different blocks walk
+  GeneralTiles tiles{};    // of all general kernels of this direction
+  StepTiles step{};
+  int64_t shared_memory_bytes = 0;  // the most that a kernel of the plan asks for
+  Workspace workspace;
+};
+
+// For tests: what to take instead of the choice that a plan would make; 0 means the plan's own choice.
+struct PlanOverride {
+  bool force_path = false;
+  Path path = Path::general;
+  int chunk = 0;  // 4, 8, 16, 32 or 64
+  int segments = 0;
+  int state_in_shared = -1;  // 0 or 1; -1 leaves it to the plan
+};
+// Process-wide. To be set only while no call is under way.
+void set_plan_override(const PlanOverride&);
+const PlanOverride& plan_override();
+
+Plan plan_forward(const ForwardProblem&, const Device&);
+Plan plan_backward(const BackwardProblem&, const Device&);
+Plan plan_step(const StepProblem&, const Device&);
+
+const char* path_name(Path);
+// Every number of a plan under its name, for showing it: "segments", "tiles.chunk",
+// "workspace.states.offset".
+std::vector<std::pair<std::string, int64_t>> plan_entries(const Plan&);
+
+}  // namespace rebased
