@@ -1,10 +1,12 @@
-// The Python module rebased_cuda._C: facts about the build. Tensors never pass here (library.cpp).
+// The Python module rebased_cuda._C: facts about the build, and the launch plan of a shape. Tensors never
+// pass here (library.cpp).
 #include <pybind11/pybind11.h>
 
-#include <cstdlib>
+#include <stdexcept>
 #include <string>
 
 #include "op/backend.h"
+#include "op/plan.h"
 
 namespace py = pybind11;
 
@@ -32,9 +34,94 @@ py::dict build_info() {
   return info;
 }
 
+// names[i] is the text of the i-th value of an enum.
+template <class Enum, size_t count>
+Enum parse(const char* argument, const std::string& text, const char* const (&names)[count]) {
+  for (size_t i = 0; i < count; ++i) {
+    if (text == names[i]) return static_cast<Enum>(i);
+  }
+  throw std::invalid_argument(std::string(argument) + ": unknown value " + text);
+}
+
+constexpr const char* dtype_names[] = {"float32", "float64", "float16", "bfloat16"};
+constexpr const char* feature_map_names[] = {"outer", "square", "taylor", "elu"};
+constexpr const char* layer_norm_names[] = {"none", "token", "head"};
+constexpr const char* path_names[] = {"general", "tensor_core", "quadratic"};
+
+// A problem of this shape with dense rows; pointers that only have to be there point at `present`.
+template <class AnyProblem>
+AnyProblem shaped(int64_t batch, int64_t heads, int64_t kv_heads, int64_t seqlen, int64_t feature_dim,
+                  int64_t head_dim, const std::string& dtype, const std::string& feature_map,
+                  const std::string& layer_norm, int64_t sequences) {
+  static const int64_t present[2] = {};
+  AnyProblem p{};
+  p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.seqlen = seqlen;
+  p.feature_dim = feature_dim, p.head_dim = head_dim;
+  p.num_sequences = sequences ? sequences : batch;
+  p.cu_seqlens = sequences ? present : nullptr;
+  p.dtype = parse<rebased::Dtype>("dtype", dtype, dtype_names);
+  p.feature_map = parse<rebased::FeatureMap>("feature_map", feature_map, feature_map_names);
+  p.layer_norm = parse<rebased::LayerNorm>("layer_norm", layer_norm, layer_norm_names);
+  p.normalize = true;
+  p.q = {nullptr, heads * seqlen * feature_dim, seqlen * feature_dim, feature_dim};
+  p.k = {nullptr, kv_heads * seqlen * feature_dim, seqlen * feature_dim, feature_dim};
+  p.v = {nullptr, kv_heads * seqlen * head_dim, seqlen * head_dim, head_dim};
+  p.query_affine = p.key_affine = {present, present, feature_dim, feature_dim};
+  return p;
+}
+
+py::dict plan(const std::string& direction, int64_t batch, int64_t heads, int64_t kv_heads, int64_t seqlen,
+              int64_t feature_dim, int64_t head_dim, const std::string& dtype, const std::string& feature_map,
+              const std::string& layer_norm, int64_t sequences, bool state, int multiprocessors,
+              int64_t shared_memory_per_block) {
+  static char present[1];
+  const rebased::Device device{0, multiprocessors, 90, shared_memory_per_block};
+  const auto problem = [&](auto kind) {
+    return shaped<decltype(kind)>(batch, heads, kv_heads, seqlen, feature_dim, head_dim, dtype, feature_map,
+                                  layer_norm, sequences);
+  };
+  rebased::Plan chosen;
+  if (direction == "forward") {
+    auto p = problem(rebased::ForwardProblem{});
+    if (state) p.final_state = {present, present};
+    chosen = rebased::plan_forward(p, device);
+  } else if (direction == "backward") {
+    auto p = problem(rebased::BackwardProblem{});
+    if (state) p.grad_final_state = {present, present};
+    chosen = rebased::plan_backward(p, device);
+  } else if (direction == "step") {
+    chosen = rebased::plan_step(problem(rebased::StepProblem{}), device);
+  } else {
+    throw std::invalid_argument("direction: must be forward, backward or step, got " + direction);
+  }
+  py::dict result;
+  result["path"] = rebased::path_name(chosen.path);
+  result["error"] = chosen.error;
+  for (const auto& [name, value] : rebased::plan_entries(chosen)) result[name.c_str()] = value;
+  return result;
+}
+
+void set_plan_override(const std::string& path, int chunk, int segments, int state_in_shared) {
+  rebased::PlanOverride forced;
+  forced.force_path = !path.empty();
+  if (forced.force_path) forced.path = parse<rebased::Path>("path", path, path_names);
+  forced.chunk = chunk, forced.segments = segments, forced.state_in_shared = state_in_shared;
+  rebased::set_plan_override(forced);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "What was built, and how a problem would be launched.";
   module.def("build_info", &build_info, "Facts about this build as a dict.");
+  module.def("plan", &plan, "How the CUDA kernels would be launched for a shape, as a dict of named numbers.",
+             py::arg("direction"), py::kw_only(), py::arg("batch") = 1, py::arg("heads") = 12,
+             py::arg("kv_heads") = 12, py::arg("seqlen") = 4096, py::arg("feature_dim") = 16,
+             py::arg("head_dim") = 64, py::arg("dtype") = "bfloat16", py::arg("feature_map") = "outer",
+             py::arg("layer_norm") = "token", py::arg("sequences") = 0, py::arg("state") = false,
+             py::arg("multiprocessors") = 132, py::arg("shared_memory_per_block") = 227 << 10);
+  module.def("set_plan_override", &set_plan_override,
+             "For tests: what every later plan of the CUDA kernels takes instead of its own choice.",
+             py::kw_only(), py::arg("path") = "", py::arg("chunk") = 0, py::arg("segments") = 0,
+             py::arg("state_in_shared") = -1);
 }

@@ -20,6 +20,10 @@ const char* launch_step(const StepProblem&, const Plan&, void* stream);
 template <class E>
 const char* launch_preparation(const ForwardProblem&, const Plan&, void* stream);
 template <class E>
+const char* launch_preparation(const BackwardProblem&, const Plan&, void* stream);
+template <class E>
 const char* launch_fill(const ForwardProblem&, const Plan&, void* stream);
+template <class E>
+const char* launch_fill(const BackwardProblem&, const Plan&, void* stream);
 
 }  // namespace rebased::REBASED_BACKEND

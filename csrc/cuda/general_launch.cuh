@@ -85,12 +85,29 @@ const char* launch_preparation(const ForwardProblem& problem, const Plan& plan, 
 }
 
 template <class E>
+const char* launch_preparation(const BackwardProblem& problem, const Plan& plan, void* stream) {
+  Launches launches(stream);
+  add_preparation<E>(make_call(problem, plan), &launches);
+  return launches.error();
+}
+
+template <class E>
 const char* launch_fill(const ForwardProblem& problem, const Plan& plan, void* stream) {
   using A = Accumulator<E>;
   Launches launches(stream);
   const auto call = make_call(problem, plan);
   add_fill(call, problem.y, problem.heads, problem.head_dim, E{}, &launches);
   add_fill(call, MutableRows{problem.r, 0, problem.seqlen, 1}, problem.heads, 1, A(1), &launches);
+  return launches.error();
+}
+
+template <class E>
+const char* launch_fill(const BackwardProblem& problem, const Plan& plan, void* stream) {
+  Launches launches(stream);
+  const auto call = make_call(problem, plan);
+  add_fill(call, problem.grad_q, problem.heads, problem.feature_dim, E{}, &launches);
+  add_fill(call, problem.grad_k, problem.kv_heads, problem.feature_dim, E{}, &launches);
+  add_fill(call, problem.grad_v, problem.kv_heads, problem.head_dim, E{}, &launches);
   return launches.error();
 }
 
@@ -156,11 +173,7 @@ const char* launch_general(const BackwardProblem& problem, const Plan& plan, voi
                         problem.grad_query_affine, &launches);
   add_affine_sums<E, A>(call, workspace.key_affine, problem.kv_heads, problem.key_affine,
                         problem.grad_key_affine, &launches);
-  const E zero{};
-  add_fill(call, problem.grad_q, problem.heads, problem.feature_dim, zero, &launches);
-  add_fill(call, problem.grad_k, problem.kv_heads, problem.feature_dim, zero, &launches);
-  add_fill(call, problem.grad_v, problem.kv_heads, problem.head_dim, zero, &launches);
-  return launches.error();
+  return *launches.error() ? launches.error() : launch_fill<E>(problem, plan, stream);
 }
 
 }  // namespace rebased::REBASED_BACKEND

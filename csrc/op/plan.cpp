@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "op/backend.h"
+#include "op/tensor_core.h"
 
 namespace rebased {
 namespace {
@@ -121,6 +122,15 @@ void add_region(Workspace* workspace, bool needed, Region* region, int64_t bytes
   workspace->bytes += round_up(bytes, 64);
 }
 
+// What every path needs: the regions that launch_preparation (cuda/dispatch.h) fills.
+void add_shared_regions(const Problem& problem, Workspace* workspace) {
+  const bool token_norm = problem.layer_norm == LayerNorm::token;
+  const int64_t statistics = problem.batch * problem.seqlen * 2 * accumulator_size(problem.dtype);
+  add_region(workspace, problem.cu_seqlens != nullptr, &workspace->bounds, (problem.num_sequences + 1) * 8);
+  add_region(workspace, token_norm, &workspace->query_statistics, statistics);
+  add_region(workspace, token_norm, &workspace->key_statistics, statistics);
+}
+
 Plan plan_general(const Problem& problem, const Device& device, Sweep sweep) {
   Plan plan;
   plan.path = sweep.quadratic ? Path::quadratic : Path::general;
@@ -133,7 +143,6 @@ Plan plan_general(const Problem& problem, const Device& device, Sweep sweep) {
   plan.shared_memory_bytes = plan.tiles.size * accumulator;
 
   const int64_t tokens = problem.batch * problem.seqlen;
-  const bool token_norm = problem.layer_norm == LayerNorm::token;
   const int64_t states =
       problem.num_sequences * problem.kv_heads * plan.segments * plan.tiles.slot_size() * accumulator;
   const bool slots = !sweep.quadratic && (plan.segments > 1 || !plan.tiles.state_in_shared);
@@ -141,15 +150,14 @@ Plan plan_general(const Problem& problem, const Device& device, Sweep sweep) {
   const auto add = [&](bool needed, Region* region, int64_t bytes) {
     add_region(&workspace, needed, region, bytes);
   };
-  add(problem.cu_seqlens != nullptr, &workspace.bounds, (problem.num_sequences + 1) * 8);
-  add(token_norm, &workspace.query_statistics, tokens * 2 * accumulator);
-  add(token_norm, &workspace.key_statistics, tokens * 2 * accumulator);
+  add_shared_regions(problem, &workspace);
   add(slots, &workspace.states, states);
   if (sweep.backward) {
     const int64_t affine = problem.num_sequences * plan.segments * 2 * problem.feature_dim * accumulator;
     const int64_t gradient = tokens * problem.feature_dim * accumulator;
     add(slots, &workspace.reverse_states, states);
     add(problem.normalize, &workspace.delta, tokens * problem.heads * accumulator);
+    const bool token_norm = problem.layer_norm == LayerNorm::token;
     add(token_norm, &workspace.query_gradient, gradient * problem.heads);
     add(token_norm, &workspace.key_gradient, gradient * problem.kv_heads);
     add(problem.query_affine.gamma || problem.query_affine.beta, &workspace.query_affine,
@@ -157,6 +165,20 @@ Plan plan_general(const Problem& problem, const Device& device, Sweep sweep) {
     add(problem.key_affine.gamma || problem.key_affine.beta, &workspace.key_affine,
         affine * problem.kv_heads);
   }
+  return plan;
+}
+
+// The kernels size their own workspace, behind the regions here: clamped bounds and statistics.
+Plan plan_tensor_core(const Problem& problem, const Device& device) {
+  constexpr int64_t blocks_per_multiprocessor = 3, rows_per_segment = 512;
+  Plan plan;
+  plan.path = Path::tensor_core;
+  const int64_t blocks = problem.num_sequences * problem.kv_heads * tensor_core::column_groups(problem);
+  const int64_t wanted = blocks_per_multiprocessor * device.multiprocessors / blocks;
+  plan.segments =
+      static_cast<int>(std::clamp<int64_t>(std::min(wanted, mean_rows(problem) / rows_per_segment), 1, 128));
+  if (plan_override().segments) plan.segments = plan_override().segments;
+  add_shared_regions(problem, &plan.workspace);
   return plan;
 }
 
@@ -181,14 +203,18 @@ bool quadratic_is_cheaper(const Problem& problem, bool backward) {
 
 template <class AnyProblem>
 Plan plan_sweep(const AnyProblem& problem, const Device& device, bool backward) {
-  Path path = stateless(problem) && quadratic_is_cheaper(problem, backward) ? Path::quadratic : Path::general;
+  const bool has_tensor_cores = tensor_core::supports(problem);
+  Path path = has_tensor_cores                                                ? Path::tensor_core
+              : stateless(problem) && quadratic_is_cheaper(problem, backward) ? Path::quadratic
+                                                                              : Path::general;
   if (plan_override().force_path) path = plan_override().path;
-  if (path == Path::tensor_core || (path == Path::quadratic && !stateless(problem))) {
+  if ((path == Path::tensor_core && !has_tensor_cores) || (path == Path::quadratic && !stateless(problem))) {
     Plan plan;
     plan.path = path;
     plan.error = "this path does not take this problem";
     return plan;
   }
+  if (path == Path::tensor_core) return plan_tensor_core(problem, device);
   return plan_general(problem, device, {backward, path == Path::quadratic});
 }
 

@@ -1,5 +1,8 @@
 // Which kernels a call runs: the plan's path, then the element type.
+#include <type_traits>
+
 #include "cuda/dispatch.h"
+#include "cuda/tensor_core.h"
 #include "op/backend.h"
 
 namespace rebased::REBASED_BACKEND {
@@ -21,13 +24,50 @@ const char* visit_element(Dtype dtype, const Visitor& visit) {
   return "unknown dtype";
 }
 
+Plan plan(const ForwardProblem& problem, const Device& device) { return plan_forward(problem, device); }
+Plan plan(const BackwardProblem& problem, const Device& device) { return plan_backward(problem, device); }
+
+// 16-bit types: the tensor-core kernels between what they share with the general path.
+template <class E, class AnyProblem>
+const char* launch_tensor_core(const AnyProblem& problem, const Plan& plan, void* stream) {
+  const char* error = launch_preparation<E>(problem, plan, stream);
+  if (*error) return error;
+  char* const workspace = static_cast<char*>(problem.workspace);
+  const auto region = [&](const Region& where) { return where.bytes ? workspace + where.offset : nullptr; };
+  tensor_core::Launch launch;
+  launch.segments = plan.segments;
+  launch.bounds = reinterpret_cast<const int64_t*>(region(plan.workspace.bounds));
+  launch.query_statistics = reinterpret_cast<const float*>(region(plan.workspace.query_statistics));
+  launch.key_statistics = reinterpret_cast<const float*>(region(plan.workspace.key_statistics));
+  launch.workspace = workspace + plan.workspace.bytes;
+  if constexpr (std::is_same_v<AnyProblem, ForwardProblem>) {
+    error = tensor_core::forward(problem, launch, stream);
+  } else {
+    error = tensor_core::backward(problem, launch, stream);
+  }
+  return *error ? error : launch_fill<E>(problem, plan, stream);
+}
+
 template <class AnyProblem>
-const char* run_plan(const AnyProblem& problem, const Plan& plan, const Device& device, void* stream) {
-  if (*plan.error) return plan.error;
+int64_t planned_bytes(const AnyProblem& problem, const Device& device) {
+  const Plan chosen = plan(problem, device);
+  const bool has_more = chosen.path == Path::tensor_core && !*chosen.error;
+  return chosen.workspace.bytes + (has_more ? tensor_core::workspace_bytes(problem, chosen.segments) : 0);
+}
+
+template <class AnyProblem>
+const char* run_plan(const AnyProblem& problem, const Device& device, void* stream) {
+  const Plan chosen = plan(problem, device);
+  if (*chosen.error) return chosen.error;
   const char* const error = set_device(device.index);
   if (*error) return error;
-  return visit_element(
-      problem.dtype, [&](auto element) { return launch_general<decltype(element)>(problem, plan, stream); });
+  if (chosen.path == Path::tensor_core) {
+    return problem.dtype == Dtype::float16 ? launch_tensor_core<half_t>(problem, chosen, stream)
+                                           : launch_tensor_core<bfloat16_t>(problem, chosen, stream);
+  }
+  return visit_element(problem.dtype, [&](auto element) {
+    return launch_general<decltype(element)>(problem, chosen, stream);
+  });
 }
 
 }  // namespace
@@ -42,20 +82,20 @@ const char* query_device(int index, Device* device) {
 }
 
 int64_t workspace_bytes(const ForwardProblem& problem, const Device& device) {
-  return plan_forward(problem, device).workspace.bytes;
+  return planned_bytes(problem, device);
 }
 int64_t workspace_bytes(const BackwardProblem& problem, const Device& device) {
-  return plan_backward(problem, device).workspace.bytes;
+  return planned_bytes(problem, device);
 }
 int64_t workspace_bytes(const StepProblem& problem, const Device& device) {
   return plan_step(problem, device).workspace.bytes;
 }
 
 const char* forward(const ForwardProblem& problem, const Device& device, void* stream) {
-  return run_plan(problem, plan_forward(problem, device), device, stream);
+  return run_plan(problem, device, stream);
 }
 const char* backward(const BackwardProblem& problem, const Device& device, void* stream) {
-  return run_plan(problem, plan_backward(problem, device), device, stream);
+  return run_plan(problem, device, stream);
 }
 const char* step(const StepProblem& problem, const Device& device, void* stream) {
   const char* const error = set_device(device.index);

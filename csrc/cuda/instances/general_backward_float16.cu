@@ -2,4 +2,6 @@
 
 namespace rebased::REBASED_BACKEND {
 template const char* launch_general<half_t>(const BackwardProblem&, const Plan&, void*);
-}
+template const char* launch_preparation<half_t>(const BackwardProblem&, const Plan&, void*);
+template const char* launch_fill<half_t>(const BackwardProblem&, const Plan&, void*);
+}  // namespace rebased::REBASED_BACKEND

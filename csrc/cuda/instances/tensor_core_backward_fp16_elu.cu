@@ -1,0 +1,5 @@
+#include "cuda/tensor_core_backward.cuh"
+
+namespace rebased::REBASED_BACKEND::tensor_core {
+template const char* launch_backward<half_t, FeatureMap::elu>(const BackwardProblem&, const Launch&, void*);
+}  // namespace rebased::REBASED_BACKEND::tensor_core

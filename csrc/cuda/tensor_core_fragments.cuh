@@ -1,0 +1,185 @@
+// Tiles of the tensor-core path, and how a warp reads them as fragments of mma.m16n8k16.
+//
+// A block is four warps and walks a sequence in chunks of 64 tokens; warp w owns value columns 16 w .. 16 w
+// + 15. For lane l of a warp, g = l / 4 and t = l % 4; device.cuh has the layout of a fragment. Four kinds of
+// tile lie in shared memory:
+//   feature tile  (16 features [+ 7 repeated], 64 tokens), stride 72: q' or k' transposed. Rows 16..22 repeat
+//                 rows 0..6: the row that lane l addresses in an ldmatrix is free, so a fragment rotated by e
+//                 features, x_((i + e) mod 16), costs nothing but starting e rows further down.
+//   row tile      (64 or 128 rows, 16 features): rows of q and k as they are in memory
+//   value tile    (64 tokens, 64 columns): v, grad y; 16-byte units are permuted by token mod 8
+//   state tile    (64 columns, features), stride an odd number of 16-byte units: a state rounded to T
+//   (backward)
+// The strides and the permutation make eight lanes of an ldmatrix touch all 32 banks.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "cuda/tensor_core.h"
+#include "op/feature_map.h"
+
+namespace rebased::REBASED_BACKEND::tensor_core {
+
+constexpr int tile = 16;               // tokens, features or columns of one fragment
+constexpr int warps = columns / tile;  // three blocks of 4 warps fit where one block of 8 would
+constexpr int threads = 32 * warps;
+constexpr int feature_stride = chunk + 8;
+
+// A state's features come in slabs of 16, each one k-step of an mma, in the public order: for the polynomial
+// maps the circulant offsets e = 0..8, the last of which has 8 entries; for taylor then k', and the constant
+// 1 by itself. The other maps have one slab. `first_tile` counts tiles of 8 features; half slabs have one,
+// and zeros for the rest.
+template <FeatureMap map>
+struct Slabs {
+  static constexpr bool polynomial = is_polynomial(map);
+  static constexpr bool taylor = map == FeatureMap::taylor;
+  static constexpr int circulant = polynomial ? feature_dim / 2 + 1 : 0;
+  static constexpr int linear = circulant, constant = circulant + 1;  // taylor
+  static constexpr int count = polynomial ? circulant + (taylor ? 2 : 0) : 1;
+  static constexpr int circulant_tiles = polynomial ? feature_dim + 1 : 0;
+  static constexpr int tiles = polynomial ? circulant_tiles + (taylor ? 3 : 0) : 2;
+
+  HOST_DEVICE static constexpr bool is_half(int slab) {
+    return polynomial && (slab == circulant - 1 || slab == constant);
+  }
+  HOST_DEVICE static constexpr int first_tile(int slab) {
+    return slab < circulant || !polynomial ? 2 * slab : circulant_tiles + (slab == constant ? 2 : 0);
+  }
+
+  static constexpr int feature_rows = polynomial ? feature_dim + feature_dim / 2 - 1 : feature_dim;
+  static constexpr int feature_tile = feature_rows * feature_stride;
+  static constexpr int state_stride = 8 * (tiles % 2 ? tiles : tiles + 1);
+  // Of the symmetric products one of two is kept, so that those off the diagonal stand for two. Inside these
+  // kernels that weight, and the polynomial's a2, sit in the state: query and key features are plain
+  // products.
+  static constexpr float diagonal_weight = taylor ? 0.5f : 1.0f;  // offset 0
+  static constexpr float offset_weight = 2 * diagonal_weight;     // offsets 1..8
+  HOST_DEVICE static constexpr float tile_weight(int feature_tile) {
+    return feature_tile < 2 && polynomial   ? diagonal_weight
+           : feature_tile < circulant_tiles ? offset_weight
+                                            : 1.0f;
+  }
+};
+
+struct Lane {
+  int warp, lane, group, pair;  // group g and pair t
+  DEVICE Lane()
+      : warp(static_cast<int>(threadIdx.x / 32)),
+        lane(static_cast<int>(threadIdx.x % 32)),
+        group(static_cast<int>(threadIdx.x % 32 / 4)),
+        pair(static_cast<int>(threadIdx.x % 4)) {}
+  // Rows and columns that this lane addresses in an ldmatrix of four 8x8 matrices: matrix m = lane / 8 covers
+  // rows 8 (m / 2).. and columns 8 (m % 2).. of a 16x16 tile, or the other way round.
+  DEVICE int row_of_halves() const { return (lane & 7) + ((lane >> 4) << 3); }
+  DEVICE int column_of_halves() const { return ((lane >> 3) & 1) << 3; }
+  DEVICE int row_of_parity() const { return (lane & 7) + (((lane >> 3) & 1) << 3); }
+  DEVICE int column_of_parity() const { return (lane >> 4) << 3; }
+};
+
+// ---- feature tiles ----
+
+// A (16 tokens, 16 features rotated by offset).
+template <class T>
+DEVICE void load_rows(uint32_t (&a)[4], const T* features, int token, int offset, const Lane& lane) {
+  ldmatrix_transposed(
+      a, features + (lane.row_of_halves() + offset) * feature_stride + token + lane.column_of_halves());
+}
+
+// B of scores (16 features, 16 tokens): {b[0], b[1]} the first 8 tokens, {b[2], b[3]} the others.
+template <class T>
+DEVICE void load_columns(uint32_t (&b)[4], const T* features, int token, const Lane& lane) {
+  ldmatrix_transposed(b, features + lane.row_of_parity() * feature_stride + token + lane.column_of_parity());
+}
+
+// B of sums over tokens (16 tokens, 16 features rotated by offset): {b[0], b[1]} the first 8 features.
+template <class T>
+DEVICE void load_terms(uint32_t (&b)[4], const T* features, int token, int offset, const Lane& lane) {
+  ldmatrix(b, features + (lane.row_of_halves() + offset) * feature_stride + token + lane.column_of_halves());
+}
+
+template <class T>
+DEVICE void multiply(uint32_t (&product)[4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+  UNROLL for (int i = 0; i < 4; ++i) product[i] = multiply_pairs<T>(a[i], b[i]);
+}
+
+// The A fragment of slab `slab` of phi(rows), from the fragment `rows` of the tile at `token`. `slab` is a
+// constant once unrolled.
+template <class T, FeatureMap map>
+DEVICE void row_features(uint32_t (&phi)[4], const uint32_t (&rows)[4], const T* features, int token,
+                         int slab, const Lane& lane) {
+  using S = Slabs<map>;
+  if (!S::polynomial || (S::taylor && slab == S::linear)) {
+    UNROLL for (int i = 0; i < 4; ++i) phi[i] = rows[i];
+  } else if (S::taylor && slab == S::constant) {
+    phi[0] = phi[1] = lane.pair == 0 ? pack<T>(1.0f, 0.0f) : 0u;
+    phi[2] = phi[3] = 0u;
+  } else if (slab == 0) {
+    multiply<T>(phi, rows, rows);
+  } else if (slab == S::circulant - 1) {  // rotation by 8: the other half of the columns
+    phi[0] = multiply_pairs<T>(rows[0], rows[2]);
+    phi[1] = multiply_pairs<T>(rows[1], rows[3]);
+    phi[2] = phi[3] = 0u;
+  } else {
+    load_rows(phi, features, token, slab, lane);
+    multiply<T>(phi, phi, rows);
+  }
+}
+
+// The same for B of sums over tokens: slab `slab` of phi, from the fragment `terms` of the tile at `token`;
+// of a half slab only {phi[0], phi[1]}.
+template <class T, FeatureMap map>
+DEVICE void term_features(uint32_t (&phi)[4], const uint32_t (&terms)[4], const T* features, int token,
+                          int slab, const Lane& lane) {
+  using S = Slabs<map>;
+  if (!S::polynomial || (S::taylor && slab == S::linear)) {
+    UNROLL for (int i = 0; i < 4; ++i) phi[i] = terms[i];
+  } else if (S::taylor && slab == S::constant) {  // 1 for padded tokens too: their values are 0
+    phi[0] = phi[1] = lane.group == 0 ? pack<T>(1.0f, 1.0f) : 0u;
+  } else if (slab == 0) {
+    multiply<T>(phi, terms, terms);
+  } else if (slab == S::circulant - 1) {
+    phi[0] = multiply_pairs<T>(terms[0], terms[2]);
+    phi[1] = multiply_pairs<T>(terms[1], terms[3]);
+  } else {
+    load_terms(phi, features, token, slab, lane);
+    multiply<T>(phi, phi, terms);
+  }
+}
+
+// ---- value tiles ----
+
+DEVICE int value_offset(int token, int column) {
+  return token * columns + ((((column >> 3) ^ (token & 7)) << 3) | (column & 7));
+}
+
+// A (16 columns, 16 tokens), and at once B (16 tokens, 16 columns): {v[0], v[2]} the first 8 columns,
+// {v[1], v[3]} the others.
+template <class T>
+DEVICE void load_values(uint32_t (&v)[4], const T* values, int token, int column, const Lane& lane) {
+  ldmatrix_transposed(v,
+                      values + value_offset(token + lane.row_of_halves(), column + lane.column_of_halves()));
+}
+
+// A (16 tokens, 16 columns).
+template <class T>
+DEVICE void load_value_rows(uint32_t (&a)[4], const T* values, int token, int column, const Lane& lane) {
+  ldmatrix(a, values + value_offset(token + lane.row_of_parity(), column + lane.column_of_parity()));
+}
+
+// B (16 columns, 16 tokens): {b[0], b[1]} the first 8 tokens.
+template <class T>
+DEVICE void load_value_columns(uint32_t (&b)[4], const T* values, int token, int column, const Lane& lane) {
+  ldmatrix(b, values + value_offset(token + lane.row_of_halves(), column + lane.column_of_halves()));
+}
+
+// Element 8 half of a row of a tile of 16 columns, whose halves change places every four rows: then neither a
+// column of 16-byte units nor eight rows of one word each share a bank.
+DEVICE int half_row_offset(int row, int half) { return row * tile + (half ^ ((row >> 2) & 1)) * 8; }
+
+// ---- sums over the four lanes of a quad, which hold one row's columns ----
+
+DEVICE float quad_sum(float value) {
+  value += shuffle_xor(value, 1);
+  return value + shuffle_xor(value, 2);
+}
+
+}  // namespace rebased::REBASED_BACKEND::tensor_core

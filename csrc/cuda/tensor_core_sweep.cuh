@@ -1,0 +1,92 @@
+// What the two backward sweeps share of memory: buffers in the workspace, tiles in shared memory, where a
+// block's rows begin, and the sums of affine gradients.
+#pragma once
+
+#include "cuda/tensor_core_gradient.cuh"
+
+namespace rebased::REBASED_BACKEND::tensor_core {
+
+// What the backward kernels find in the workspace beyond states.
+struct BackwardBuffers {
+  float* delta;           // (column groups, batch, heads, seqlen): grad y . y over the group's columns
+  float* query_gradient;  // (column groups, batch, heads, seqlen, 16): see RowTarget::partial; or null
+  float* key_gradient;    // (column groups, batch, kv_heads, seqlen, 16)
+  float* query_affine;    // (num_sequences, heads, segments, column groups, 2, 16): blocks' sums
+  float* key_affine;      // (num_sequences, kv_heads, segments, column groups, 2, 16)
+  float* initial_sums;    // (column groups, num_sequences, kv_heads, features): of grad_initial_state.k
+};
+
+// The tiles of a sweep in dynamic shared memory.
+template <class T, FeatureMap map>
+struct SweepTiles {
+  static constexpr int value_tile = chunk * columns;
+  static constexpr int state_tile = columns * Slabs<map>::state_stride;
+
+  T *values, *gradients;  // two stages each
+  T* y;                   // reverse sweep only
+  T* state;
+  float4* gathered_values;     // with several query heads: 8 per thread
+  float4* gathered_gradients;  // 2 per thread
+
+  DEVICE SweepTiles(void* memory, bool reverse)
+      : values(static_cast<T*>(memory)),
+        gradients(values + 2 * value_tile),
+        y(gradients + 2 * value_tile),
+        state(y + (reverse ? value_tile : 0)),
+        gathered_values(reinterpret_cast<float4*>(state + state_tile)),
+        gathered_gradients(gathered_values + 8 * threads) {}
+
+  static constexpr int64_t bytes(bool reverse, bool gathers) {
+    return static_cast<int64_t>(sizeof(T)) * ((reverse ? 5 : 4) * value_tile + state_tile) +
+           (gathers ? 10 * threads * static_cast<int64_t>(sizeof(float4)) : 0);
+  }
+};
+
+// Starts the copy of 64 floats, zeros past `end`.
+DEVICE void copy_floats(float* target, const float* source, int first, int end) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (i >= chunk) return;
+  const bool present = first + i < end;
+  copy_async<4>(target + i, present ? source + first + i : source, present ? 4 : 0);
+}
+
+// Blocks per multiprocessor that registers must suffice for, of the kernels with a state and the gradient of
+// a tile.
+constexpr int backward_blocks(FeatureMap map, bool grouped) { return is_polynomial(map) || grouped ? 2 : 3; }
+
+template <class T>
+struct BackwardOrigins : Origins<T> {
+  const T *y, *grad_y;
+  const float* r;
+  int64_t row;  // of (batch, heads, seqlen) for the first query head
+
+  DEVICE void set(const Arguments<BackwardProblem>& arguments) {
+    Origins<T>::set(arguments);
+    const BackwardProblem& problem = arguments.problem;
+    const Span& span = this->span;
+    const int64_t head = span.kv_head * arguments.group_size;
+    row = (span.batch * problem.heads + head) * problem.seqlen + span.begin;
+    y = first_row<T>(problem.y, span, head) + span.first_column;
+    grad_y = first_row<T>(problem.grad_y, span, head) + span.first_column;
+    r = static_cast<const float*>(problem.r) + row;
+  }
+
+  // Starts the copies of grad y, y and r of a chunk of the block's query head `head`.
+  DEVICE void copy_gradients(T* gradients, T* y_tile, float* r_tile, const BackwardProblem& problem,
+                             int first, int head, int end, int columns_left) const {
+    copy_values(gradients, grad_y + head * problem.grad_y.head_stride, row_stride(problem.grad_y), first, end,
+                columns_left);
+    copy_values(y_tile, y + head * problem.y.head_stride, row_stride(problem.y), first, end, columns_left);
+    copy_floats(r_tile, r + head * problem.seqlen, first, end);
+  }
+};
+
+// Sums of affine gradients of the block's warps, in shared memory, to its row of `target`.
+DEVICE void store_affine_sums(float* target, const float* sums, int64_t row) {
+  if (threadIdx.x >= affine_size) return;
+  float sum = 0;
+  for (int warp = 0; warp < warps; ++warp) sum += sums[warp * affine_size + threadIdx.x];
+  target[row * affine_size + threadIdx.x] = sum;
+}
+
+}  // namespace rebased::REBASED_BACKEND::tensor_core

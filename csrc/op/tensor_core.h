@@ -1,0 +1,42 @@
+// Which problems the tensor-core kernels take, and how these cut them; the plan and the launchers read it.
+#pragma once
+
+#include <cstdint>
+
+#include "op/problem.h"
+
+namespace rebased {
+namespace tensor_core {
+
+constexpr int feature_dim = 16;
+constexpr int columns = 64;         // of the values, per block; wider heads take several blocks
+constexpr int chunk = 64;           // tokens
+constexpr int max_group_size = 16;  // query heads per kv head
+
+// 16-byte accesses to every row; strides within a batch as int, which kernels multiply faster.
+template <class Rows>
+inline bool aligned(const Rows& rows) {
+  const auto fits = [](int64_t stride) { return stride % 8 == 0 && stride == static_cast<int>(stride); };
+  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.batch_stride % 8 == 0 &&
+         fits(rows.head_stride) && fits(rows.row_stride);
+}
+
+// Blocks that share the columns of one head.
+inline int64_t column_groups(const Problem& problem) { return (problem.head_dim + columns - 1) / columns; }
+
+inline bool supports_sizes(const Problem& problem) {
+  return (problem.dtype == Dtype::bfloat16 || problem.dtype == Dtype::float16) && problem.num_sequences > 0 &&
+         problem.seqlen > 0 && problem.feature_dim == feature_dim && problem.head_dim > 0 &&
+         problem.head_dim % 16 == 0 && problem.head_dim <= 256 && problem.group_size() <= max_group_size &&
+         aligned(problem.q) && aligned(problem.k) && aligned(problem.v);
+}
+
+inline bool supports(const ForwardProblem& problem) { return supports_sizes(problem) && aligned(problem.y); }
+
+inline bool supports(const BackwardProblem& problem) {
+  return supports_sizes(problem) && aligned(problem.y) && aligned(problem.grad_y) &&
+         aligned(problem.grad_q) && aligned(problem.grad_k) && aligned(problem.grad_v);
+}
+
+}  // namespace tensor_core
+}  // namespace rebased
