@@ -121,5 +121,31 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     return (difference / expected.double().norm().clamp_min(1e-300)).item()
 
 
+def plain_low_precision(
+    q: Tensor, k: Tensor, v: Tensor, *affine: Tensor | None, problem: Problem, chunk: int = 64
+) -> Tensor:
+    """Chunked PyTorch as one writes it for 16-bit tensor cores: operands rounded, sums and states float32."""
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.to(problem.dtype).float()
+
+    def prepared(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
+        x = reference.normalise(x.float(), gamma, beta, problem.layer_norm)
+        return rounded(x)
+
+    q, k, v = prepared(q, *affine[:2]), prepared(k, *affine[2:]), v.float()
+    v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    state: Any = 0.0
+    rows = []
+    for q_c, k_c, v_c in zip(*(torch.split(x, chunk, 2) for x in (q, k, v)), strict=True):
+        sim = rounded(reference.sim(q_c, k_c, problem.feature_map)).tril()
+        sums = sim @ v_c
+        if isinstance(state, torch.Tensor):
+            sums = sums + rounded(reference.query_features(q_c, problem.feature_map)) @ rounded(state)
+        state = state + rounded(reference.key_features(k_c, problem.feature_map)).mT @ v_c
+        rows.append(sums[..., :-1] / (sums[..., -1:] + problem.eps))
+    return torch.cat(rows, 2).to(problem.dtype)
+
+
 def features_of(problem: Problem) -> int:
     return num_features(problem.feature_map, problem.feature_dim)

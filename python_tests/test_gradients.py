@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from problems import MAPS, NORMS, Problem, relative_error, run, run_reference
+from conftest import EMULATED
+from problems import MAPS, NORMS, Problem, plain_low_precision, relative_error, run, run_reference
 from test_attention import VARIANTS
 
 from rebased_cuda import RebasedState, rebased_attention, reference
@@ -76,22 +77,35 @@ def test_float32_bound(feature_map, layer_norm, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_low_precision_gradients(feature_map, dtype, device):
-    """Within 1.25 times the error of plain PyTorch in the same dtype, median over seeds and inputs."""
+    """Within 1.25 times the error of plain PyTorch of the same precision, median over seeds and inputs.
+
+    The native backend has float32 inside and is held against PyTorch with float32 inside; tensor cores round
+    their operands and are held against PyTorch that does.
+    """
+    rounds_operands = EMULATED or device == "cuda"
+
+    def plain(*inputs, problem):
+        if rounds_operands:
+            return plain_low_precision(*inputs, problem=problem)
+        return reference.chunked(*inputs, **problem.options())
+
     ratios = []
     for seed in range(20):
         problem = Problem(
             feature_map, "head", 1, 1, 1, 80, 16, 32, dtype=dtype, device=device, seed=seed, eps=1e-2
         )
-        inputs = problem.inputs(requires_grad=True)
-        upstream = _upstream(problem, inputs)
-        got = _gradients(rebased_attention, inputs, problem, upstream)
-        plain = _gradients(reference.chunked, inputs, problem, upstream)
-        wide = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
-        expected = _gradients(reference.chunked, wide, problem, upstream)
-        ratios += [
-            relative_error(g, e) / relative_error(p, e)
-            for g, p, e in zip(got[:3], plain[:3], expected[:3], strict=True)
-        ]
+        inputs = problem.inputs(requires_grad=True)[:7]
+        wide = [x.detach().double().requires_grad_() for x in inputs]
+        upstream = torch.randn(1, 1, 80, 32, dtype=torch.float64, device=device)
+
+        def gradients(y, leaves, upstream=upstream):
+            return torch.autograd.grad(y, leaves[:3], upstream.to(y.dtype))
+
+        got = gradients(rebased_attention(*inputs, **problem.options()), inputs)
+        baseline = gradients(plain(*inputs, problem=problem), inputs)
+        expected = gradients(reference.chunked(*wide, **problem.options()), wide)
+        for g, p, e in zip(got, baseline, expected, strict=True):
+            ratios.append(relative_error(g, e) / relative_error(p, e))
     assert sorted(ratios)[len(ratios) // 2] <= 1.25
 
 

@@ -179,7 +179,7 @@ def test_masked_rows_are_their_tokens_alone(make, mask, dtype, device):
     kept = mask.bool()
     y, state = layer.prefill(x, mask)
     assert not y[~kept].any()
-    assert torch.equal(layer(x, mask), y)
+    assert relative_error(layer(x, mask), y) < 1e-11
     alone = [layer.prefill(x[b, kept[b]].unsqueeze(0)) for b in range(3)]
     for b, (y_alone, _) in enumerate(alone):
         assert relative_error(y[b, kept[b]], y_alone[0]) < 1e-11

@@ -1,0 +1,242 @@
+"""The CUDA kernels' own choices: every path, segment count and chunk; low precision; schedules; the plan.
+
+Plans are looked at on every build. The kernels run where CPU tensors go through the emulator, or on a GPU.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import DEVICES, EMULATED
+from problems import MAPS, NORMS, Problem, plain_low_precision, relative_error, run, run_reference
+
+from rebased_cuda import _C, rebased_attention, reference
+
+KERNEL_DEVICES = [d for d in DEVICES if d == "cuda" or EMULATED]
+needs_kernels = pytest.mark.skipif(not KERNEL_DEVICES, reason="neither an emulated backend nor a GPU")
+
+
+@pytest.fixture(params=KERNEL_DEVICES or ["cpu"])
+def kernel_device(request):
+    return request.param
+
+
+@pytest.fixture
+def override():
+    """Forces a plan; undone after the test."""
+    yield _C.set_plan_override
+    _C.set_plan_override()
+
+
+def _results(function, inputs, problem):
+    outputs = run(function, inputs, problem)
+    leaves = [x for x in inputs if x is not None]
+    weights = [torch.linspace(-1, 1, o.numel(), dtype=torch.float64).view(o.shape).to(o) for o in outputs]
+    loss = sum((o * w).sum() for o, w in zip(outputs, weights, strict=True))
+    return [*outputs, *torch.autograd.grad(loss, leaves)]
+
+
+def _wide(inputs):
+    return [None if x is None else x.detach().double().requires_grad_() for x in inputs]
+
+
+@needs_kernels
+@pytest.mark.parametrize("chunk", [4, 16, 32])
+@pytest.mark.parametrize("segments", [1, 2, 5])
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_general_path_at_any_cut(feature_map, segments, chunk, override, kernel_device):
+    problem = Problem(feature_map, heads=4, kv_heads=2, seqlen=70, with_state=True, device=kernel_device)
+    inputs = problem.inputs(requires_grad=True)
+    expected = _results(reference.quadratic, inputs, problem)
+    override(path="general", segments=segments, chunk=chunk, state_in_shared=chunk % 32 == 0)
+    for value, exact in zip(_results(rebased_attention, inputs, problem), expected, strict=True):
+        assert relative_error(value, exact) <= 1e-10
+
+
+@needs_kernels
+@pytest.mark.parametrize("packed", [(), (0, 3, 40, 40, 69)])
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_quadratic_path(feature_map, packed, override, kernel_device):
+    problem = Problem(feature_map, batch=1 if packed else 2, seqlen=70, packed=packed, device=kernel_device)
+    q, k, v, *parameters, _, _ = problem.inputs(requires_grad=True)
+    override(path="quadratic")
+    gradients = []
+    for function in (rebased_attention, reference.quadratic):
+        y = function(q, k, v, *parameters, **problem.options())
+        gradients.append([y, *torch.autograd.grad(y.square().sum(), [q, k, v, *parameters])])
+    for value, exact in zip(*gradients, strict=True):
+        assert relative_error(value, exact) <= 1e-10
+
+
+TENSOR_CORE_VARIANTS = {
+    "plain": {},
+    "gqa_state": {"heads": 4, "kv_heads": 2, "with_state": True},
+    "packed": {"batch": 1, "packed": (2, 70, 70, 200, 230)},
+    "wide": {"head_dim": 160, "with_state": True},
+    "narrow": {"head_dim": 16},
+    "shared_affine": {"affine": "shared"},
+    "no_affine": {"affine": "none"},
+    "not_normalised": {"normalize": False},
+    "scale_zero": {"scale": 0.0, "feature_map": "taylor"},
+}
+# relative L2 of outputs and gradients; those of gamma and beta sum terms of both signs over all tokens
+LIMIT = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
+PARAMETER_LIMIT = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+@needs_kernels
+@pytest.mark.parametrize("variant", TENSOR_CORE_VARIANTS)
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("dtype", list(LIMIT), ids=str)
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_tensor_core_path(feature_map, dtype, segments, variant, override, kernel_device):
+    norm = NORMS[(MAPS.index(feature_map) + segments + list(TENSOR_CORE_VARIANTS).index(variant)) % 3]
+    problem = Problem(feature_map, norm, 2, 2, 2, 250, 16, 64, dtype=dtype, device=kernel_device, eps=1e-1)
+    problem = problem.but(**TENSOR_CORE_VARIANTS[variant])
+    inputs = problem.inputs(requires_grad=True)
+    override(path="tensor_core", segments=segments)
+    got = _results(rebased_attention, inputs, problem)
+    expected = _results(reference.chunked, _wide(inputs), problem)
+    largest = max(e.norm().item() / e.numel() ** 0.5 for e in expected)
+    for value, exact in zip(got, expected, strict=True):
+        assert value.isfinite().all()
+        if exact.norm().item() / max(exact.numel(), 1) ** 0.5 > 1e-3 * largest:
+            limits = PARAMETER_LIMIT if exact.dim() < 3 else LIMIT
+            assert relative_error(value, exact) <= limits[dtype]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_tensor_core_error_is_that_of_the_precision(feature_map, dtype, override, kernel_device):
+    """At most 1.25 times the error of plain PyTorch with operands of that precision, median of 20 seeds."""
+    override(path="tensor_core", segments=1)
+    ratios = []
+    for seed in range(20):
+        problem = Problem(feature_map, "head", 1, 1, 1, 300, 16, 64, dtype=dtype, eps=1e-2, seed=seed)
+        inputs = problem.but(device=kernel_device).inputs()
+        expected = run_reference(inputs, problem.but(device=kernel_device), reference.chunked)[0]
+        y = run(rebased_attention, inputs, problem.but(device=kernel_device))[0]
+        plain = plain_low_precision(*inputs[:7], problem=problem)
+        ratios.append(relative_error(y, expected) / relative_error(plain, expected))
+    assert statistics.median(ratios) <= 1.25
+
+
+@needs_kernels
+@pytest.mark.parametrize("segments", [1, 4])
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_bfloat16_error_does_not_grow_with_length(feature_map, segments, override, kernel_device):
+    override(path="tensor_core", segments=segments)
+    seqlen = 4096 if kernel_device == "cpu" else 65536
+    problem = Problem(
+        feature_map, "head", 1, 1, 1, seqlen, 16, 64, dtype=torch.bfloat16, device=kernel_device
+    )
+    inputs = problem.inputs()
+    y = run(rebased_attention, inputs, problem)[0]
+    expected = run_reference(inputs, problem, reference.chunked)[0]
+    windows = (slice(seqlen // 16, seqlen // 8), slice(seqlen - seqlen // 16, seqlen))
+    early, late = (relative_error(y[:, :, rows], expected[:, :, rows]) for rows in windows)
+    assert late <= 1.25 * early
+
+
+@needs_kernels
+def test_large_float16_sums_stay_finite(kernel_device):
+    """Sums past 65,504, float16's largest number: states and divisions are float32."""
+    q = torch.full((1, 1, 3000, 16), 2.0, dtype=torch.float16, device=kernel_device)
+    v = torch.randn(1, 1, 3000, 64, device=kernel_device).half()
+    y = rebased_attention(q, q, v)
+    expected = v.double().cumsum(2) / torch.arange(1, 3001, device=kernel_device).view(1, 1, -1, 1)
+    assert relative_error(y, expected) <= 2e-3
+
+
+SCHEDULE = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from problems import MAPS, Problem, run
+from rebased_cuda import rebased_attention
+sums = []
+for feature_map in MAPS:
+    for dtype, sizes in ((torch.float32, (5, 7)), (torch.bfloat16, (16, 64))):
+        problem = Problem(feature_map, "token", 1, 2, 1, 130, *sizes, dtype=dtype, with_state=True)
+        inputs = problem.inputs(requires_grad=True)
+        outputs = run(rebased_attention, inputs, problem)
+        leaves = [x for x in inputs if x is not None]
+        everything = [*outputs, *torch.autograd.grad(sum(o.float().sum() for o in outputs), leaves)]
+        sums += [x.detach().double().sum().item() for x in everything]
+print(sums)
+"""
+
+
+@pytest.mark.skipif(not EMULATED, reason="the emulator's schedules")
+def test_three_schedules_give_the_same_bits():
+    """Threads of a block in order, in reverse and shuffled: what a missing barrier would show."""
+    outputs = set()
+    for order in ("forward", "reverse", "77"):
+        result = subprocess.run(
+            [sys.executable, "-c", SCHEDULE, os.path.dirname(__file__)],
+            env={**os.environ, "REBASED_EMULATOR_ORDER": order},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        outputs.add(result.stdout)
+    assert len(outputs) == 1
+    assert "nan" not in outputs.pop()
+
+
+# ---- the plan, with no GPU at all ----
+
+
+def test_plan_takes_tensor_cores_for_16_bit_types():
+    for dtype in ("bfloat16", "float16"):
+        assert _C.plan("forward", dtype=dtype)["path"] == "tensor_core"
+        assert _C.plan("backward", dtype=dtype, head_dim=128)["path"] == "tensor_core"
+    for changes in ({"dtype": "float32"}, {"feature_dim": 8}, {"head_dim": 40}, {"feature_dim": 17}):
+        assert _C.plan("forward", **changes)["path"] != "tensor_core"
+
+
+def test_plan_goes_without_a_state_where_that_is_cheaper():
+    short = _C.plan("forward", dtype="float32", seqlen=128)
+    assert short["path"] == "quadratic"
+    assert _C.plan("forward", dtype="float32", seqlen=128, state=True)["path"] == "general"
+    assert _C.plan("forward", dtype="float32", seqlen=4096)["path"] == "general"
+    assert _C.plan("forward", dtype="float32", seqlen=4096, feature_dim=64)["path"] == "quadratic"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_plan_fills_the_gpu_from_one_head_and_splits_nothing_when_full(direction, dtype):
+    one = _C.plan(direction, heads=1, kv_heads=1, seqlen=131072, dtype=dtype)
+    assert one["segments"] >= 64
+    assert _C.plan(direction, batch=64, dtype=dtype)["segments"] == 1
+
+
+@pytest.mark.parametrize("shared_memory", [99 << 10, 163 << 10, 227 << 10])
+def test_every_shape_of_the_contract_has_a_plan(shared_memory):
+    """On the smallest devices too; no plan asks for more than there is."""
+    for direction in ("forward", "backward", "step"):
+        for dtype in ("float32", "float64", "bfloat16"):
+            for feature_map in MAPS:
+                for feature_dim in (1, 16, 33, 128):
+                    for head_dim in (1, 64, 256):
+                        plan = _C.plan(
+                            direction,
+                            dtype=dtype,
+                            feature_map=feature_map,
+                            feature_dim=feature_dim,
+                            head_dim=head_dim,
+                            shared_memory_per_block=shared_memory,
+                        )
+                        assert plan["error"] == ""
+                        assert plan["shared_memory_bytes"] <= shared_memory
+
+
+def test_plan_names_what_it_does_not_know():
+    for changes in ({"dtype": "int8"}, {"feature_map": "relu"}, {"layer_norm": "batch"}):
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            _C.plan("forward", **changes)
+    with pytest.raises(ValueError, match="direction"):
+        _C.plan("sideways")
