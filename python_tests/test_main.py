@@ -1,0 +1,164 @@
+"""`python -m rebased_cuda`: that it passes, and that it can fail."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import EMULATED
+
+import rebased_cuda
+from rebased_cuda import __main__ as main_module
+from rebased_cuda import _demo_checks, _demo_training, rebased_attention
+from rebased_cuda._demo_report import Report
+
+pytestmark = pytest.mark.skipif(EMULATED, reason="the main job runs on the backends that users have")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Problems this small are slower on several threads, much so where other tests run beside them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=550,
+        env=os.environ | environment,
+    )
+
+
+def failures(report: Report) -> list[str]:
+    return [check["name"] for check in report.checks if not check["passed"]]
+
+
+def test_gradcheck_only_prints_one_json_object() -> None:
+    result = run("-m", "rebased_cuda", "--gradcheck-only", "--json", "--device", "cpu", OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert summary["passed"]
+    assert len(summary["checks"]) == 12
+    assert summary["build"]["cpu_instruction_set"] in result.stderr
+    assert "gradcheck elu, layer_norm=head" in result.stderr
+
+
+def test_runs_without_rich() -> None:
+    code = (
+        "import sys; sys.modules['rich'] = sys.modules['rich.console'] = None; import rebased_cuda.__main__"
+    )
+    code += " as m"
+    result = run(
+        "-c",
+        f"{code}; assert m.Report()._console is None; m.main(['--gradcheck-only', '--device', 'cpu'])",
+        OMP_NUM_THREADS="1",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "12 of 12 checks passed" in result.stdout
+
+
+def wrong_gradient(*arguments: Any, **options: Any) -> Any:
+    """The right value with a gradient 1 % too large."""
+    result = rebased_attention(*arguments, **options)
+    y = result[0] if isinstance(result, tuple) else result
+    y = y + 0.01 * (y - y.detach())
+    return (y, result[1]) if isinstance(result, tuple) else y
+
+
+def wrong_value(*arguments: Any, **options: Any) -> Any:
+    result = rebased_attention(*arguments, **options)
+    return result if isinstance(result, tuple) else result * (1 + 1e-5)
+
+
+def test_a_wrong_gradient_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(_demo_checks, "rebased_attention", wrong_gradient)
+    assert main_module.main(["--gradcheck-only", "--json", "--device", "cpu"]) == 1
+    summary = json.loads(capsys.readouterr().out)
+    assert not summary["passed"]
+    assert all(not check["passed"] for check in summary["checks"])
+
+
+def test_an_exception_is_a_failure_with_a_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(main_module, "gradcheck", broken)
+    assert main_module.main(["--gradcheck-only", "--device", "cpu"]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED Gradients" in printed
+    assert "out of luck" in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("function", "failing"),
+    [
+        (rebased_attention, []),
+        (wrong_value, ["forward float32", "forward float64"]),
+        (wrong_gradient, ["backward float32"]),
+    ],
+)
+def test_accuracy_finds_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, function: Any, failing: list[str]
+) -> None:
+    monkeypatch.setattr(_demo_checks, "rebased_attention", function)
+    report = Report()
+    _demo_checks.accuracy(report, "cpu", "outer", seqlen=300)
+    assert len(report.checks) == 4
+    assert failures(report) == [f"outer {name}" for name in failing]
+
+
+def test_a_step_that_forgets_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(*arguments: Any, **options: Any) -> torch.Tensor:
+        state = rebased_cuda.RebasedState(*(x.clone() for x in arguments[3]))
+        return rebased_cuda.rebased_attention_step(*arguments[:3], state, *arguments[4:], **options)
+
+    monkeypatch.setattr(_demo_checks, "rebased_attention_step", forgetful)
+    report = Report()
+    _demo_checks.accuracy(report, "cpu", "square", seqlen=300)
+    assert failures(report) == [f"square prefill of {300 - _demo_checks.DECODED}, then 64 steps, float32"]
+
+
+def test_nan_fails() -> None:
+    report = Report()
+    assert not report.check("a number", float("nan"), 1.0)
+    assert not report.passed
+    json.dumps(report.checks, allow_nan=False)
+
+
+def test_training_that_learns_nothing_and_a_wrong_step_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = _demo_training.Hybrid.step
+    monkeypatch.setattr(_demo_training, "MINIMUM_STEPS", 1)
+    monkeypatch.setattr(_demo_training.Hybrid, "step", lambda *arguments: step(*arguments).roll(1, -1))
+    report = Report()
+    _demo_training.training(report, "cpu", 0.0)
+    assert len(failures(report)) == len(report.checks) == 4
+
+
+@pytest.mark.skipif(rebased_cuda.build_info()["cuda"] and torch.cuda.is_available(), reason="has a GPU")
+def test_a_missing_gpu_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main_module.main(["--gradcheck-only", "--device", "cuda"]) == 1
+    assert "FAILED device cuda" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_everything() -> None:
+    result = run("-m", "rebased_cuda", "--json", "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert len(summary["checks"]) == 24
+    assert summary["training"]["final_loss"] < summary["training"]["unigram_entropy"]
+    timed = {(row["case"], row["direction"]) for row in summary["speed"]}
+    assert len(timed) == 4
