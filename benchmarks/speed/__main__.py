@@ -1,0 +1,104 @@
+"""`python -m benchmarks.speed`: see the package's docstring. About 10 minutes on 2 cores, --quick about 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__":  # before torch is loaded: a thread stays on its core
+    os.environ.setdefault("OMP_PROC_BIND", "close")
+    os.environ.setdefault("OMP_PLACES", "cores")
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import benchmarks.speed
+from rebased_cuda import _measure, build_info
+
+from . import ceilings, questions, report
+from .harness import Row
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed", description=benchmarks.speed.__doc__, formatter_class=formatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, no compiled peers: 2 minutes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(questions.QUESTIONS), default=list(questions.QUESTIONS)
+    )
+    parser.add_argument("--output", type=Path, help="JSON; default in benchmarks/results, by date")
+    commands = parser.add_subparsers(dest="command")
+    comparison = commands.add_parser("compare", help="what moved from one JSON file to another")
+    comparison.add_argument("before", type=Path)
+    comparison.add_argument("after", type=Path)
+    plot = commands.add_parser("plot", help="figures of a JSON file, beside it")
+    plot.add_argument("file", type=Path)
+    return parser.parse_args(argv)
+
+
+def _tell(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text[:100]}", end="", file=sys.stderr, flush=True)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    if arguments.command == "compare":
+        report.compare(arguments.before, arguments.after)
+        return 0
+    if arguments.command == "plot":
+        from . import plots
+
+        for path in plots.draw(arguments.file):
+            print(path)
+        return 0
+    if arguments.device == "cuda" and not (build_info()["cuda"] and torch.cuda.is_available()):
+        print("--device cuda: torch sees no GPU, or this build has no CUDA kernels", file=sys.stderr)
+        return 1
+    return _measure_all(arguments)
+
+
+def _measure_all(arguments: argparse.Namespace) -> int:
+    start = time.monotonic()
+    device = arguments.device
+    machine = _measure.machine()
+    _tell("the machine's ceilings")
+    limits = ceilings.measure(device)
+    where = (
+        ", ".join(machine["gpus"]) if device == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
+    )
+    print(f"{where}; torch {machine['torch']}, commit {report.commit() or 'unknown'}")
+    print(
+        f"CPU instruction set {build_info()['cpu_instruction_set']}, "
+        f"OMP_PROC_BIND={os.environ.get('OMP_PROC_BIND')}"
+    )
+    rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in limits.flops.items())
+    print(f"matmul GFLOP/s: {rates}; copy {limits.copy_bytes / 1e9:.1f} GB/s (read + written)")
+    run = questions.Run(device, arguments.quick, limits, _tell)
+    path = arguments.output or report.default_path(device)
+    rows: list[Row] = []
+    for row in questions.ask(
+        arguments.only, run
+    ):  # saved as they come: an interrupted run leaves what it had
+        rows.append(row)
+        seconds = time.monotonic() - start
+        report.save(path, report.summary(rows, limits, device, arguments.quick, seconds))
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    report.tables(rows)
+    print(f"\n{time.monotonic() - start:.0f} s; {path}")
+    wrong = [row for row in rows if row.status.startswith("wrong") and row.method == "rebased_cuda"]
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""Times methods against each other: checked first, warmed up, interleaved, medians with their spread.
+
+A method is a function from a Shape to something that runs (peers.py). All methods of a shape run in turn,
+once a round, so that a machine that is slow for a while is slow for all of them; ratios are medians of the
+ratios within a round.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rebased_cuda import _measure
+from rebased_cuda.state import num_features
+
+from .ceilings import Ceilings
+
+OURS = "rebased_cuda"
+DIRECTIONS = ("forward", "forward + backward")
+ROUNDS = (3, 15)  # fewest and most
+
+
+class UnavailableError(Exception):
+    """A peer that does not run here; the message is its row."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One call of the op. `threads` is what torch is told, 0 for all."""
+
+    batch: int
+    heads: int
+    seqlen: int
+    feature_map: str = "outer"
+    dtype: str = "float32"
+    feature_dim: int = 16
+    head_dim: int = 64
+    threads: int = 0
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def __str__(self) -> str:
+        words = [self.feature_map, f"({self.batch}, {self.heads}, {self.seqlen})"]
+        if self.dtype != "float32":
+            words.append(self.dtype)
+        if (self.feature_dim, self.head_dim) != (16, 64):
+            words.append(f"d {self.feature_dim} dv {self.head_dim}")
+        if self.threads:
+            words.append(f"{self.threads} thread" + "s" * (self.threads > 1))
+        return " ".join(words)
+
+
+@dataclass
+class Prepared:
+    """A method made ready for one shape: `run` is what is timed, `error` the check of what it computes."""
+
+    run: Callable[[], Any]
+    error: Callable[[], float]  # relative L2 error against float64
+    bound: float
+    compiles: bool = False  # the first call takes much longer
+
+
+Preparer = Callable[[], Prepared]  # raises UnavailableError
+
+
+@dataclass
+class Row:
+    """One line of a table. `status` is "ok", or why there are no times."""
+
+    question: str
+    shape: dict[str, Any]
+    direction: str
+    method: str
+    status: str = "ok"
+    seconds: tuple[float, ...] = ()
+    median: float | None = None
+    spread: float | None = None  # half the distance between the quartiles, over the median
+    ratio: float | None = None  # time over ours
+    over_floor: float | None = None
+    error: float | None = None
+    peak_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class PeakMemory:
+    """Bytes that a block needs at its peak beyond those that it found: `with PeakMemory(device) as peak`.
+
+    On a GPU what torch's allocator gave out; on a CPU the resident set, by Linux' own high-water mark (None
+    elsewhere), after the heap's free pages were handed back.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.bytes: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        elif Path("/proc/self/clear_refs").exists():
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+            self._before = _status("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated() - self._before
+        elif Path("/proc/self/clear_refs").exists():
+            self.bytes = max(_status("VmHWM") - self._before, 0)
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {name} in /proc/self/status")
+
+
+class Flush:
+    """Overwrites a GPU's L2 cache between calls; a CPU's caches are left as a training step leaves them."""
+
+    def __init__(self, device: str) -> None:
+        self._buffer = None
+        if device == "cuda":
+            bytes_ = 4 * torch.cuda.get_device_properties(0).L2_cache_size
+            self._buffer = torch.empty(bytes_, dtype=torch.uint8, device=device)
+
+    def __call__(self, *_: object) -> None:
+        if self._buffer is not None:
+            self._buffer.zero_()
+
+
+def measure(
+    question: str,
+    shape: Shape,
+    direction: str,
+    methods: Mapping[str, Preparer],
+    device: str,
+    budget: float,
+    floor: float | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> list[Row]:
+    """Checks, warms up and times the methods of one shape for about `budget` seconds; one Row each.
+
+    A peer of which one call takes longer than that is not timed, its row says how long.
+    """
+    threads = torch.get_num_threads()
+    if shape.threads:
+        torch.set_num_threads(shape.threads)
+    try:
+        return _measure_with_threads(question, shape, direction, methods, device, budget, floor, tell)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure_with_threads(
+    question: str,
+    shape: Shape,
+    direction: str,
+    methods: Mapping[str, Preparer],
+    device: str,
+    budget: float,
+    floor: float | None,
+    tell: Callable[[str], None],
+) -> list[Row]:
+    described = asdict(shape) | {"threads": shape.threads or torch.get_num_threads()}
+    rows: dict[str, Row] = {}
+    runs: dict[str, Callable[[], Any]] = {}
+    round_seconds = 0.0
+    for name, prepare in methods.items():
+        tell(f"{question}: {shape}, {direction}: {name}")
+        row = rows[name] = Row(question, described, direction, name)
+        try:
+            prepared = prepare()
+            row.error = prepared.error()
+            if not row.error <= prepared.bound:
+                row.status = f"wrong: relative error {row.error:.2g}, allowed {prepared.bound:.2g}"
+                continue
+            if prepared.compiles:
+                prepared.run()
+            with PeakMemory(device) as peak:
+                warm_up = _measure.once(prepared.run, device)
+            row.peak_bytes = peak.bytes
+            if warm_up > budget and name != OURS:
+                row.status = f"not timed: one call takes {warm_up:.1f} s"
+                continue
+        except UnavailableError as error:
+            row.status = str(error)
+        except (RuntimeError, torch.OutOfMemoryError) as error:  # a peer's failure is its own row
+            row.status = f"failed: {' '.join(str(error).split())[:200]}"
+        else:
+            runs[name] = prepared.run
+            round_seconds += warm_up
+    fewest, most = ROUNDS
+    rounds = min(most, max(fewest, int(budget / max(round_seconds, 1e-9))))
+    flush = Flush(device)
+    inner = {name: _repeated(run, device) for name, run in runs.items()}
+    seconds = _measure.interleave({name: run for name, (run, _) in inner.items()}, rounds, device, flush)
+    for name, times in seconds.items():
+        _fill(rows[name], [x / inner[name][1] for x in times], floor)
+    if OURS in seconds:
+        ours = rows[OURS].seconds
+        for name in seconds:
+            rows[name].ratio = _measure.ratio(list(rows[name].seconds), list(ours))
+    return list(rows.values())
+
+
+def _repeated(run: Callable[[], Any], device: str) -> tuple[Callable[[], Any], int]:
+    """(a run of at least about a millisecond, the calls in it): on a CPU the clock itself costs something."""
+    one = _measure.once(run, device)
+    count = 1 if device == "cuda" else max(1, int(1e-3 / max(one, 1e-7)))
+    if count == 1:
+        return run, 1
+
+    def many() -> None:
+        for _ in range(count):
+            run()
+
+    return many, count
+
+
+def _fill(row: Row, times: list[float], floor: float | None) -> None:
+    row.seconds = tuple(times)
+    row.median = statistics.median(times)
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    row.spread = (high - low) / 2 / row.median
+    if floor is not None and row.method == OURS:
+        row.over_floor = row.median / floor
+
+
+def floor_seconds(shape: Shape, direction: str, ceilings: Ceilings) -> float:
+    """The larger of the time of the products at sgemm's rate and that of the traffic at the copy's.
+
+    A chunk of C = 16 costs least: C (d + dv) + 4 F dv FLOPs a token and head forward, C (3 d + 2 dv) +
+    10 F dv backward. Traffic: inputs and outputs once, one float a row, backward in one pass.
+    """
+    chunk, d, dv = 16, shape.feature_dim, shape.head_dim
+    features = num_features(shape.feature_map, d)
+    element = torch.tensor([], dtype=shape.torch_dtype).element_size()
+    flops = chunk * (d + dv) + 4 * features * dv
+    traffic = element * (2 * d + 2 * dv) + 4
+    if direction != DIRECTIONS[0]:
+        flops += chunk * (3 * d + 2 * dv) + 10 * features * dv
+        traffic += element * (4 * d + 4 * dv) + 4
+    tokens = shape.batch * shape.heads * shape.seqlen
+    rate = ceilings.flops[shape.dtype]
+    return max(tokens * flops / rate, tokens * traffic / ceilings.copy_bytes)
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    return _measure.relative_error(value, expected)

@@ -1,0 +1,268 @@
+"""The op and what one would otherwise run; `prepare` makes each ready for one shape.
+
+All start from what a model's projections give, q and k (B, N, H*d) and v (B, N, H*dv), and count LayerNorm
+over a token's features, gamma, beta, feature map, casts and the division; softmax attention starts from q, k
+and v of head dim dv. Plain PyTorch is rebased_cuda._baselines, chunked with the fastest of its chunk lengths
+here. A method that does not run here raises UnavailableError with the reason, which becomes its row.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rebased_cuda import _baselines, _measure, rebased_attention, reference
+
+from .harness import OURS, Prepared, Shape, UnavailableError, relative_error
+
+Function = Callable[..., Tensor]
+
+SDPA = "SDPA"
+LOOP, CUMSUM, QUADRATIC = "PyTorch loop", "PyTorch cumsum", "PyTorch quadratic"
+COMPILED = {f"{name}, compiled": name for name in (LOOP, CUMSUM, QUADRATIC)}
+FAST_TRANSFORMERS, FLA = "fast-transformers", "fla parallel_rebased"
+EAGER = (OURS, SDPA, LOOP, CUMSUM, QUADRATIC)
+OTHERS = (FAST_TRANSFORMERS, FLA)
+CPU_METHODS = (*EAGER, *COMPILED, *OTHERS)
+GPU_METHODS = (OURS, "SDPA flash", "SDPA cuDNN", LOOP, CUMSUM, QUADRATIC, *COMPILED, *OTHERS)
+
+# relative L2 errors that mean "computes the same": this is no test of accuracy, python_tests has those
+BOUNDS = {"float64": 1e-10, "float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
+CHECKED = (
+    1 << 17
+)  # tokens x heads that the float64 reference is run on; a shape with more is checked on some heads
+QUADRATIC_BYTES = 8 << 30  # of one N x N matrix of all heads in float32, times the six that a backward holds
+
+
+@functools.lru_cache(maxsize=2)
+def projections(shape: Shape, device: str) -> tuple[Tensor, ...]:
+    """q, k, v as the projections leave them; gamma_q, beta_q, gamma_k, beta_k (H, d), float32 or float64."""
+    generator = torch.Generator(device).manual_seed(0)
+    rows = (shape.batch, shape.seqlen)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, device=device)
+
+    widths = (shape.feature_dim, shape.feature_dim, shape.head_dim)
+    qkv = [normal(*rows, shape.heads * width).to(shape.torch_dtype) for width in widths]
+    wide = torch.float64 if shape.dtype == "float64" else torch.float32
+    affine = [(mean + 0.3 * normal(shape.heads, shape.feature_dim)).to(wide) for mean in (1.0, 0.2, 1.0, 0.2)]
+    return tuple(x.requires_grad_() for x in (*qkv, *affine))
+
+
+@functools.lru_cache(maxsize=2)
+def softmax_inputs(shape: Shape, device: str) -> tuple[Tensor, ...]:
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = (shape.batch, shape.heads, shape.seqlen, shape.head_dim)
+    made = (torch.randn(sizes, generator=generator, device=device) for _ in range(3))
+    return tuple(x.to(shape.torch_dtype).requires_grad_() for x in made)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, H*width) -> (B, H, N, width), a view."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=2)
+def _checked(shape: Shape) -> tuple[tuple[int, int], ...]:
+    """The (batch, head) pairs that are checked: all, or the first and last ones."""
+    pairs = [(b, h) for b in range(shape.batch) for h in range(shape.heads)]
+    count = max(1, CHECKED // max(shape.seqlen, 1))
+    return tuple(pairs if len(pairs) <= count else pairs[: count // 2] + pairs[-((count + 1) // 2) :])
+
+
+def _pick(x: Tensor, shape: Shape) -> Tensor:
+    """(pairs, 1, N, width) of x (B, H, N, width)."""
+    return torch.stack([x[b, h] for b, h in _checked(shape)]).unsqueeze(1)
+
+
+@functools.lru_cache(maxsize=2)
+def expected(shape: Shape, device: str) -> Tensor:
+    """y of the checked pairs in float64. LayerNorm runs over all heads before they are picked."""
+    q, k, v, gamma_q, beta_q, gamma_k, beta_k = (x.detach().double() for x in projections(shape, device))
+    q, k, v = (split_heads(x, shape.heads) for x in (q, k, v))
+    q = _pick(reference.normalise(q, gamma_q, beta_q, "token"), shape)
+    k = _pick(reference.normalise(k, gamma_k, beta_k, "token"), shape)
+    y = reference.chunked(q, k, _pick(v, shape), feature_map=shape.feature_map, chunk=256)
+    assert isinstance(y, Tensor)
+    return y
+
+
+@functools.lru_cache(maxsize=2)
+def expected_softmax(shape: Shape, device: str) -> Tensor:
+    """Softmax attention in float64, on a sequence's first and last 64 rows of the checked pairs."""
+    q, k, v = (_pick(x.detach(), shape).double() for x in softmax_inputs(shape, device))
+    return torch.cat([_softmax_rows(q, k, v, rows) for rows in _softmax_checked(shape)], 2)
+
+
+def _softmax_checked(shape: Shape) -> tuple[range, ...]:
+    edge = min(64, shape.seqlen)
+    return range(edge), range(max(shape.seqlen - 64, edge), shape.seqlen)
+
+
+def _softmax_rows(q: Tensor, k: Tensor, v: Tensor, rows: range) -> Tensor:
+    score = q[:, :, rows.start : rows.stop] @ k.mT * q.shape[-1] ** -0.5
+    position = torch.arange(k.shape[2], device=k.device)
+    query = torch.arange(rows.start, rows.stop, device=k.device)
+    return score.masked_fill(position > query[:, None], -torch.inf).softmax(-1) @ v
+
+
+def prepare(name: str, shape: Shape, direction: str, device: str) -> Prepared:
+    """Raises UnavailableError where the method does not run here."""
+    if name.startswith(SDPA):
+        function = _softmax(name)
+        tensors = softmax_inputs(shape, device)
+    else:
+        function = _linear(name, shape, direction, device)
+        tensors = projections(shape, device)
+
+    def error() -> float:
+        with torch.no_grad():
+            y = _pick(function(*tensors), shape)
+        if not name.startswith(SDPA):
+            return relative_error(y, expected(shape, device))
+        first, last = _softmax_checked(shape)
+        edges = torch.cat([y[:, :, rows.start : rows.stop] for rows in (first, last)], 2)
+        return relative_error(edges, expected_softmax(shape, device))
+
+    run = _runner(function, tensors, shape, direction, device)
+    return Prepared(run, error, BOUNDS[shape.dtype], compiles=name in COMPILED)
+
+
+def _runner(
+    function: Function, tensors: tuple[Tensor, ...], shape: Shape, direction: str, device: str
+) -> Callable[[], Any]:
+    if direction == "forward":
+
+        def forward() -> None:
+            with torch.no_grad():
+                function(*tensors)
+
+        return forward
+    generator = torch.Generator(device).manual_seed(1)
+    sizes = (shape.batch, shape.heads, shape.seqlen, shape.head_dim)
+    grad_y = torch.randn(sizes, generator=generator, device=device).to(shape.torch_dtype)
+
+    def both() -> None:
+        torch.autograd.grad(function(*tensors), tensors, grad_y)
+
+    return both
+
+
+def _softmax(name: str) -> Function:
+    backend = {"SDPA flash": "FLASH_ATTENTION", "SDPA cuDNN": "CUDNN_ATTENTION"}.get(name)
+    if backend is None:
+        return _baselines.softmax_attention
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def chosen(*qkv: Tensor) -> Tensor:
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return _baselines.softmax_attention(*qkv)
+
+    return chosen
+
+
+def _linear(name: str, shape: Shape, direction: str, device: str) -> Function:
+    if name == OURS:
+        return functools.partial(_ours, heads=shape.heads, feature_map=shape.feature_map)
+    if name in OTHERS:
+        return _other(name, shape, device)
+    if shape.feature_map not in ("outer", "square"):
+        raise UnavailableError("not written for this feature map")
+    plain = COMPILED.get(name, name)
+    if plain == QUADRATIC:
+        matrix = 4 * shape.batch * shape.heads * shape.seqlen**2
+        if 6 * matrix > min(QUADRATIC_BYTES * 6, 0.6 * _free_memory(device)):
+            raise UnavailableError("too large for memory")
+        function: Function = functools.partial(_baselines.quadratic, feature_map=shape.feature_map)
+        return torch.compile(function, dynamic=False) if name in COMPILED else function
+    chunk = _fastest_chunk(plain, shape, direction, device)
+    if name == plain:
+        return functools.partial(_CHUNKED[plain], feature_map=shape.feature_map, chunk=chunk)
+    if plain == LOOP:  # the body of the loop: a compiler would unroll the whole
+        body = torch.compile(_baselines.one_chunk, dynamic=False)
+        return functools.partial(
+            _baselines.chunked_loop, feature_map=shape.feature_map, chunk=chunk, chunk_step=body
+        )
+    return torch.compile(
+        functools.partial(_baselines.chunked_cumsum, feature_map=shape.feature_map, chunk=chunk),
+        dynamic=False,
+    )
+
+
+_CHUNKED: dict[str, Function] = {LOOP: _baselines.chunked_loop, CUMSUM: _baselines.chunked_cumsum}
+
+
+@functools.lru_cache(maxsize=16)
+def _fastest_chunk(name: str, shape: Shape, direction: str, device: str) -> int:
+    def seconds(chunk: int) -> float:
+        function = functools.partial(_CHUNKED[name], feature_map=shape.feature_map, chunk=chunk)
+        run = _runner(function, projections(shape, device), shape, direction, device)
+        return min(_measure.once(run, device) for _ in range(2))
+
+    allowed = [chunk for chunk in _baselines.CHUNKS if chunk <= max(shape.seqlen, _baselines.CHUNKS[0])]
+    return min(allowed, key=seconds)
+
+
+def _free_memory(device: str) -> int:
+    return int(torch.cuda.mem_get_info()[0]) if device == "cuda" else _measure.available_memory()
+
+
+def _ours(q: Tensor, k: Tensor, v: Tensor, *affine: Tensor, heads: int, feature_map: str) -> Tensor:
+    q, k, v = (split_heads(x, heads) for x in (q, k, v))
+    return rebased_attention(q, k, v, *affine, feature_map=feature_map, layer_norm="token")
+
+
+def _other(name: str, shape: Shape, device: str) -> Function:
+    if name == FLA:
+        if device != "cuda":
+            raise UnavailableError("runs on a GPU only")
+        if shape.feature_map != "outer":
+            raise UnavailableError("has outer only")
+        try:
+            from fla.ops.rebased import parallel_rebased
+        except ImportError as error:
+            raise UnavailableError(f"not installed (pip install flash-linear-attention): {error}") from error
+        return functools.partial(_fla, parallel_rebased, heads=shape.heads)
+    if shape.dtype != "float32":
+        raise UnavailableError("has float32 only")
+    if shape.feature_map not in ("outer", "square"):
+        raise UnavailableError("not written for this feature map")
+    try:
+        from fast_transformers.causal_product import causal_dot_product
+    except ImportError as error:
+        reason = "not installed (pip install --no-build-isolation pytorch-fast-transformers)"
+        raise UnavailableError(f"{reason}: {error}") from error
+    return functools.partial(
+        _fast_transformers, causal_dot_product, heads=shape.heads, feature_map=shape.feature_map
+    )
+
+
+def _normalised(x: Tensor, gamma: Tensor, beta: Tensor, heads: int, scale: float = 1.0) -> Tensor:
+    gamma, beta = ((scale * y).flatten().to(x.dtype) for y in (gamma, beta))
+    return F.layer_norm(x, x.shape[-1:], gamma, beta).unflatten(-1, (heads, -1))
+
+
+def _fla(kernel: Function, q: Tensor, k: Tensor, v: Tensor, *affine: Tensor, heads: int) -> Tensor:
+    """fla takes (B, N, H, width)."""
+    q, k = _normalised(q, *affine[:2], heads), _normalised(k, *affine[2:], heads)
+    y = kernel(q, k, v.unflatten(-1, (heads, -1)), eps=_baselines.EPS)
+    return y.transpose(1, 2)
+
+
+def _fast_transformers(
+    product: Function, q: Tensor, k: Tensor, v: Tensor, *affine: Tensor, heads: int, feature_map: str
+) -> Tensor:
+    """Its causal linear attention: numerator by its loop, denominator by a cumulative sum of the keys."""
+    scale = (q.shape[-1] / heads) ** -0.5 if feature_map == "outer" else 1.0
+    q = _normalised(q, *affine[:2], heads, scale).transpose(1, 2)
+    k = _normalised(k, *affine[2:], heads).transpose(1, 2)
+    query, key = _baselines.features(feature_map)
+    q, k = query(q).contiguous(), key(k).contiguous()
+    sums = (q * k.cumsum(2)).sum(-1, keepdim=True)
+    return product(q, k, split_heads(v, heads).contiguous()) / (sums + _baselines.EPS)
