@@ -1,0 +1,281 @@
+"""Instructions of the tensor-core kernels, from their machine code: how many a warp issues per chunk.
+
+Counting. A kernel's chunk loop is its outermost loop with the most HMMA; LOOPS says how often per chunk each
+loop inside it runs. Instructions per chunk (64 tokens) are the sum over these loops of (instructions of the
+loop's own blocks) times (runs per chunk). Every instruction of a block counts, also a predicated one and one
+that a branch skips (three kinds of LayerNorm are compiled in and one of them runs), so the number is an upper
+bound of what a warp issues. Where warps differ in how often a loop runs, it is their mean. What is outside
+the chunk loop is not counted. Kernels whose last argument is true serve several query heads per kv head;
+their number is that of one head. python_tests/test_ptx.py compares HMMA per chunk with those that really run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.kernels.kernel import read_kernels
+from benchmarks.kernels.registers import CHECKED_ARCHITECTURES, OUTER_FORWARD
+from benchmarks.kernels.report import format_table, write_json
+from benchmarks.kernels.sass import Function, Loop, disassemble
+from benchmarks.kernels.toolchain import (
+    ToolMissingError,
+    compile_all,
+    compiler_release,
+    instances,
+)
+
+OUTER_FORWARD_INSTRUCTIONS = 2200  # per chunk and warp at sm_90
+
+
+@dataclass(frozen=True)
+class Nest:
+    """A loop inside the chunk loop: runs of its body per chunk, and the loops inside it."""
+
+    runs: float
+    inner: tuple[Nest, ...] = ()
+
+
+ROW_TILES = Nest(
+    2, (Nest(2),)
+)  # pairs of row tiles; in it the column tiles outside the pair: 2 and 0 of them
+HALVES = Nest(2)  # of the chunk, in add_chunk
+OWN_TOKENS = Nest(2.5)  # the column tiles that a warp's row tile looks at: 1, 2, 3 and 4 for the four warps
+OFFSETS = Nest(8)  # circulant offsets 0..7 of a warp's row tile
+
+# By kernel, in the order of the code; for the polynomial maps where these have a loop more.
+LOOPS = {
+    "forward_kernel": (ROW_TILES, HALVES),
+    "segment_state_kernel": (HALVES,),
+    "reverse_segment_kernel": (HALVES,),
+    "grad_kv_kernel": (ROW_TILES, OWN_TOKENS, HALVES),
+    "grad_q_kernel": (OWN_TOKENS, HALVES),
+}
+POLYNOMIAL_LOOPS = {
+    "grad_kv_kernel": (ROW_TILES, OFFSETS, OWN_TOKENS, HALVES),
+    "grad_q_kernel": (OFFSETS, OWN_TOKENS, HALVES),
+}
+
+# Global accesses per chunk and thread narrower than 16 bytes, by direction and bytes; of all branches.
+# 8 bytes: the statistics of "token" LayerNorm; partial gradients that another kernel finishes.
+# 4 bytes: r and delta of a row.
+NARROW_ACCESSES = {
+    "forward_kernel": {("load", 8): 2, ("store", 4): 8},
+    "segment_state_kernel": {("load", 8): 1},
+    "reverse_segment_kernel": {("load", 8): 1, ("load", 4): 1},
+    "grad_kv_kernel": {("load", 8): 2, ("load", 4): 1, ("store", 8): 4, ("store", 4): 4},
+    "grad_q_kernel": {("load", 8): 2, ("load", 4): 2, ("store", 8): 4},
+}
+
+
+def base_name(name: str) -> str:
+    """grad_q_kernel of tensor_core::grad_q_kernel<bfloat16, outer>."""
+    return re.sub(r"<.*", "", name).split("::")[-1]
+
+
+@dataclass(frozen=True)
+class Figures:
+    name: str
+    architecture: int
+    instructions: int  # of the whole kernel, as are the next four
+    hmma: int
+    ldsm: int
+    ldgsts: int
+    local_accesses: int
+    chunk_instructions: (
+        int | None
+    )  # per chunk and warp, as is all that follows; None: LOOPS does not have the kernel
+    chunk_opcodes: dict[str, int]
+    chunk_accesses: dict[str, int]  # to global memory: {"load 16": 8, ...}
+
+
+def chunk_loop(function: Function) -> Loop | None:
+    def hmma(loop: Loop) -> int:
+        return sum(
+            count for opcode, count in function.opcodes(loop).items() if opcode.startswith("HMMA")
+        ) + sum(map(hmma, loop.inner))
+
+    best = max(function.loops, key=hmma, default=None)
+    return best if best and hmma(best) else None
+
+
+def loops_of(name: str) -> tuple[Nest, ...] | None:
+    base = base_name(name)
+    polynomial = POLYNOMIAL_LOOPS.get(base) if re.search(r"\b(outer|taylor)\b", name) else None
+    return polynomial or LOOPS.get(base)
+
+
+def per_chunk(function: Function, loop: Loop, nests: tuple[Nest, ...], runs: float = 1) -> Counter[str]:
+    """Opcodes per chunk of `loop`, which itself runs `runs` times per chunk."""
+    if len(loop.inner) != len(nests):
+        raise ValueError(f"a loop has {len(loop.inner)} inner loops and LOOPS knows of {len(nests)}")
+    total: Counter[str] = Counter({opcode: runs * count for opcode, count in function.opcodes(loop).items()})
+    for inner, nest in zip(loop.inner, nests, strict=True):
+        total += per_chunk(function, inner, nest.inner, nest.runs)
+    return total
+
+
+def global_access(opcode: str) -> tuple[str, int] | None:
+    """("load" or "store", bytes per thread) of an access to global memory, LDGSTS among the loads."""
+    words = opcode.split(".")
+    if words[0] not in ("LDG", "LD", "LDGSTS", "STG", "ST"):
+        return None
+    widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+    width = next((widths[word] for word in words if word in widths), 4)
+    return ("store" if words[0].startswith("ST") else "load"), width
+
+
+def by_base(opcodes: Counter[str]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for opcode, count in opcodes.items():
+        total[opcode.split(".")[0]] += count
+    return total
+
+
+def measure(name: str, architecture: int, function: Function) -> Figures:
+    whole = Counter(instruction.opcode for instruction in function.instructions)
+    bases = by_base(whole)
+    chunk: Counter[str] = Counter()
+    loop, nests = chunk_loop(function), loops_of(name)
+    if loop and nests:
+        try:
+            chunk = per_chunk(function, loop, nests)
+        except ValueError as error:
+            raise ValueError(f"{name} at sm_{architecture}: {error}") from None
+    accesses: Counter[str] = Counter()
+    for opcode, count in chunk.items():
+        access = global_access(opcode)
+        if access:
+            accesses["{} {}".format(*access)] += count
+    return Figures(
+        name,
+        architecture,
+        sum(whole.values()),
+        bases["HMMA"],
+        bases["LDSM"],
+        bases["LDGSTS"],
+        bases["LDL"] + bases["STL"],
+        round(sum(chunk.values())) if chunk else None,
+        {base: round(count) for base, count in by_base(chunk).most_common()},
+        {access: round(count) for access, count in sorted(accesses.items())},
+    )
+
+
+def collect(pattern: str, architectures: list[int]) -> tuple[list[Figures], list[str]]:
+    """Figures of the kernels with HMMA, and what went wrong."""
+    errors: list[str] = []
+    figures = {}
+    for compilation in compile_all(
+        instances(pattern), architectures, lambda error: errors.append(str(error))
+    ):
+        functions = disassemble(compilation.cubin)
+        for kernel in read_kernels(compilation):
+            function = functions[kernel.symbol]
+            if not any(instruction.base == "HMMA" for instruction in function.instructions):
+                continue
+            try:
+                found = measure(kernel.name, kernel.architecture, function)
+            except ValueError as error:
+                errors.append(str(error))
+            else:
+                figures[kernel.name, kernel.architecture] = found
+    return [figures[key] for key in sorted(figures)], errors
+
+
+def table(figures: list[Figures]) -> str:
+    heading = (
+        "kernel",
+        "sm",
+        "all",
+        "HMMA",
+        "LDSM",
+        "LDGSTS",
+        "local",
+        "per chunk",
+        "HMMA",
+        "LDSM",
+        "global accesses",
+    )
+    rows = [heading]
+    for f in figures:
+        known = f.chunk_instructions is not None
+        chunk = (str(f.chunk_instructions), *(str(f.chunk_opcodes.get(base, 0)) for base in ("HMMA", "LDSM")))
+        accesses = ", ".join(f"{access}: {count}" for access, count in f.chunk_accesses.items())
+        whole = (f.instructions, f.hmma, f.ldsm, f.ldgsts, f.local_accesses)
+        rows.append(
+            (f.name, str(f.architecture), *map(str, whole), *(chunk if known else ("?",) * 3), accesses)
+        )
+    return format_table(rows)
+
+
+def problems(figures: list[Figures]) -> list[str]:
+    """What --check fails for."""
+    found = []
+    for f in figures:
+        if f.architecture not in CHECKED_ARCHITECTURES:
+            continue
+        where = f"{f.name} at sm_{f.architecture}"
+        if f.local_accesses:
+            found.append(f"{where}: {f.local_accesses} accesses to local memory")
+        if f.chunk_instructions is None:
+            found.append(f"{where}: its loops are not in LOOPS")
+            continue
+        for access, count in f.chunk_accesses.items():
+            direction, width = access.split()
+            allowed = NARROW_ACCESSES[base_name(f.name)].get((direction, int(width)), 0)
+            if int(width) != 16 and count > allowed:
+                found.append(f"{where}: {count} {direction}s of {width} bytes per chunk, {allowed} expected")
+        if (
+            f.name == OUTER_FORWARD
+            and f.architecture == 90
+            and f.chunk_instructions > OUTER_FORWARD_INSTRUCTIONS
+        ):
+            found.append(
+                f"{where}: {f.chunk_instructions} instructions per chunk > {OUTER_FORWARD_INSTRUCTIONS}"
+            )
+    for architecture in CHECKED_ARCHITECTURES:
+        if not any(f.name == OUTER_FORWARD and f.architecture == architecture for f in figures):
+            found.append(f"{OUTER_FORWARD} at sm_{architecture}: not found")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels.instructions",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--architectures", type=int, nargs="+", default=list(CHECKED_ARCHITECTURES))
+    parser.add_argument("--instances", default="tensor_core_*", help="only files whose name matches")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the figures, like benchmarks/results/x.json"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="fail for local memory, narrow global accesses per chunk, or too many instructions per chunk",
+    )
+    options = parser.parse_args(arguments)
+
+    figures, errors = collect(options.instances, options.architectures)
+    print(f"{compiler_release()}. Per chunk and warp, upper bounds: see --help; accesses: bytes, number")
+    print(table(figures))
+    if options.json and not errors:  # never incomplete ones
+        command, facts = "python -m benchmarks.kernels.instructions", {"counting": __doc__.splitlines()}
+        write_json(options.json, command, arguments, facts, [asdict(f) for f in figures])
+    if options.check:
+        errors += problems(figures)
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ToolMissingError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,149 @@
+"""The reports of benchmarks.kernels: what they must say of the kernels, and that they would say otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.kernels import instructions, registers, toolchain
+from benchmarks.kernels.instructions import Figures, Nest, per_chunk
+from benchmarks.kernels.kernel import Kernel
+from benchmarks.kernels.sass import Function
+
+pytestmark = pytest.mark.timeout(1800)  # the first time, every instance is compiled
+
+
+def with_programs(*programs: str) -> pytest.MarkDecorator:
+    """Skips a test where a program is missing, with the reason."""
+    try:
+        for program in programs:
+            toolchain.cuda_program(program)
+    except toolchain.ToolMissingError as error:
+        return pytest.mark.skip(reason=str(error))
+    return pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[Kernel]:
+    found, errors = registers.collect("*", list(registers.CHECKED_ARCHITECTURES))
+    assert not errors
+    return found
+
+
+@with_programs("nvcc")
+def test_no_spills_and_enough_blocks(kernels):
+    assert registers.problems(kernels) == []
+
+
+@with_programs("nvcc", "nvdisasm")
+def test_instructions():
+    figures, errors = instructions.collect("tensor_core_*", list(registers.CHECKED_ARCHITECTURES))
+    assert errors == []
+    assert instructions.problems(figures) == []
+
+
+# ---- the checks themselves, with no compiler ----
+
+GOOD = Kernel(
+    name=registers.OUTER_FORWARD,
+    symbol="_Z",
+    source="tensor_core_forward",
+    architecture=90,
+    registers=168,
+    spill_stores=0,
+    spill_loads=0,
+    stack_frame=0,
+    static_shared=38976,
+    dynamic_shared=0,
+    barriers=1,
+    threads=128,
+    asked_blocks=3,
+    blocks=3,
+)
+
+
+def register_problems(kernel: Kernel) -> list[str]:
+    return registers.problems([replace(GOOD, architecture=80), kernel])
+
+
+def test_register_problems():
+    assert register_problems(GOOD) == []
+    assert "spills 4 + 8 bytes" in register_problems(replace(GOOD, spill_stores=4, spill_loads=8))[0]
+    assert "2 blocks per SM, not 3" in register_problems(replace(GOOD, blocks=2))[0]
+    assert "not found" in registers.problems([GOOD])[0]
+    general = replace(GOOD, name="general_forward<float64>", spill_stores=4)
+    assert registers.problems([GOOD, replace(GOOD, architecture=80), general]) == []
+
+
+FIGURES = Figures(
+    name=registers.OUTER_FORWARD,
+    architecture=90,
+    instructions=3000,
+    hmma=107,
+    ldsm=40,
+    ldgsts=20,
+    local_accesses=0,
+    chunk_instructions=2000,
+    chunk_opcodes={"HMMA": 214},
+    chunk_accesses={"load 16": 8, "load 8": 2, "store 16": 4, "store 4": 8},
+)
+
+
+def instruction_problems(figures: Figures) -> list[str]:
+    return instructions.problems([replace(FIGURES, architecture=80), figures])
+
+
+def test_instruction_problems():
+    assert instruction_problems(FIGURES) == []
+    assert "2 accesses to local memory" in instruction_problems(replace(FIGURES, local_accesses=2))[0]
+    assert (
+        "2201 instructions per chunk > 2200"
+        in instruction_problems(replace(FIGURES, chunk_instructions=2201))[0]
+    )
+    split_stores = replace(FIGURES, chunk_accesses={"load 16": 8, "store 4": 24})
+    assert "24 stores of 4 bytes per chunk, 8 expected" in instruction_problems(split_stores)[0]
+    assert "not in LOOPS" in instruction_problems(replace(FIGURES, chunk_instructions=None))[0]
+    assert "not found" in instructions.problems([FIGURES])[0]
+
+
+# A loop with an inner loop; the copy for diverged warps, after the end; sm_80's way to leave a loop.
+LISTING = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   LDSM.16.M88.4 R4, [R2] ;
+        /*0020*/                   BRA.DIV ~URZ, `(.L_x_3) ;
+.L_x_1:
+        /*0030*/                   HMMA.16816.F32.BF16 R4, R8, R2, R4 ;
+        /*0040*/              @!P1 STG.E.128 desc[UR4][R2.64], R8 ;
+        /*0050*/               @P0 BRA `(.L_x_1) ;
+        /*0060*/                   STL [R1+0x8], R100   (*"SpillRefill"*);
+        /*0070*/               @P2 CALL.REL.NOINC `(.L_x_2) ;
+        /*0080*/                   BRA `(.L_x_0) ;
+.L_x_2:
+        /*0090*/                   EXIT ;
+.L_x_3:
+        /*00a0*/                   HMMA.16816.F32.BF16 R4, R8, R2, R4 ;
+        /*00b0*/                   BRA `(.L_x_1) ;
+"""
+
+
+def test_loops_of_a_listing():
+    function = Function(LISTING.splitlines())
+    assert len(function.instructions) == 12
+    (loop,) = function.loops
+    (inner,) = loop.inner
+    assert function.opcodes(inner) == {"HMMA.16816.F32.BF16": 1, "STG.E.128": 1, "BRA": 1}
+    total = per_chunk(function, loop, (Nest(3),))
+    outer = {"LDSM.16.M88.4": 1, "BRA.DIV": 1, "STL": 1, "CALL.REL.NOINC": 1}
+    assert total == {**outer, "HMMA.16816.F32.BF16": 3, "STG.E.128": 3, "BRA": 4}
+    with pytest.raises(ValueError, match="1 inner loops and LOOPS knows of 2"):
+        per_chunk(function, loop, (Nest(3), Nest(2)))
+
+
+def test_widths_of_accesses():
+    assert instructions.global_access("LDGSTS.E.BYPASS.128.ZFILL") == ("load", 16)
+    assert instructions.global_access("LDG.E.U16.CONSTANT") == ("load", 2)
+    assert instructions.global_access("STG.E.64") == ("store", 8)
+    assert instructions.global_access("ST.E") == ("store", 4)
+    assert instructions.global_access("STS.128") is None
