@@ -49,6 +49,16 @@ def test_sizes(feature_map, feature_dim, head_dim, device):
     assert relative_error(_steps(problem, inputs, state), run_reference(inputs, problem)[0]) <= 1e-11
 
 
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_first_token_is_its_value(feature_map, device):
+    """With eps 0 the first y is v, however small sim is: it must not be a sum of signed features."""
+    q, k = (torch.randn(2000, 1, 32, device=device) for _ in range(2))
+    v = torch.randn(2000, 1, 8, device=device)
+    state = RebasedState.zeros(2000, 1, 32, 8, feature_map=feature_map, device=device)
+    y = rebased_attention_step(q, k, v, state, feature_map=feature_map, eps=0.0)
+    assert relative_error(y, v) <= 1e-6
+
+
 def test_prefill_then_decode(device):
     problem = Problem("taylor", "head", seqlen=30, device=device)
     inputs = problem.inputs()

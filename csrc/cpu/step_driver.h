@@ -1,7 +1,10 @@
-// One token per sequence: S += phi(k') v^T, z += phi(k'), then y = phi(q') S / (phi(q') z + eps).
+// One token per sequence: y = (phi(q') S + sim v) / (phi(q') z + sim + eps) with the state before the token
+// and sim of the token itself, then S += phi(k') v^T, z += phi(k').
 //
-// The state is read once and written once, row by row, each row queried while it is in registers. An item is
-// one sequence and kv head; its features (F of k', F of each query head) lie in the worker's scratch.
+// The same as querying the new state, but the token's own sim is a square, not a sum of signed features,
+// which loses digits where q'.k' is near 0: first tokens have nothing else. The state is read once and
+// written once, row by row, each row queried while it is in registers. An item is one sequence and kv head;
+// its features (F of k', F of each query head) lie in the worker's scratch.
 #pragma once
 
 #include "cpu/plan.h"
@@ -10,10 +13,11 @@ namespace rebased::cpu::REBASED_ISA {
 
 template <class T>
 struct StepScratch {
-  T* token;           // q' or k', twice over, so that rotations are contiguous; whole vectors may be read
+  T *query, *key;     // q' and k', twice over, so that rotations are contiguous; whole vectors may be read
   T* key_features;    // [feature]
   T* query_features;  // [query head of the group][feature], weighted
-  T* sums;            // [query head][kColumns]
+  T* own;             // [query head]: sim of the token itself
+  T* sums;            // [query head][value_columns]
   T* values;          // v, then y, of one head
   int64_t features;   // rounded up to whole vectors, zero past F
 
@@ -25,7 +29,9 @@ constexpr int kStepVectors = 4;  // vectors of a state's row that are updated to
 template <class T>
 StepScratch<T>::StepScratch(const StepProblem& p, const Sizes<T>& s, int64_t group, Arena& arena) {
   features = round_up(s.features, kWidth<T>);
-  token = arena.take<T>(2 * p.feature_dim + 2 * kWidth<T>);
+  query = arena.take<T>(2 * p.feature_dim + 2 * kWidth<T>);
+  key = arena.take<T>(2 * p.feature_dim + 2 * kWidth<T>);
+  own = arena.take<T>(group);
   key_features = arena.take<T>(features), query_features = arena.take<T>(group * features);
   sums = arena.take<T>(group * s.value_columns);
   values = arena.take<T>(s.value_columns);
@@ -101,6 +107,18 @@ inline void token_features(const StepProblem& p, const Sizes<T>& s, bool weighte
   for (int64_t f = s.features; f < padded; f++) features[f] = 0;
 }
 
+// sim of the token itself, from q' and k' as prepare_token leaves them and their features.
+template <class T>
+inline T own_sim(const Sizes<T>& s, const StepScratch<T>& scratch, const T* query_features) {
+  const T* left = s.polynomial ? scratch.query : query_features;
+  const T* right = s.polynomial ? scratch.key : scratch.key_features;
+  Vector<T> products{};
+  for (int e = 0; e < s.feature_dim; e += kWidth<T>)
+    products += read<T>(left + e, s.feature_dim - e) * read<T>(right + e, s.feature_dim - e);
+  const T sum = horizontal_sum<T>(products);
+  return s.polynomial ? s.a0 + sum * (s.a1 + s.a2 * sum) : sum;
+}
+
 // Columns [column, column + NV vectors) of the state, `count` of them within head_dim.
 template <class T, int NV, bool OneQuery>
 inline void step_columns(const StepScratch<T>& scratch, const Sizes<T>& s, int64_t group, int column,
@@ -118,13 +136,15 @@ inline void step_columns(const StepScratch<T>& scratch, const Sizes<T>& s, int64
     Vector<T> entries[NV];
     if (whole) {
 #pragma GCC unroll 4
-      for (int n = 0; n < NV; n++)
-        store(row + n * kWidth<T>, entries[n] = load(row + n * kWidth<T>) + key * values[n]);
+      for (int n = 0; n < NV; n++) {
+        entries[n] = load(row + n * kWidth<T>);
+        store(row + n * kWidth<T>, entries[n] + key * values[n]);
+      }
     } else {
 #pragma GCC unroll 4
       for (int n = 0; n < NV; n++) {
-        entries[n] = read<T>(row + n * kWidth<T>, count - n * kWidth<T>) + key * values[n];
-        write<T>(row + n * kWidth<T>, entries[n], count - n * kWidth<T>);
+        entries[n] = read<T>(row + n * kWidth<T>, count - n * kWidth<T>);
+        write<T>(row + n * kWidth<T>, entries[n] + key * values[n], count - n * kWidth<T>);
       }
     }
     if (OneQuery) {
@@ -168,12 +188,13 @@ inline void step_item(const StepProblem& p, const Sizes<T>& s, const StepScratch
     for (int64_t g = 0; g < group; g++) __builtin_memset(output(g), 0, s.head_dim * sizeof(E));
     return;
   }
-  prepare_token<T, E>(p, s, false, batch, kv_head, scratch.token);
-  token_features(p, s, false, scratch.token, scratch.key_features, scratch.features);
+  prepare_token<T, E>(p, s, false, batch, kv_head, scratch.key);
+  token_features(p, s, false, scratch.key, scratch.key_features, scratch.features);
   for (int64_t g = 0; g < group; g++) {
-    prepare_token<T, E>(p, s, true, batch, kv_head * group + g, scratch.token);
-    token_features(p, s, true, scratch.token, scratch.query_features + g * scratch.features,
-                   scratch.features);
+    T* const query_features = scratch.query_features + g * scratch.features;
+    prepare_token<T, E>(p, s, true, batch, kv_head * group + g, scratch.query);
+    token_features(p, s, true, scratch.query, query_features, scratch.features);
+    scratch.own[g] = own_sim(s, scratch, query_features);
   }
   const E* v = static_cast<const E*>(p.v.data) + batch * p.v.batch_stride + kv_head * p.v.head_stride;
   for (int n = 0; n < s.value_columns; n += kWidth<T>)
@@ -187,16 +208,19 @@ inline void step_item(const StepProblem& p, const Sizes<T>& s, const StepScratch
     step_columns<T, kStepVectors>(scratch, s, group, column, state);
   for (; column < s.value_columns; column += kWidth<T>) step_columns<T, 1>(scratch, s, group, column, state);
 
-  for (int f = 0; f < s.features; f++) denominators[f] += scratch.key_features[f];
   for (int64_t g = 0; g < group; g++) {
     const T* query = scratch.query_features + g * scratch.features;
     Vector<T> sum{};
     for (int f = 0; f < s.features; f += kWidth<T>)
       sum += load(query + f) * read<T>(denominators + f, s.features - f);
-    const T scale = p.normalize ? 1 / (horizontal_sum<T>(sum) + T(p.eps)) : T(1);
-    for (int n = 0; n < s.head_dim; n += kWidth<T>)
-      write<T>(output(g) + n, load(scratch.sums + g * s.value_columns + n) * scale, s.head_dim - n);
+    const T own = scratch.own[g];
+    const T scale = p.normalize ? 1 / (horizontal_sum<T>(sum) + own + T(p.eps)) : T(1);
+    for (int n = 0; n < s.head_dim; n += kWidth<T>) {
+      const Vector<T> total = load(scratch.sums + g * s.value_columns + n) + own * load(scratch.values + n);
+      write<T>(output(g) + n, total * scale, s.head_dim - n);
+    }
   }
+  for (int f = 0; f < s.features; f++) denominators[f] += scratch.key_features[f];
 }
 
 // With parallel null only counts the workspace's bytes.

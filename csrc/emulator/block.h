@@ -118,7 +118,7 @@ class Block {
   unsigned turn_ = 0;
 };
 
-inline thread_local Block* current_block __attribute__((tls_model("initial-exec"))) = nullptr;
+inline thread_local Block* current_block = nullptr;
 
 // Released by the host before a launch, acquired by its threads; and the other way round at the end.
 extern char launch_variable, end_variable;

@@ -95,7 +95,7 @@ struct BackwardProblem : Problem {
   void* workspace;
 };
 
-// One token per sequence: seqlen is 1, row strides mean nothing. The state is updated first, then queried.
+// One token per sequence: seqlen is 1, row strides mean nothing. y is the answer of the updated state.
 struct StepProblem : Problem {
   MutableState state;  // (num_slots, kv_heads, ...), updated in place
   int64_t num_slots;
