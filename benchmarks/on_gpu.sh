@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call: builds in place for the card at hand, runs the whole test suite on it,
-# compute-sanitizer over the kernels' driver, then the speed benchmarks. Leaves logs and JSON in the folder $OUT
+# the kernels' drivers by themselves and under compute-sanitizer, then the speed benchmarks. Leaves logs and JSON in the folder $OUT
 # (default benchmarks/results/<card>). Needs torch with CUDA, nvcc of the same major version, cmake, ninja and
 # pybind11; nothing is downloaded. Every step runs even if one before it failed; the exit code says whether any did.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
+export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"  # nvcc, compute-sanitizer
 CARD=$("$PYTHON" -c "import torch; print(torch.cuda.get_device_name().replace(' ', '_'))") || {
   echo "on_gpu.sh: no GPU that torch can use" >&2
   exit 1
@@ -35,19 +36,25 @@ drivers() {
     -DCMAKE_CUDA_ARCHITECTURES=native && cmake --build build/gpu_drivers
 }
 
-sanitizer() {  # sanitizer TOOL: every driver that runs on the card
-  local driver
-  for driver in build/gpu_drivers/gpu_driver_*; do
-    [ -f "$driver" ] && [ -x "$driver" ] || continue
-    echo "$1: $driver"
-    compute-sanitizer --tool "$1" --error-exitcode 9 "$driver" || return 1
+each_driver() {  # each_driver COMMAND...: runs every gpu_* program behind COMMAND, with $arguments
+  local driver result=0
+  for driver in build/gpu_drivers/gpu_driver_{cuda,tensor_core} build/gpu_drivers/gpu_emulator_primitives; do
+    echo "$* $driver"
+    "$@" "$driver" $arguments || { echo "FAILED: $driver"; result=1; }
   done
+  return $result
 }
+
+every_case() { arguments="" each_driver env; }
+
+# compute-sanitizer is slow: the fewest cases that launch every kernel
+sanitizer() { arguments="1 thinned" each_driver compute-sanitizer --tool "$1" --error-exitcode 9; }
 
 step machine machine
 step build build
 step tests "$PYTHON" -m pytest -q -m "" python_tests
 step drivers drivers
+step every_case every_case
 for tool in memcheck racecheck initcheck synccheck; do
   step "$tool" sanitizer "$tool"
 done

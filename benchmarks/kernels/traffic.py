@@ -1,0 +1,190 @@
+"""Global and shared-memory accesses of the tensor-core kernels, counted while they run on the emulator.
+
+bfloat16, d = 16, dv = 64, one head of 4096 tokens, "head" LayerNorm with gamma and beta; in one pass, and
+split in 4 segments. The figures are per head and token, and exact. Bytes are what threads ask for. Sectors
+are 32 bytes each, counted for every access of a warp: what L2 serves where L1 does not help, so two accesses
+to the halves of a sector count it twice. Needs g++, cmake and ninja on x86-64; no GPU and no nvcc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.kernels.report import format_table
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENS = 4096
+COMMAND = "python -m benchmarks.kernels.traffic"
+
+# What a call has to move per head and token: q, k of 32 bytes; v, y, grad y, grad v of 128; r, delta of 4.
+FORWARD = 32 + 32 + 128 + 128 + 4
+GRAD_KV = (32 + 32 + 128 + 128 + 128 + 4) + (32 + 128 + 4)  # q, k, v, y, grad y, r; grad k, grad v, delta
+GRAD_Q = (32 + 32 + 128 + 128 + 4 + 4) + 32  # q, k, v, grad y, r, delta; grad q
+BACKWARD = GRAD_KV + GRAD_Q
+REVERSE_SUMS = (32 + 128 + 128 + 4) * 3 // 4  # all segments but one read q, y, grad y, r once more
+
+# The most that the traffic may be, as a multiple of the floor.
+LIMITS = {
+    "forward outer 1": 1.10,
+    "forward square 1": 1.10,
+    "forward outer 4": 1.68,
+    "forward square 4": 1.45,
+    "backward outer 1": 1.15,
+    "backward square 1": 1.15,
+    "backward outer 4": 1.15,
+    "backward square 4": 1.15,
+}
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Of one named buffer, per head and token."""
+
+    name: str
+    read: float
+    written: float
+    sectors_read: float  # in bytes
+    sectors_written: float
+
+
+@dataclass(frozen=True)
+class Wavefronts:
+    """Of one kernel: passes through shared memory, and as many as there had to be without bank conflicts."""
+
+    kernel: str
+    counted: int
+    ideal: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    name: str  # sweep, map, segments
+    buffers: list[Buffer]
+    shared: list[Wavefronts]
+
+    @property
+    def bytes(self) -> float:
+        return sum(buffer.read + buffer.written for buffer in self.buffers)
+
+    @property
+    def sector_bytes(self) -> float:
+        return sum(buffer.sectors_read + buffer.sectors_written for buffer in self.buffers)
+
+    @property
+    def floor(self) -> float:
+        """Of a backward in segments: with the states, as they were moved."""
+        sweep, _, segments = self.name.split()
+        if sweep == "forward":
+            return FORWARD
+        states = sum(buffer.read + buffer.written for buffer in self.buffers if "states" in buffer.name)
+        return BACKWARD if segments == "1" else BACKWARD + REVERSE_SUMS + states
+
+    @property
+    def ratio(self) -> float:
+        return self.bytes / self.floor
+
+
+def measure(folder: Path = ROOT / "build/traffic") -> list[Figures]:
+    """Builds the traced driver in `folder` and runs it."""
+    for command in (
+        ["cmake", "-S", ROOT / "csrc/tests", "-B", folder, "-G", "Ninja", "-DSANITIZER=trace"],
+        ["cmake", "--build", folder, "-j", "2", "--target", "traffic"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stdout + done.stderr)
+    report = subprocess.run([folder / "traffic"], check=True, capture_output=True, text=True).stdout
+    return [read_figures(name, traced) for name, traced in json.loads(report).items()]
+
+
+def read_figures(name: str, traced: dict[str, Any]) -> Figures:
+    buffers = [
+        Buffer(
+            buffer["name"],
+            read=buffer["read_bytes"] / TOKENS,
+            written=buffer["written_bytes"] / TOKENS,
+            sectors_read=32 * buffer["read_sectors"] / TOKENS,
+            sectors_written=32 * buffer["written_sectors"] / TOKENS,
+        )
+        for buffer in traced["buffers"]
+        if buffer["read_bytes"] or buffer["written_bytes"]
+    ]
+    shared = []
+    for kernel in traced["kernels"]:
+        lines = [line for line in kernel["lines"] if line["memory"] == "shared"]
+        counted = sum(line["wavefronts"] for line in lines)
+        ideal = sum(line["ideal_wavefronts"] for line in lines)
+        if lines:
+            shared.append(Wavefronts(kernel["name"].split("<")[0].split("::")[-1], counted, ideal))
+    return Figures(name, buffers, shared)
+
+
+def tables(all_figures: Iterable[Figures]) -> str:
+    """Per run its buffers, then all runs against their floors, then shared memory."""
+    buffers = [("bytes per head and token", "read", "written", "sectors read", "sectors written")]
+    totals = [("sweep, map, segments", "bytes", "floor", "ratio", "limit", "sectors", "ratio")]
+    shared = [("shared memory", "wavefronts", "ideal")]
+    for run in all_figures:
+        for b in run.buffers:
+            amounts = (b.read, b.written, b.sectors_read, b.sectors_written)
+            buffers.append((f"{run.name}: {b.name}", *(f"{amount:.1f}" for amount in amounts)))
+        ratios = (f"{run.ratio:.3f}", f"{LIMITS[run.name]:.2f}")
+        sectors = (f"{run.sector_bytes:.1f}", f"{run.sector_bytes / run.floor:.3f}")
+        totals.append((run.name, f"{run.bytes:.1f}", f"{run.floor:.1f}", *ratios, *sectors))
+        shared += [(f"{run.name}: {s.kernel}", str(s.counted), str(s.ideal)) for s in run.shared]
+    return "\n\n".join(format_table(rows) for rows in (buffers, totals, shared))
+
+
+def problems(all_figures: Iterable[Figures]) -> list[str]:
+    """What --check fails for."""
+    found = []
+    for run in all_figures:
+        if run.ratio > LIMITS[run.name]:
+            found.append(f"{run.name}: {run.ratio:.3f} times the floor, not {LIMITS[run.name]:.2f}")
+        for s in run.shared:
+            if s.counted != s.ideal:
+                found.append(
+                    f"{run.name}: {s.kernel} has bank conflicts, {s.counted} wavefronts for {s.ideal}"
+                )
+    return found
+
+
+def to_json(run: Figures) -> dict[str, Any]:
+    totals = {"bytes": run.bytes, "floor": run.floor, "ratio": round(run.ratio, 4), "limit": LIMITS[run.name]}
+    return {"name": run.name, **totals, "sector_bytes": run.sector_bytes, **asdict(run)}
+
+
+def write_json(path: Path, all_figures: Iterable[Figures]) -> None:
+    runs = [to_json(run) for run in all_figures]
+    head = {"command": f"{COMMAND} --json {path}", "unit": "bytes per head and token", "tokens": TOKENS}
+    path.write_text(json.dumps({**head, "runs": runs}, indent=1) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the figures, like benchmarks/results/x.json"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="fail where a limit is passed, or banks conflict"
+    )
+    options = parser.parse_args(arguments)
+    figures = measure()
+    print(tables(figures))
+    if options.json:
+        write_json(options.json, figures)
+    found = problems(figures)
+    for problem in found:
+        print(f"{'error' if options.check else 'note'}: {problem}", file=sys.stderr)
+    return 1 if options.check and found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+// A driver's main: all its cases, or few that still run every kernel.
+#pragma once
+
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "tests/sweeps.h"
+
+namespace rebased::tests {
+
+// The kernels that a case launches, a name for each.
+inline std::set<std::string> kernels_of(const Case& c) {
+  const std::string instance =
+      std::to_string(static_cast<int>(c.dtype)) + std::to_string(static_cast<int>(c.map)) + path_name(c.path);
+  std::set<std::string> result{instance};
+  if (c.plan.segments > 1) result.insert(instance + " split");
+  if (c.path == Path::tensor_core) {  // instances of their own
+    result.insert(instance + (c.group > 1 ? " group" : " single"));
+  }
+  if (c.norm == LayerNorm::token) result.insert(instance + " token");
+  if (!c.cu_seqlens.empty()) result.insert(instance + " packed");
+  if (c.states) result.insert(instance + " states");
+  return result;
+}
+
+// As few cases as together launch every kernel that `all` of them do: the one with most that are new, again
+// and again.
+inline std::vector<Case> thinned(const std::vector<Case>& all) {
+  std::vector<Case> result;
+  std::set<std::string> launched;
+  while (true) {
+    const Case* best = nullptr;
+    size_t most = 0;
+    for (const Case& c : all) {
+      size_t is_new = 0;
+      for (const std::string& kernel : kernels_of(c)) is_new += !launched.count(kernel);
+      if (is_new > most) best = &c, most = is_new;
+    }
+    if (!best) return result;
+    for (const std::string& kernel : kernels_of(*best)) launched.insert(kernel);
+    result.push_back(*best);
+  }
+}
+
+// A driver's main. Arguments: a seed (default 1), then "thinned" for the fewest cases that run every kernel
+// in every dtype and map, or a part of the wanted cases' names. Returns 1 when a result is off; exits with 2
+// when a call fails.
+inline int run_cases(std::vector<Case> all, bool steps, int count, char** arguments) {
+  const unsigned seed = count > 1 ? static_cast<unsigned>(std::atoi(arguments[1])) : 1;
+  std::string filter = count > 2 ? arguments[2] : "";
+  if (filter == "thinned") {
+    all = thinned(all);
+    filter = "";
+  }
+  Device device;
+  const char* const error = BACKEND::query_device(0, &device);
+  if (*error) fail("query_device", error);
+  std::mt19937 random(seed);
+  int cases = 0;
+  for (const Case& c : all) {
+    if (c.name().find(filter) == std::string::npos) continue;
+    ++cases;
+    check_sweeps(c, device, random);
+    if (steps) check_step(c, device, random);
+  }
+  std::printf("%d cases, %d comparisons, %d mismatches\n", cases, comparisons, failures);
+  return failures > 0 || cases == 0;
+}
+
+}  // namespace rebased::tests

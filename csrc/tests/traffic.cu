@@ -1,0 +1,149 @@
+// What the tensor-core kernels move, counted by the tracer: forward and backward, bfloat16, outer and square,
+// d 16, dv 64, "head" LayerNorm with gamma and beta, one head of 4096 tokens, in one pass and in 4 segments.
+// One JSON object {"<sweep> <map> <segments>": the tracer's report, ...} to standard output. Figures per
+// token are exact for any batch and number of heads: blocks share nothing that is named here.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "cuda/tensor_core_backward.cuh"
+#include "cuda/tensor_core_launch.cuh"
+#include "emulator/tracer.h"
+
+namespace rebased::REBASED_BACKEND::tensor_core {
+namespace {
+
+using rebased::emulator::trace_buffer;
+
+constexpr int64_t tokens = 4096, head_dim = 64;
+
+[[noreturn]] void fail(const char* error) {
+  std::fprintf(stderr, "%s\n", error);
+  std::exit(1);
+}
+
+// A named buffer that begins at a sector, as on a device.
+template <class T>
+class Array {
+ public:
+  Array(const char* name, int64_t size) : name_(name), bytes_(size * static_cast<int64_t>(sizeof(T))) {
+    if (posix_memalign(&memory_, 256, static_cast<size_t>(bytes_))) fail("no memory");
+    std::memset(memory_, 0x3c, static_cast<size_t>(bytes_));  // 0.0115 in both types
+  }
+  ~Array() { std::free(memory_); }
+  Array(const Array&) = delete;
+  T* data() const { return static_cast<T*>(memory_); }
+  void trace() const { trace_buffer(name_, memory_, static_cast<size_t>(bytes_)); }
+
+ private:
+  const char* name_;
+  int64_t bytes_;
+  void* memory_;
+};
+
+struct Tensors {
+  Array<bfloat16_t> q{"q", tokens * feature_dim}, k{"k", tokens * feature_dim}, v{"v", tokens * head_dim};
+  Array<bfloat16_t> y{"y", tokens * head_dim}, grad_y{"grad y", tokens * head_dim};
+  Array<bfloat16_t> grad_q{"grad q", tokens * feature_dim}, grad_k{"grad k", tokens * feature_dim};
+  Array<bfloat16_t> grad_v{"grad v", tokens * head_dim};
+  Array<float> r{"r", tokens}, affine{"gamma, beta", 4 * feature_dim};
+  Array<float> grad_affine{"grad gamma, beta", 4 * feature_dim};
+
+  void trace() const {
+    for (const auto* tensor : {&q, &k, &v, &y, &grad_y, &grad_q, &grad_k, &grad_v}) tensor->trace();
+    for (const auto* tensor : {&r, &affine, &grad_affine}) tensor->trace();
+  }
+  template <class AnyProblem>
+  AnyProblem problem(FeatureMap map) const {
+    AnyProblem result{};
+    result.batch = result.heads = result.kv_heads = result.num_sequences = 1;
+    result.seqlen = tokens, result.feature_dim = feature_dim, result.head_dim = head_dim;
+    result.dtype = Dtype::bfloat16, result.feature_map = map, result.layer_norm = LayerNorm::head;
+    result.normalize = true, result.scale = 0.25, result.eps = 1e-3, result.layer_norm_eps = 1e-5;
+    result.q = rows<ConstRows>(q, feature_dim), result.k = rows<ConstRows>(k, feature_dim);
+    result.v = rows<ConstRows>(v, head_dim);
+    float* const parameters = affine.data();
+    result.query_affine = {parameters, parameters + feature_dim, feature_dim, feature_dim};
+    result.key_affine = {parameters + 2 * feature_dim, parameters + 3 * feature_dim, feature_dim,
+                         feature_dim};
+    return result;
+  }
+  template <class Rows>
+  static Rows rows(const Array<bfloat16_t>& tensor, int64_t width) {
+    return Rows{tensor.data(), tokens * width, tokens * width, width};
+  }
+};
+
+void trace_floats(const char* name, const float* begin, int64_t count) {
+  if (begin) trace_buffer(name, begin, static_cast<size_t>(count) * sizeof(float));
+}
+
+template <FeatureMap map>
+const char* trace_forward(const Tensors& tensors, int segments) {
+  auto problem = tensors.problem<ForwardProblem>(map);
+  problem.y = Tensors::rows<MutableRows>(tensors.y, head_dim);
+  problem.r = tensors.r.data();
+  const int64_t slots = segments > 1 ? slot_count(problem, segments) * (slot_bytes(map) / 4) : 0;
+  const Array<float> workspace("states", slots + 1);
+  if (slots) workspace.trace();
+  Launch launch;
+  launch.segments = segments;
+  launch.workspace = workspace.data();
+  return launch_forward<bfloat16_t, map>(problem, launch, nullptr);
+}
+
+template <FeatureMap map>
+const char* trace_backward(const Tensors& tensors, int segments) {
+  auto problem = tensors.problem<BackwardProblem>(map);
+  problem.y = Tensors::rows<ConstRows>(tensors.y, head_dim);
+  problem.r = tensors.r.data();
+  problem.grad_y = Tensors::rows<ConstRows>(tensors.grad_y, head_dim);
+  problem.grad_q = Tensors::rows<MutableRows>(tensors.grad_q, feature_dim);
+  problem.grad_k = Tensors::rows<MutableRows>(tensors.grad_k, feature_dim);
+  problem.grad_v = Tensors::rows<MutableRows>(tensors.grad_v, head_dim);
+  float* const parameters = tensors.grad_affine.data();
+  problem.grad_query_affine = {parameters, parameters + feature_dim};
+  problem.grad_key_affine = {parameters + 2 * feature_dim, parameters + 3 * feature_dim};
+  const Array<float> memory("workspace", backward_workspace(problem, segments, nullptr).bytes / 4);
+  const BackwardWorkspace workspace = backward_workspace(problem, segments, memory.data());
+  const int64_t slots = slot_count(problem, segments) * (slot_bytes(map) / 4);
+  trace_floats("states", workspace.slots, slots);
+  trace_floats("reverse states", workspace.reverse_slots, slots);
+  trace_floats("delta", workspace.buffers.delta, tokens);
+  trace_floats("affine sums", workspace.buffers.query_affine, segments * affine_size);
+  trace_floats("affine sums", workspace.buffers.key_affine, segments * affine_size);
+  Launch launch;
+  launch.segments = segments;
+  launch.workspace = memory.data();
+  return launch_backward<bfloat16_t, map>(problem, launch, nullptr);
+}
+
+template <FeatureMap map>
+void trace_map(const char* map_name, const char** separator) {
+  const auto report = [&](const char* sweep, int segments, const char* (*run)(const Tensors&, int)) {
+    const Tensors tensors;
+    tensors.trace();
+    const char* const error = run(tensors, segments);
+    if (*error) fail(error);
+    std::printf("%s\"%s %s %d\": ", *separator, sweep, map_name, segments);
+    *separator = ",\n";
+    rebased::emulator::trace_write_json(stdout);
+    rebased::emulator::trace_reset();
+  };
+  for (const int segments : {1, 4}) {
+    report("forward", segments, &trace_forward<map>);
+    report("backward", segments, &trace_backward<map>);
+  }
+}
+
+}  // namespace
+}  // namespace rebased::REBASED_BACKEND::tensor_core
+
+int main() {
+  using namespace rebased::REBASED_BACKEND::tensor_core;
+  const char* separator = "{";
+  trace_map<rebased::FeatureMap::outer>("outer", &separator);
+  trace_map<rebased::FeatureMap::square>("square", &separator);
+  std::printf("}\n");
+  return 0;
+}
