@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -38,6 +39,7 @@ def find_torch() -> tuple[Path, str, str]:
     for base in dict.fromkeys((sys.prefix, sys.base_prefix, os.environ.get("VIRTUAL_ENV", sys.prefix))):
         scheme = {"base": base, "platbase": base, "installed_base": base}
         roots.append(Path(sysconfig.get_path("platlib", vars=scheme)) / "torch")
+    roots.append(Path(site.getusersitepackages()) / "torch")
     for root in roots:
         if not (root / "version.py").is_file():
             continue
@@ -124,9 +126,22 @@ def jobs() -> int:
     return max(1, min(os.cpu_count() or 1, int(memory / 2)))
 
 
+def find_tool(name: str) -> str:
+    """cmake or ninja: beside this Python (a venv need not be activated), else on PATH."""
+    folders = [sysconfig.get_path("scripts"), os.environ.get("PATH", "")]
+    tool = shutil.which(name, path=os.pathsep.join(folders))
+    if tool is None:
+        raise SystemExit(f"rebased_cuda: {name} is missing: pip install cmake ninja pybind11 first.")
+    return tool
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
+        tools = {name: find_tool(name) for name in ("cmake", "ninja")}
+        try:
+            import pybind11
+        except ImportError:
+            raise SystemExit("rebased_cuda: pybind11 is missing: pip install pybind11 first.") from None
 
         torch, torch_version, torch_cuda = find_torch()
         nvcc = find_nvcc(torch_cuda)
@@ -137,7 +152,7 @@ class CMakeBuild(build_ext):
         options = {
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
             # given every time: an isolated build's ninja of last time is gone
-            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
+            "CMAKE_MAKE_PROGRAM": tools["ninja"],
             "TORCH_ROOT": torch,
             "TORCH_VERSION": torch_version,
             "PYTHON_INCLUDE": sysconfig.get_path("include"),
@@ -145,12 +160,14 @@ class CMakeBuild(build_ext):
             "OUTPUT_DIR": output.parent,
             "OUTPUT_NAME": output.name,
             "EMULATOR": os.environ.get("REBASED_EMULATOR", "0"),
+            "REBASED_WERROR": os.environ.get("REBASED_WERROR", "0"),
             "NVCC": nvcc,
             "CMAKE_CUDA_ARCHITECTURES": architectures() if nvcc else "",
         }
         definitions = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.check_call(["cmake", "-S", str(HERE), "-B", str(build), "-G", "Ninja", *definitions])
-        subprocess.check_call(["cmake", "--build", str(build), "-j", str(jobs())])
+        configure = [tools["cmake"], "-S", str(HERE), "-B", str(build), "-G", "Ninja"]
+        subprocess.check_call([*configure, *definitions])
+        subprocess.check_call([tools["cmake"], "--build", str(build), "-j", str(jobs())])
         say(f"built {output.name} " + (f"with CUDA kernels by {nvcc}" if nvcc else "for the CPU only"))
 
 

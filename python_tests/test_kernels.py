@@ -238,5 +238,7 @@ def test_plan_names_what_it_does_not_know():
     for changes in ({"dtype": "int8"}, {"feature_map": "relu"}, {"layer_norm": "batch"}):
         with pytest.raises(ValueError, match=next(iter(changes))):
             _C.plan("forward", **changes)
+    with pytest.raises(ValueError, match="kv_heads: must be at least 1"):
+        _C.plan("forward", kv_heads=0)
     with pytest.raises(ValueError, match="direction"):
         _C.plan("sideways")

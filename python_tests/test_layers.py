@@ -326,3 +326,32 @@ def test_bad_inputs_are_named(make):
     with pytest.raises(ValueError, match=r"^(state|cache)"):
         layer.step(x[:2, 0], state)
     assert torch.equal(flat(state), before)
+
+
+@every_layer
+def test_nan_at_padding_reaches_nothing(make):
+    layer, x = make(), tokens()
+    mask = torch.ones(x.shape[:2], dtype=torch.bool)
+    mask[1, 3:5] = False
+    x[1, 3:5] = float("nan")
+    y = layer(x, mask)
+    y.sum().backward()
+    assert y.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_heads", "feature_dim", "num_kv_heads", "head_dim"])
+def test_sizes_must_be_integers(name):
+    with pytest.raises(TypeError, match=f"^{name}: "):
+        ReBasedAttention(**{"hidden_size": 48, name: 4.0})
+
+
+@every_layer
+def test_arguments_of_the_wrong_type_are_named(make):
+    layer, x = make(), tokens()
+    with pytest.raises(TypeError, match=r"^(x|u): "):
+        layer([1.0])
+    with pytest.raises(TypeError, match=r"^attention_mask: "):
+        layer(x, [[1, 0]])
+    with pytest.raises(ValueError, match=r"^attention_mask: expected x's device"):
+        layer(x, torch.ones(x.shape[:2], dtype=torch.bool, device="meta"))

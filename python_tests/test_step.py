@@ -102,6 +102,18 @@ def test_slots_of_a_pool(index_dtype, device):
         assert torch.equal(pool.kv[slot : slot + 1], alone.kv)
 
 
+def test_strided_slots(device):
+    """A column of a scheduler's table."""
+    problem = Problem(batch=3, seqlen=1, device=device)
+    q, k, v = (x[:, :, 0] for x in problem.inputs()[:3])
+    table = torch.tensor([[2, 9], [0, 9], [1, 9]], device=device)
+    results = []
+    for index in (table[:, 0], table[:, 0].clone()):
+        state = RebasedState.zeros(3, 4, 5, 7, dtype=torch.float64, device=device)
+        results.append([rebased_attention_step(q, k, v, state, state_index=index), *state])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_needs_no_grad(device):
     problem = Problem(seqlen=1, device=device)
     q, k, v = (x[:, :, 0] for x in problem.inputs()[:3])
@@ -117,10 +129,10 @@ def test_needs_no_grad(device):
 
 @pytest.mark.skipif(EMULATED, reason="the emulator's own memory would be counted")
 def test_allocates_nothing_but_y():
-    problem = Problem(batch=8, seqlen=1, feature_dim=16, head_dim=64, dtype=torch.float32, layer_norm="token")
+    problem = Problem("outer", "token", 256, 12, 12, 1, 16, 64, dtype=torch.float32)
     q, k, v, *parameters, _, _ = problem.inputs()
     q, k, v = (x[:, :, 0] for x in (q, k, v))
-    state = RebasedState.zeros(8, 4, 16, 64)
+    state = RebasedState.zeros(256, 12, 16, 64)
     with torch.profiler.profile(profile_memory=True) as profile:
         y = rebased_attention_step(q, k, v, state, *parameters, layer_norm="token")
     allocated = sum(max(0, e.self_cpu_memory_usage) for e in profile.key_averages())

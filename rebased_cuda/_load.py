@@ -21,6 +21,9 @@ except ImportError as error:
 _BACKEND = os.environ.get("REBASED_CPU_BACKEND", "native")
 if _BACKEND not in ("native", "emulated"):
     raise ImportError(f"REBASED_CPU_BACKEND: must be native or emulated, got {_BACKEND!r}.")
+_ISA = os.environ.get("REBASED_CPU_ISA", "avx512")
+if _ISA not in ("avx512", "avx2", "portable"):
+    raise ImportError(f"REBASED_CPU_ISA: must be avx512, avx2 or portable, got {_ISA!r}.")
 if _BACKEND == "emulated" and not _C.build_info()["emulator"]:
     raise ImportError(
         "REBASED_CPU_BACKEND=emulated, but this build has no emulator: build it with REBASED_EMULATOR=1."

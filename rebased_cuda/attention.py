@@ -7,6 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from ._load import build_info
 from .autograd import Attention, ops
 from .state import RebasedState, num_features
 
@@ -14,6 +15,8 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _LAYER_NORMS = (None, "token", "head")
 MAX_FEATURE_DIM = 128
 MAX_HEAD_DIM = 256
+MAX_FLOAT = torch.finfo(torch.float64).max
+HAS_CUDA = build_info()["cuda"]
 
 
 def _fail(argument: str, expected: str, got: object) -> ValueError:
@@ -45,15 +48,22 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor, rows: str) -> None:
             raise _fail(name, f"q's batch size {q.shape[0]}", f"shape {tuple(x.shape)}")
         if rows and x.shape[2] != q.shape[2]:
             raise _fail(name, f"q's sequence length {q.shape[2]}", f"shape {tuple(x.shape)}")
-    if q.device.type not in ("cpu", "cuda", "meta"):
-        raise _fail("q", "a CPU or CUDA tensor", f"device {q.device}")
+    if q.device.type not in ("cpu", "cuda", "meta") or q.layout != torch.strided:
+        raise _fail("q", "a dense CPU or CUDA tensor", f"device {q.device}, layout {q.layout}")
+    if q.device.type == "cuda" and not HAS_CUDA:
+        raise RuntimeError(
+            "q: is on a GPU, but this build has no CUDA kernels: "
+            "reinstall with nvcc on PATH or in $CUDA_HOME/bin"
+        )
     if not 1 <= q.shape[-1] <= MAX_FEATURE_DIM:
         raise _fail("q", f"a feature dim from 1 to {MAX_FEATURE_DIM}", f"shape {tuple(q.shape)}")
     if not 1 <= v.shape[-1] <= MAX_HEAD_DIM:
         raise _fail("v", f"a head dim from 1 to {MAX_HEAD_DIM}", f"shape {tuple(v.shape)}")
     if k.shape[-1] != q.shape[-1]:
         raise _fail("k", f"q's feature dim {q.shape[-1]}", f"shape {tuple(k.shape)}")
-    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+    if k.shape[1] == 0:
+        raise _fail("k", "at least one head", f"shape {tuple(k.shape)}")
+    if q.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
         raise _fail("q", f"heads in multiples of k's {k.shape[1]} (and at least one)", f"{q.shape[1]} heads")
     if v.shape[1] != k.shape[1]:
         raise _fail("v", f"k's {k.shape[1]} heads", f"shape {tuple(v.shape)}")
@@ -98,7 +108,7 @@ def _options(
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
-        if not -float("inf") < value < float("inf") or (name != "scale" and value < 0):
+        if not -MAX_FLOAT <= value <= MAX_FLOAT or (name != "scale" and value < 0):
             raise _fail(name, "a finite number" + ("" if name == "scale" else " >= 0"), value)
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize: expected a bool, got {type(normalize).__name__}")
@@ -132,7 +142,7 @@ def _check_index(name: str, index: Tensor, like: Tensor) -> Tensor:
         raise _fail(name, "one dimension", f"shape {tuple(index.shape)}")
     if index.device != like.device:
         raise _fail(name, f"q's device {like.device}", index.device)
-    return index.to(torch.int64)
+    return index.to(torch.int64).contiguous()
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,6 +209,28 @@ def rebased_attention(
     return_state: Literal[True],
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, RebasedState]: ...
+
+
+@overload
+def rebased_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gamma_q: Tensor | None = None,
+    beta_q: Tensor | None = None,
+    gamma_k: Tensor | None = None,
+    beta_k: Tensor | None = None,
+    *,
+    feature_map: str = "outer",
+    layer_norm: str | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    layer_norm_eps: float = 1e-5,
+    normalize: bool = True,
+    initial_state: RebasedState | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, RebasedState]: ...
 
 
 def rebased_attention(
@@ -323,7 +355,8 @@ def rebased_attention_step(
         q: (B, Hq, d).
         k: (B, Hkv, d).
         v: (B, Hkv, dv); dtypes, sizes and parameters as in `rebased_attention`.
-        state: contiguous; **updated in place**. (B, Hkv, ...), or with state_index a pool (slots, Hkv, ...).
+        state: contiguous, kv and k apart in memory; **updated in place**. (B, Hkv, ...), or with state_index
+            a pool (slots, Hkv, ...).
         state_index: (B,) int32 or int64 on q's device: the slot that each sequence uses. -1 skips a sequence:
             y is 0 there and no state changes. Other values outside the pool raise on the CPU, and skip on a
             GPU. The same slot twice is undefined.

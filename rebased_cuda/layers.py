@@ -141,9 +141,11 @@ class ReBasedAttention(nn.Module):
 
         Raises:
             ValueError, TypeError: x_t or the state has another shape or dtype; the state is untouched.
-            RuntimeError: grad mode is on: call it under torch.no_grad().
+            RuntimeError: grad mode is on and x_t, the state or a parameter requires grad: call it under
+                torch.no_grad().
         """
         _check_shape("x_t", x_t, ("B", self.hidden_size))
+        _refuse_gradients("ReBasedAttention", x_t, *self.parameters())
         y = rebased_attention_step(*self._heads(x_t), state, **self._options())
         output: Tensor = self.proj_o(y.flatten(1))
         return output
@@ -188,6 +190,8 @@ class ReBasedAttention(nn.Module):
         tokens = _tokens(attention_mask, x)
         order = tokens.logical_not().flatten().to(torch.uint8).argsort(stable=True)
         cu_seqlens = nn.functional.pad(tokens.sum(1).cumsum(0), (1, 0))
+        # whatever stands at padding, NaN too, must not reach the projections' gradients
+        x = x.masked_fill(tokens.logical_not().unsqueeze(-1), 0)
         return x.flatten(0, 1).index_select(0, order).unsqueeze(0), order, cu_seqlens
 
     def _unpack(self, y: Tensor, order: Tensor | None, x: Tensor) -> Tensor:
@@ -246,12 +250,14 @@ class GatedShortConvolution(nn.Module):
 
         Raises:
             ValueError: u_t or the cache has another shape; the cache is untouched.
-            RuntimeError: grad mode is on: call it under torch.no_grad().
+            RuntimeError: grad mode is on and u_t, the cache or a parameter requires grad: call it under
+                torch.no_grad().
         """
         _check_shape("u_t", u_t, ("B", self.hidden_size))
         _check_shape("cache", cache, (u_t.shape[0], self.hidden_size, self.kernel_size - 1))
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (u_t, cache, *self.parameters())):
-            raise RuntimeError("GatedShortConvolution.step is for inference: call it under torch.no_grad().")
+        if cache.dtype != u_t.dtype:
+            raise TypeError(f"cache: expected u_t's dtype {u_t.dtype}, got {cache.dtype}")
+        _refuse_gradients("GatedShortConvolution", u_t, cache, *self.parameters())
         y, last = self._convolve(u_t.unsqueeze(1), cache)
         cache.copy_(last)
         return y.squeeze(1)
@@ -267,7 +273,14 @@ class GatedShortConvolution(nn.Module):
         return u + self.conv(window).transpose(1, 2) * self.proj(u), cache
 
 
+def _refuse_gradients(layer: str, *tensors: Tensor) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise RuntimeError(f"{layer}.step is for inference: call it under torch.no_grad().")
+
+
 def _check_size(name: str, value: int, largest: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < 1 or (largest is not None and value > largest):
         allowed = "at least 1" if largest is None else f"from 1 to {largest}"
         raise ValueError(f"{name}: expected {allowed}, got {value}")
@@ -275,6 +288,8 @@ def _check_size(name: str, value: int, largest: int | None = None) -> None:
 
 def _check_shape(name: str, x: Tensor, shape: tuple[int | str, ...]) -> None:
     """Sizes given as a number must be met, those given as a letter may be any."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     fits = x.dim() == len(shape) and all(
         isinstance(size, str) or size == given for size, given in zip(shape, x.shape, strict=True)
     )
@@ -285,6 +300,10 @@ def _check_shape(name: str, x: Tensor, shape: tuple[int | str, ...]) -> None:
 
 def _tokens(attention_mask: Tensor, x: Tensor) -> Tensor:
     """The mask as bool (B, N): True for tokens."""
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask: expected a torch.Tensor, got {type(attention_mask).__name__}")
+    if attention_mask.device != x.device:
+        raise ValueError(f"attention_mask: expected x's device {x.device}, got {attention_mask.device}")
     if attention_mask.is_floating_point() or attention_mask.is_complex():
         raise TypeError(f"attention_mask: expected bool or an integer dtype, got {attention_mask.dtype}")
     _check_shape("attention_mask", attention_mask, tuple(x.shape[:2]))

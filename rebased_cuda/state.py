@@ -54,11 +54,16 @@ class RebasedState(NamedTuple):
         """The state of an empty sequence, for `batch` sequences (or slots of a pool).
 
         Raises:
-            ValueError: `feature_map` is unknown, or `dtype` is neither float32 nor float64.
+            ValueError: `feature_map` is unknown, `dtype` neither float32 nor float64, a size too small.
         """
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype: a state is float32 or float64, got {dtype}")
         features = num_features(feature_map, feature_dim)
+        sizes = {"batch": batch, "kv_heads": kv_heads, "feature_dim": feature_dim, "head_dim": head_dim}
+        for name, size in sizes.items():
+            least = 0 if name == "batch" else 1
+            if size < least:
+                raise ValueError(f"{name}: expected at least {least}, got {size}")
         return cls(
             torch.zeros(batch, kv_heads, features, head_dim, dtype=dtype, device=device),
             torch.zeros(batch, kv_heads, features, dtype=dtype, device=device),

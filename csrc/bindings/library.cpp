@@ -43,7 +43,8 @@ class NativeBackend {
   if (*error == '\0') return;
   std::string message = std::string("rebased_cuda: ") + error;
 #if defined(REBASED_CUDA)
-  if (std::strstr(error, "no kernel image") != nullptr) {
+  if (std::strstr(error, "no kernel image") != nullptr ||
+      std::strstr(error, "invalid device function") != nullptr) {
     message += ": this build has code for " REBASED_CUDA_ARCHITECTURES
                " only; rebuild with this GPU's compute capability in TORCH_CUDA_ARCH_LIST";
   }
@@ -146,6 +147,10 @@ class Inputs {
     p.layer_norm_eps = options.layer_norm_eps;
     require(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
             "k, v: must have q's dtype");
+    for (const Tensor* tensor : {&k, &v}) require_same_device(*tensor);
+    for (const OptionalTensor* tensor : {&gamma_q, &beta_q, &gamma_k, &beta_k, &cu_seqlens}) {
+      if (*tensor) require_same_device(**tensor);
+    }
     require(k.size(0) == p.batch && v.size(0) == p.batch && k.size(2) == p.seqlen && v.size(2) == p.seqlen &&
                 k.size(3) == p.feature_dim && v.size(1) == p.kv_heads,
             "k, v: sizes must match q");
@@ -167,6 +172,10 @@ class Inputs {
       if (on_host) check_sequences(p);
     }
     return p;
+  }
+
+  void require_same_device(const Tensor& tensor) const {
+    require(tensor.device() == q.device(), "all tensors must be on q's device");
   }
 
   Tensor q, k, v;
@@ -268,6 +277,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor
   auto problem = inputs.problem<ForwardProblem>(
       {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, Backend::on_host);
   const StateInputs initial(problem, initial_kv, initial_k);
+  if (initial_kv) inputs.require_same_device(*initial_kv), inputs.require_same_device(*initial_k);
   problem.initial_state = initial.pointers();
   Tensor y = empty_rows(q, problem.batch, problem.heads, problem.seqlen, problem.head_dim);
   Tensor r = empty(q, {problem.batch, problem.heads, problem.seqlen}, accumulator_type(problem.dtype));
@@ -298,6 +308,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   auto problem = inputs.problem<BackwardProblem>(
       {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, Backend::on_host);
   const StateInputs initial(problem, initial_kv, initial_k), grad_final(problem, grad_kv, grad_k);
+  for (const OptionalTensor* tensor : {&initial_kv, &initial_k, &grad_kv, &grad_k}) {
+    if (*tensor) inputs.require_same_device(**tensor);
+  }
+  for (const Tensor* tensor : {&grad_y, &y, &r}) inputs.require_same_device(*tensor);
   problem.initial_state = initial.pointers();
   problem.grad_final_state = grad_final.pointers();
   const Tensor dense_y = with_dense_rows(y), dense_grad_y = with_dense_rows(grad_y),
@@ -346,6 +360,8 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Tensor state_kv, 
   problem.num_slots = state_kv.size(0);
   check_state(problem, state_kv, state_k, problem.num_slots);
   require(state_kv.is_contiguous() && state_k.is_contiguous(), "state: must be contiguous");
+  inputs.require_same_device(state_kv), inputs.require_same_device(state_k);
+  if (state_index) inputs.require_same_device(*state_index);
   if (state_index) {
     require(state_index->dim() == 1 && state_index->size(0) == problem.batch &&
                 state_index->scalar_type() == ScalarType::Long && state_index->is_contiguous(),

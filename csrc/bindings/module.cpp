@@ -74,6 +74,22 @@ py::dict plan(const std::string& direction, int64_t batch, int64_t heads, int64_
               int64_t feature_dim, int64_t head_dim, const std::string& dtype, const std::string& feature_map,
               const std::string& layer_norm, int64_t sequences, bool state, int multiprocessors,
               int64_t shared_memory_per_block) {
+  const std::pair<const char*, int64_t> sizes[] = {{"batch", batch},
+                                                   {"heads", heads},
+                                                   {"kv_heads", kv_heads},
+                                                   {"seqlen", seqlen},
+                                                   {"feature_dim", feature_dim},
+                                                   {"head_dim", head_dim},
+                                                   {"multiprocessors", multiprocessors},
+                                                   {"shared_memory_per_block", shared_memory_per_block}};
+  for (const auto& [name, size] : sizes) {
+    if (size < 1 || size > int64_t(1) << 40) {
+      throw std::invalid_argument(std::string(name) + ": must be at least 1, got " + std::to_string(size));
+    }
+  }
+  if (heads % kv_heads || feature_dim > 128 || head_dim > 256) {
+    throw std::invalid_argument("heads, feature_dim, head_dim: not sizes that the op takes");
+  }
   static char present[1];
   const rebased::Device device{0, multiprocessors, 90, shared_memory_per_block};
   const auto problem = [&](auto kind) {

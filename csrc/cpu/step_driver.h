@@ -233,13 +233,14 @@ inline int64_t run_step(const StepProblem& p, int threads, const Parallel* paral
     StepScratch<T> sample(p, s, group, arena);
   }
   const int64_t scratch_bytes = arena.used;
-  if (!parallel) return threads * scratch_bytes;
 
   // a second thread pays from about this much state on
   constexpr int64_t bytes_per_thread = 128 << 10;
   const int64_t items = p.batch * p.kv_heads;
   const int64_t useful = items * s.features * s.head_dim * int64_t(sizeof(T)) / bytes_per_thread;
-  const Parallel few{int(larger<int64_t>(1, smaller<int64_t>(threads, useful))), parallel->run};
+  const int workers = int(larger<int64_t>(1, smaller<int64_t>(threads, useful)));
+  if (!parallel) return workers * scratch_bytes;
+  const Parallel few{workers, parallel->run};
   for_items(few, items, [&](int64_t item, int worker) {
     Arena own{arena.base, worker * scratch_bytes};
     const StepScratch<T> scratch(p, s, group, own);
