@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._load import build_info
-from .autograd import Attention, ops
+from .autograd import Attention, accumulator, ops
 from .state import RebasedState, num_features
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -83,11 +83,7 @@ def _parameter(name: str, value: Tensor | None, heads: int, like: Tensor) -> Ten
         raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
     if value.device != like.device:
         raise _fail(name, f"q's device {like.device}", value.device)
-    return value.to(_accumulator(like.dtype))
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return value.to(accumulator(like.dtype))
 
 
 def _options(
@@ -125,9 +121,9 @@ def _check_state(
         if tuple(x.shape) != shape:
             expected = f"shape {shape} ({states}, kv heads, features{', head dim' if part == 'kv' else ''})"
             raise _fail(f"{name}.{part}", expected, f"shape {tuple(x.shape)}")
-        if x.dtype != _accumulator(like.dtype):
+        if x.dtype != accumulator(like.dtype):
             raise TypeError(
-                f"{name}.{part}: expected {_accumulator(like.dtype)} for {like.dtype}, got {x.dtype}"
+                f"{name}.{part}: expected {accumulator(like.dtype)} for {like.dtype}, got {x.dtype}"
             )
         if x.device != like.device:
             raise _fail(f"{name}.{part}", f"q's device {like.device}", x.device)

@@ -13,7 +13,7 @@ from .state import num_features
 ops = torch.ops.rebased_cuda
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
+def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -31,15 +31,15 @@ def _(  # type: ignore[no-untyped-def]
 ):
     return_state = options[-1]
     batch, heads, seqlen, feature_dim = q.shape
-    accumulator = _accumulator(q.dtype)
+    sums = accumulator(q.dtype)
     y = _empty_rows(q, heads, v.shape[3])
-    r = q.new_empty(batch, heads, seqlen, dtype=accumulator)
+    r = q.new_empty(batch, heads, seqlen, dtype=sums)
     if not return_state:
-        return y, r, q.new_empty(0, dtype=accumulator), q.new_empty(0, dtype=accumulator)
+        return y, r, q.new_empty(0, dtype=sums), q.new_empty(0, dtype=sums)
     states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     sizes = (states, k.shape[1], num_features(feature_map, feature_dim))
-    kv = q.new_empty(*sizes, v.shape[3], dtype=accumulator)
-    return y, r, kv, q.new_empty(*sizes, dtype=accumulator)
+    kv = q.new_empty(*sizes, v.shape[3], dtype=sums)
+    return y, r, kv, q.new_empty(*sizes, dtype=sums)
 
 
 @torch.library.register_fake("rebased_cuda::backward")
@@ -48,7 +48,7 @@ def _(  # type: ignore[no-untyped-def]
 ):
     def like_contiguous(tensor):  # type: ignore[no-untyped-def]
         if tensor is None:
-            return q.new_empty(0, dtype=_accumulator(q.dtype))
+            return q.new_empty(0, dtype=accumulator(q.dtype))
         return tensor.new_empty(tensor.shape)
 
     return (
