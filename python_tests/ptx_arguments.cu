@@ -48,7 +48,7 @@ int main() {
   problem.final_state = {reinterpret_cast<void*>(final_kv), reinterpret_cast<void*>(final_k)};
 
   const tensor_core::Launch launch;
-  const cuda::tensor_core::Arguments<ForwardProblem> arguments(problem, launch, nullptr);
+  const cuda::tensor_core::Arguments<ForwardProblem> arguments(problem, launch, nullptr, false);
   const dim3 grid = cuda::tensor_core::sweep_grid(problem, launch.segments);
   std::printf("%u %u %d ", grid.x, grid.y, cuda::tensor_core::threads);
   const auto* bytes = reinterpret_cast<const unsigned char*>(&arguments);

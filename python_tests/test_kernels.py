@@ -13,7 +13,7 @@ import torch
 from conftest import DEVICES, EMULATED
 from problems import MAPS, NORMS, Problem, plain_low_precision, relative_error, run, run_reference
 
-from rebased_cuda import _C, rebased_attention, reference
+from rebased_cuda import _C, RebasedState, rebased_attention, reference
 
 KERNEL_DEVICES = [d for d in DEVICES if d == "cuda" or EMULATED]
 needs_kernels = pytest.mark.skipif(not KERNEL_DEVICES, reason="neither an emulated backend nor a GPU")
@@ -106,6 +106,30 @@ def test_tensor_core_path(feature_map, dtype, segments, variant, override, kerne
         if exact.norm().item() / max(exact.numel(), 1) ** 0.5 > 1e-3 * largest:
             limits = PARAMETER_LIMIT if exact.dim() < 3 else LIMIT
             assert relative_error(value, exact) <= limits[dtype]
+
+
+@needs_kernels
+@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_blocks_that_sum_segments_give_the_bits_of_a_scan(feature_map, head_dim, override, kernel_device):
+    """Few segments' states are summed where they are used, a given state makes it a scan: zeros here."""
+    problem = Problem(
+        feature_map, "head", 1, 4, 2, 450, 16, head_dim, dtype=torch.bfloat16, device=kernel_device
+    )
+    leaves = problem.inputs(requires_grad=True)[:7]
+    zeros = RebasedState.zeros(1, 2, 16, head_dim, feature_map=feature_map, device=kernel_device)
+    override(path="tensor_core", segments=5)
+    results = []
+    for initial_state in (None, zeros):
+        y, state = rebased_attention(
+            *leaves, initial_state=initial_state, return_state=True, **problem.options()
+        )
+        loss = y.float().square().sum()
+        if initial_state is not None:  # a gradient of the last state, of zeros
+            loss = loss + 0 * (state.kv.sum() + state.k.sum())
+        results.append([y, *state, *torch.autograd.grad(loss, leaves)])
+    for summed, scanned in zip(*results, strict=True):
+        assert torch.equal(summed, scanned)
 
 
 @needs_kernels

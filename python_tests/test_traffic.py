@@ -17,32 +17,40 @@ needs_emulator = pytest.mark.skipif(
     reason=f"needs x86-64{''.join(', ' + tool + ' on the PATH' for tool in MISSING)}",
 )
 
-# Segment states are written, scanned in a launch of its own, read: 126 bytes a token where 1.68 leaves 100.
-OVER = {"forward outer 4": "1.760 times the floor, not 1.68"}
-
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory):
     return {run.name: run for run in traffic.measure(tmp_path_factory.mktemp("traffic"))}
 
 
-def limit(name: str):
-    over = pytest.mark.xfail(reason=OVER.get(name), strict=True, raises=AssertionError)
-    return pytest.param(name, marks=over if name in OVER else ())
-
-
 @pytest.mark.slow
 @needs_emulator
-@pytest.mark.parametrize("name", [limit(name) for name in traffic.LIMITS])
+@pytest.mark.parametrize("name", traffic.LIMITS)
 def test_limits(figures, name):
     assert traffic.problems([figures[name]]) == []
 
 
 @pytest.mark.slow
 @needs_emulator
-@pytest.mark.parametrize("name", OVER)
-def test_what_is_over_is_as_told(figures, name):
-    assert traffic.problems([figures[name]]) == [f"{name}: {OVER[name]}"]
+@pytest.mark.parametrize("name", traffic.LIMITS)
+def test_every_access_covers_whole_sectors(figures, name):
+    for buffer in figures[name].buffers:
+        assert (buffer.sectors_read, buffer.sectors_written) == (buffer.read, buffer.written), buffer.name
+
+
+@pytest.mark.slow
+@needs_emulator
+@pytest.mark.parametrize("feature_map", ["outer", "square"])
+def test_few_segments_are_summed_without_a_scan(figures, feature_map):
+    """Of four segments three write a state, and the last three read one, two and three of them."""
+    slot = {"outer": 17, "square": 2}[feature_map] * 128 * 16 / traffic.TOKENS
+    sums = 2 * 32 * 16 / traffic.TOKENS  # one warp writes them, all four read them
+    for sweep, names in (("forward", ["states"]), ("backward", ["states", "reverse states"])):
+        moved = {b.name: (b.read, b.written) for b in figures[f"{sweep} {feature_map} 4"].buffers}
+        for name in names:
+            read, written = moved[name]
+            assert read == 6 * (slot + 4 * sums)
+            assert 3 * (slot + sums) <= written < 3 * (slot + sums) + 1
 
 
 @pytest.mark.slow
@@ -81,11 +89,13 @@ def test_floors():
 
 def test_problems_are_found():
     good = traffic.Figures(
-        "forward square 1", [traffic.Buffer("q", 324, 0, 400, 0)], [traffic.Wavefronts("forward", 8, 8)]
+        "forward square 1", [traffic.Buffer("q", 324, 0, 324, 0)], [traffic.Wavefronts("forward", 8, 8)]
     )
     assert traffic.problems([good]) == []
-    more = replace(good, buffers=[traffic.Buffer("q", 324, 40, 400, 0)])
+    more = replace(good, buffers=[traffic.Buffer("q", 324, 40, 324, 0)])
     assert traffic.problems([more]) == ["forward square 1: 1.123 times the floor, not 1.10"]
+    halves = replace(good, buffers=[traffic.Buffer("q", 324, 0, 388, 0)])
+    assert traffic.problems([halves]) == ["forward square 1: in sectors 1.198 times the floor, not 1.10"]
     conflict = replace(good, shared=[traffic.Wavefronts("forward", 9, 8)])
     assert traffic.problems([conflict]) == [
         "forward square 1: forward has bank conflicts, 9 wavefronts for 8"

@@ -70,6 +70,18 @@ namespace rebased::REBASED_BACKEND {
 
 constexpr unsigned full_warp = 0xffffffffu;
 
+// threadIdx.x, read again: what is worked out from it is not kept in registers from one call to the next, as
+// the compiler would keep what it finds to be the same in every round of a loop.
+PRIMITIVE int thread_index_anew() {
+#if defined(REBASED_EMULATED)
+  return static_cast<int>(threadIdx.x);
+#else
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+#endif
+}
+
 struct half_t {
   uint16_t bits;
 };

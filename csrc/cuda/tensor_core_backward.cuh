@@ -89,8 +89,10 @@ const char* launch_backward(const BackwardProblem& problem, const Launch& launch
   const dim3 grid = sweep_grid(problem, launch.segments), block(threads);
   const int64_t group_size = problem.group_size();
   const bool grouped = group_size > 1;
-  const Arguments<BackwardProblem> reverse(problem, launch, workspace.reverse_slots);
-  const Arguments<BackwardProblem> forward(problem, launch, workspace.slots);
+  const bool scan_reverse = workspace.reverse_slots && needs_scan(launch, problem.grad_final_state);
+  const Arguments<BackwardProblem> reverse(problem, launch, workspace.reverse_slots, scan_reverse);
+  const Arguments<BackwardProblem> forward(problem, launch, workspace.slots,
+                                           needs_scan(launch, problem.initial_state));
   const char* error = "";
   const auto then = [&](auto&& launch_next) {
     if (!*error) error = launch_next();
@@ -98,7 +100,7 @@ const char* launch_backward(const BackwardProblem& problem, const Launch& launch
   if (launch.segments > 1) {
     then([&] { return LAUNCH((reverse_segment_kernel<T, map>), grid, block, 0, stream, reverse); });
   }
-  if (workspace.reverse_slots) {
+  if (scan_reverse) {
     then([&] {
       return launch_scan<map>(problem, workspace.reverse_slots, launch.segments, problem.grad_final_state,
                               true, stream);

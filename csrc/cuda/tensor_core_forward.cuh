@@ -3,8 +3,9 @@
 // A block walks one segment of one sequence for one kv head, all its query heads, and 64 value columns:
 //   y_i = (sum_{j in chunk, j <= i} sim(i, j) v_j + phi(q'_i) S) / (the same with v = 1, + eps)
 // and then S takes the chunk in. S and the denominator's sums stay in registers from the first chunk to the
-// last, started from a slot of the workspace that segment_state_kernel and scan_kernel have filled. Memory:
-// q, k, v are read once per column group, y and r written once; per segment one slot is read. Tiles are
+// last, started from slots of the workspace that segment_state_kernel, and scan_kernel for more than a few
+// segments, have filled. Memory: q, k, v are read once per column group, y and r written once, and the slots
+// of the segments before are read, or after a scan the segment's own. Tiles are
 // double buffered: value rows by asynchronous copies, rows of q and k in registers a step ahead, so that one
 // barrier a step is enough. A step is a chunk of one query head.
 #pragma once
@@ -89,11 +90,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks(map, grouped))
   load_affine(affine, arguments, span.kv_head);
 
   State<map> state(sums);
-  if (arguments.slots) {
-    load_state(state, arguments.slots + span.slot * Slot<map>::size, lane);
-  } else {
-    state.clear();
-  }
+  start_state(state, arguments, span, false, lane);
 
   // threads 0..63 hold a row of q each, threads 64..127 one of k
   const bool is_key = static_cast<int>(threadIdx.x) >= chunk;
@@ -101,10 +98,11 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks(map, grouped))
 
   const auto copy = [&](int stage, int first, int head) {
     if (is_key) {
-      copy_row(row_tile, origins->k, row_stride(problem.k), origins->key_statistics, first + token, rows_end);
+      copy_rows(row_tile, origins->k, row_stride(problem.k), origins->key_statistics, first + token,
+                rows_end);
     } else {
-      copy_row(row_tile, origins->q + head * problem.q.head_stride, row_stride(problem.q),
-               origins->query_statistics, first + token, rows_end);
+      copy_rows(row_tile, origins->q + head * problem.q.head_stride, row_stride(problem.q),
+                origins->query_statistics, first + token, rows_end);
     }
     copy_values(value_tiles + stage * chunk * columns, origins->v, row_stride(problem.v), first, rows_end,
                 columns_left);
@@ -120,6 +118,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks(map, grouped))
     T* const keys = key_tiles + stage * Slabs<map>::feature_tile;
     const T* const chunk_values = value_tiles + stage * chunk * columns;
     copy_async_wait<0>();
+    sync_warp();
     store_row<T, map>(is_key ? keys : queries, token, row_tile, first + token < rows_end,
                       affine + (is_key ? group_size : head) * affine_size, problem.layer_norm,
                       arguments.layer_norm_eps);
@@ -208,7 +207,8 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks(map, false))
   const int token = static_cast<int>(threadIdx.x);  // threads 64..127 hold no row
   const auto copy = [&](int stage, int first) {
     if (token < chunk) {
-      copy_row(row_tile, origins->k, row_stride(problem.k), origins->key_statistics, first + token, rows_end);
+      copy_rows(row_tile, origins->k, row_stride(problem.k), origins->key_statistics, first + token,
+                rows_end);
     }
     copy_values(value_tiles + stage * chunk * columns, origins->v, row_stride(problem.v), first, rows_end,
                 columns_left);
@@ -221,6 +221,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks(map, false))
   for (int first = 0; first < rows_end; first += chunk, stage ^= 1) {
     T* const keys = key_tiles + stage * Slabs<map>::feature_tile;
     copy_async_wait<0>();
+    sync_warp();
     if (token < chunk) {
       store_row<T, map>(keys, token, row_tile, first + token < rows_end, key_affine, problem.layer_norm,
                         arguments.layer_norm_eps);

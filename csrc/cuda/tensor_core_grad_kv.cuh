@@ -130,11 +130,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks(map, grouped))
   load_affine(affine, arguments, span.kv_head);
 
   State<map> state(sums);
-  if (arguments.slots) {
-    load_state(state, arguments.slots + span.slot * Slot<map>::size, lane);
-  } else {
-    state.clear();
-  }
+  start_state(state, arguments, span, true, lane);
 
   // threads 0..63 hold a row of q each, threads 64..127 one of k
   const bool is_key = static_cast<int>(threadIdx.x) >= chunk;
@@ -146,11 +142,11 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks(map, grouped))
   const auto copy = [&](int first, int head) {
     const int stage = stage_of(first, head);
     if (is_key) {
-      copy_row(row_tile(stage), origins->k, row_stride(problem.k), origins->key_statistics, first + token,
-               rows_end);
+      copy_rows(row_tile(stage), origins->k, row_stride(problem.k), origins->key_statistics, first + token,
+                rows_end);
     } else {
-      copy_row(row_tile(stage), origins->q + head * problem.q.head_stride, row_stride(problem.q),
-               origins->query_statistics, first + token, rows_end);
+      copy_rows(row_tile(stage), origins->q + head * problem.q.head_stride, row_stride(problem.q),
+                origins->query_statistics, first + token, rows_end);
     }
     copy_values(tiles.values + stage * tiles.value_tile, origins->v, row_stride(problem.v), first, rows_end,
                 columns_left);

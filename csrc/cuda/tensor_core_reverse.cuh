@@ -63,15 +63,17 @@ DEVICE ChunkScale chunk_scale(const float* r, int rows, const Lane& lane) {
 }
 
 // In place r grad y, as far as QueryRows says; delta (global, or null) = grad y . y, 0 where rows are not
-// normalised. Eight lanes share a row.
+// normalised. Eight lanes share a row, and a warp has 16 in a row.
 template <class T>
 DEVICE void scale_gradients(T* gradients, const T* y, const float* r, const QueryRows<T>& rows,
                             const ChunkScale& scales, float* delta, int rows_left, bool normalize) {
-  constexpr int units = columns / 8, step = threads / units;
+  constexpr int units = columns / 8, step = 32 / units;
   const int unit = static_cast<int>(threadIdx.x % units);
-  UNROLL for (int i = 0; i < chunk / step; ++i) {
-    const int token = static_cast<int>(threadIdx.x / units) + step * i,
-              offset = value_offset(token, 8 * unit);
+  const int first =
+      static_cast<int>(threadIdx.x / 32) * (chunk / warps) + static_cast<int>(threadIdx.x) % 32 / units;
+  float own_dot = 0;
+  UNROLL for (int i = 0; i < chunk / warps / step; ++i) {
+    const int token = first + step * i, offset = value_offset(token, 8 * unit);
     const uint4 g = load_shared<uint4>(gradients + offset), other = load_shared<uint4>(y + offset);
     const uint32_t words[4] = {g.x, g.y, g.z, g.w}, others[4] = {other.x, other.y, other.z, other.w};
     uint32_t scaled[4];
@@ -96,9 +98,12 @@ DEVICE void scale_gradients(T* gradients, const T* y, const float* r, const Quer
         rows.value_scales[token] = power * scales.sum_scale;
         rows.sum_weights[token] = -factor * dot * (power * scales.sum_scale);
       }
-      if (delta && token < rows_left) delta[token] = dot;
     }
+    if (unit == i) own_dot = dot;
   }
+  // one access for all of the warp's rows, as it then covers whole sectors
+  const int own = first + step * unit;
+  if (delta && unit < chunk / warps / step && own < rows_left) delta[own] = own_dot;
 }
 
 // The chunk's part of the reverse state.
@@ -146,8 +151,8 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks(map, false))
   const auto stage_of = [&](int first, int head) { return (first / chunk * group_size + head) & 1; };
   const auto copy = [&](int first, int head) {
     if (token < chunk) {
-      copy_row(row_tile, origins->q + head * problem.q.head_stride, row_stride(problem.q),
-               origins->query_statistics, first + token, rows_end);
+      copy_rows(row_tile, origins->q + head * problem.q.head_stride, row_stride(problem.q),
+                origins->query_statistics, first + token, rows_end);
     }
     origins->copy_gradients(gradient_tiles + stage_of(first, head) * chunk * columns, y, r, problem, first,
                             head, rows_end, columns_left);

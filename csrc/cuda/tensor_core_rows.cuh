@@ -14,16 +14,18 @@ struct Arguments {
   Launch launch;
   float scale, eps, layer_norm_eps;
   int group_size;  // query heads per kv head
-  float* slots;    // states in the workspace, or null
+  float* slots;    // of segments' states in the workspace, or null
+  bool scanned;    // they hold the states to start from, else each segment's own sums
 
-  Arguments(const AnyProblem& problem, const Launch& launch, float* slots)
+  Arguments(const AnyProblem& problem, const Launch& launch, float* slots, bool scanned)
       : problem(problem),
         launch(launch),
         scale(static_cast<float>(problem.scale)),
         eps(static_cast<float>(problem.eps)),
         layer_norm_eps(static_cast<float>(problem.layer_norm_eps)),
         group_size(static_cast<int>(problem.group_size())),
-        slots(slots) {}
+        slots(slots),
+        scanned(scanned) {}
 };
 
 // In elements; supports() has seen to it that it fits.
@@ -119,26 +121,35 @@ DEVICE void load_affine(float* affine, const Arguments<AnyProblem>& arguments, i
   }
 }
 
-// Rows of q and k on their way: a thread copies and then reads one row, so that no barrier is needed for it.
+// Rows of q and k on their way. A warp copies the rows that its threads then read, one each: no barrier is
+// needed but sync_warp.
 template <class T>
 struct RowTile {
-  T* elements;         // (2, threads, 8): the first halves of all rows, then the second ones
+  T* elements;         // (threads, 16), permuted by half_row_offset
   float2* statistics;  // (threads), of "token" LayerNorm
 
-  DEVICE T* half(int row, int which) const { return elements + (which * threads + row) * 8; }
+  DEVICE T* half(int row, int which) const { return elements + half_row_offset(row, which); }
 };
 
-// Starts the copy of row `index` of `rows`, zeros past `end`, into this thread's row of the tile.
+// Starts the copy of a warp's rows, `index` that of this thread, zeros past `end`, into the same rows of the
+// tile. Two lanes share a row, so that each access of the warp covers whole sectors of 32 bytes.
 template <class T>
-DEVICE void copy_row(const RowTile<T>& tile, const T* rows, int stride, const float* statistics, int index,
-                     int end) {
-  const int thread = static_cast<int>(threadIdx.x);
+DEVICE void copy_rows(const RowTile<T>& tile, const T* rows, int stride, const float* statistics, int index,
+                      int end) {
+  constexpr int units = feature_dim / 8, rows_at_once = 32 / units;  // 16-byte units of a row
+  const int thread = thread_index_anew(), lane = thread % 32;
+  // lanes write side by side; half_row_offset tells which half of a row belongs there
+  const int row = index - lane + lane / units, half = lane % units ^ lane / 8 % 2;
+  const T* source = rows + static_cast<int64_t>(row) * stride + 8 * half;
+  T* const target = tile.elements + (thread - lane) * feature_dim + 8 * lane;
+  UNROLL for (int i = 0; i < units; ++i) {
+    const bool present = row + rows_at_once * i < end;
+    copy_async<16>(target + rows_at_once * i * feature_dim, present ? source : rows, present ? 16 : 0);
+    source += rows_at_once * static_cast<int64_t>(stride);
+  }
+  if (!statistics) return;
   const bool present = index < end;
-  const T* const source = present ? rows + static_cast<int64_t>(index) * stride : rows;
-  copy_async<16>(tile.half(thread, 0), source, present ? 16 : 0);
-  copy_async<16>(tile.half(thread, 1), source + 8, present ? 16 : 0);
-  if (statistics)
-    copy_async<8>(tile.statistics + thread, statistics + (present ? 2 * index : 0), present ? 8 : 0);
+  copy_async<8>(tile.statistics + thread, statistics + (present ? 2 * index : 0), present ? 8 : 0);
 }
 
 template <class T>
@@ -173,7 +184,7 @@ DEVICE float stored_feature(float x) {
 template <class T, FeatureMap map>
 DEVICE float2 store_row(T* features, int token, const RowTile<T>& tile, bool present, const float* affine,
                         LayerNorm layer_norm, float layer_norm_eps) {
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = thread_index_anew();
   float x[feature_dim];
   unpack_row<T>(x, load_shared<uint4>(tile.half(thread, 0)), load_shared<uint4>(tile.half(thread, 1)));
   const float2 given = layer_norm == LayerNorm::token ? tile.statistics[thread] : float2{};

@@ -134,24 +134,41 @@ struct Slot {
                        count = linear + (Slabs<map>::taylor ? 32 * 4 : 0), size = count + 16;
 };
 
+DEVICE void add(float (&sums)[4], const float4& value) {
+  sums[0] += value.x, sums[1] += value.y, sums[2] += value.z, sums[3] += value.w;
+}
+
 template <FeatureMap map>
-DEVICE void load_state(State<map>& state, const float* slot, const Lane& lane) {
-  const int thread = 32 * lane.warp + lane.lane;
+DEVICE void add_slot(State<map>& state, const float* slot, const Lane& lane) {
+  const float* const of_thread = slot + 4 * (32 * lane.warp + lane.lane);
   UNROLL for (int n = 0; n < Slabs<map>::tiles; ++n) {
-    const float4 value = load_global<float4>(slot + (n * threads + thread) * 4);
-    state.kv[n][0] = value.x, state.kv[n][1] = value.y, state.kv[n][2] = value.z, state.kv[n][3] = value.w;
+    add(state.kv[n], load_global<float4>(of_thread + n * threads * 4));
   }
-  Sums sums;
-  UNROLL for (int n = 0; n < 2; ++n) {
-    const float4 value = load_global<float4>(slot + Slot<map>::k + (n * 32 + lane.lane) * 4);
-    sums.k[n][0] = value.x, sums.k[n][1] = value.y, sums.k[n][2] = value.z, sums.k[n][3] = value.w;
-  }
+  const float* const of_lane = slot + 4 * lane.lane;
+  Sums sums = state.sums();
+  UNROLL for (int n = 0; n < 2; ++n) add(sums.k[n], load_global<float4>(of_lane + Slot<map>::k + n * 32 * 4));
   state.set_sums(sums);
   if constexpr (Slabs<map>::taylor) {
-    const float4 value = load_global<float4>(slot + Slot<map>::linear + lane.lane * 4);
-    state.linear[0][0] = value.x, state.linear[0][1] = value.y;
-    state.linear[1][0] = value.z, state.linear[1][1] = value.w;
-    state.count = load_global<float>(slot + Slot<map>::count);
+    const float4 value = load_global<float4>(of_lane + Slot<map>::linear);
+    state.linear[0][0] += value.x, state.linear[0][1] += value.y;
+    state.linear[1][0] += value.z, state.linear[1][1] += value.w;
+    state.count += load_global<float>(slot + Slot<map>::count);
+  }
+}
+
+// The state that a block begins with: what scan_kernel has left in its slot, or the sum of the slots before
+// it, in their order and so with the scan's bits; `reverse`, of those after it.
+template <FeatureMap map, class AnyProblem>
+DEVICE void start_state(State<map>& state, const Arguments<AnyProblem>& arguments, const Span& span,
+                        bool reverse, const Lane& lane) {
+  state.clear();
+  if (!arguments.slots) return;
+  const int step = reverse ? -1 : 1;
+  const int first = reverse ? arguments.launch.segments - 1 : 0;
+  const int end = arguments.scanned ? span.segment + step : span.segment;
+  NO_UNROLL for (int segment = arguments.scanned ? span.segment : first; segment != end; segment += step) {
+    const int64_t slot = span.slot + (segment - span.segment) * static_cast<int64_t>(gridDim.y);
+    add_slot(state, arguments.slots + slot * Slot<map>::size, lane);
   }
 }
 

@@ -31,6 +31,7 @@ void add_cases(FeatureMap map, Dtype dtype, std::vector<Case>* all) {
   add(head, {2, 2, 1, 150, 64, 1}, true, true);
   add(none, {1, 1, 1, 300, 64, 2}, true, true);
   add(token, {1, 2, 1, 259, 64, 3}, true, false)->packed_heads = false;
+  add(head, {1, 1, 1, 600, 16, 9}, true, false);  // more segments than blocks sum by themselves
   add(head, {2, 2, 1, 1, 64, 1}, false, true);
   add(head, {1, 1, 1, 70, 64, 4}, true, true)->normalize = false;
   add(head, {1, 2, 1, 100, 16, 1}, true, true)->padding = 8;
