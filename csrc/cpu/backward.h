@@ -14,17 +14,17 @@ namespace rebased::cpu::REBASED_ISA {
 
 template <class T>
 struct BackwardScratch {
-  T *keys, *key_features, *queries, *query_features;  // tokens of a chunk
-  T *normalized, *inverse_deviation;                  // of the side whose gradient is made
-  T *values, *gradients;                              // values of a chunk: v, ghat
-  T* delta;                                           // [chunk]: -delta
-  T* transposed;        // [block][value_columns][kLanes]: ghat or v of the lanes
-  T *scores, *weights;  // [token of the other side][kLanes]: sim, w
-  T* slab;              // [feature of the slab][kLanes]
-  T* row_slab;          // [block][kRows][kLanes]
-  T* grad_tokens;       // tokens: dq' or dk'
-  T* grad_values;       // [block]: values of kLanes rows
-  T* grad_affine;       // [query head of the group][2][feature_dim][kWidth]
+  T *keys, *queries;                  // tokens of a chunk
+  T *normalized, *inverse_deviation;  // of the side whose gradient is made
+  T *values, *gradients;              // values of a chunk: v, ghat
+  T* delta;                           // [chunk]: -delta
+  T* transposed;                      // [block][value_columns][kLanes]: ghat or v of the lanes
+  T *scores, *weights;                // [token of the other side][kLanes]: sim, w
+  T* slab;                            // [feature of the slab][kLanes]
+  T* row_slab;                        // [block][kRows][kLanes]
+  T* grad_tokens;                     // tokens: dq' or dk'
+  T* grad_values;                     // [block]: values of kLanes rows
+  T* grad_affine;                     // [query head of the group][2][feature_dim][kWidth]
   T* state;
   PrefetchQueue* queue;
 
@@ -32,15 +32,13 @@ struct BackwardScratch {
     const int64_t tokens = int64_t(s.blocks) * s.feature_rows * kLanes<T>;
     const int64_t columns = int64_t(s.chunk) * s.value_columns;
     keys = arena.take<T>(tokens), queries = arena.take<T>(tokens);
-    key_features = s.polynomial ? nullptr : arena.take<T>(tokens);
-    query_features = s.polynomial ? nullptr : arena.take<T>(tokens);
     normalized = arena.take<T>(tokens), inverse_deviation = arena.take<T>(s.chunk);
     values = arena.take<T>(columns), gradients = arena.take<T>(columns);
     delta = arena.take<T>(s.chunk);
     transposed = arena.take<T>(columns);
     scores = arena.take<T>(int64_t(s.chunk) * kLanes<T>),
     weights = arena.take<T>(int64_t(s.chunk) * kLanes<T>);
-    slab = s.polynomial ? arena.take<T>(int64_t(s.slab) * kLanes<T>) : nullptr;
+    slab = arena.take<T>(int64_t(s.slab) * kLanes<T>);
     row_slab = arena.take<T>(int64_t(s.blocks) * kRows * kLanes<T>);
     grad_tokens = arena.take<T>(tokens);
     grad_values = arena.take<T>(columns);
@@ -51,20 +49,15 @@ struct BackwardScratch {
 };
 
 template <class T>
-struct BackwardCall : Call<T> {
+struct BackwardCall : Call<T>, GradientTargets<T> {
+  using Scratch = BackwardScratch<T>;
   const BackwardProblem& problem;
-  MutableRows query_target, key_target;  // where the sweeps leave dq, dk
-  bool accumulator_target;               // those are in T, not in the problem's dtype
-  T *query_affine, *key_affine;          // [item][query head of the group or 1][2][feature_dim]
   using Call<T>::sizes, Call<T>::pairs, Call<T>::statistics, Call<T>::pack_tokens, Call<T>::pack_values;
 
   BackwardCall(const BackwardProblem& p, int threads, Arena& arena, bool needs_state)
-      : Call<T>(p, threads, arena, needs_state, 2), problem(p), query_target(p.grad_q), key_target(p.grad_k) {
-    accumulator_target = p.layer_norm == LayerNorm::token && !is_accumulator<T>(p.dtype);
-    if (!accumulator_target) return;
-    const int64_t row = p.feature_dim, head = p.seqlen * row;
-    query_target = {arena.take<T>(p.batch * p.heads * head), p.heads * head, head, row};
-    key_target = {arena.take<T>(p.batch * p.kv_heads * head), p.kv_heads * head, head, row};
+      : Call<T>(p, threads, arena, needs_state, 2), GradientTargets<T>(p, arena), problem(p) {}
+  Scratch scratch(Arena& arena) const {
+    return Scratch(sizes, problem.kv_heads ? problem.heads / problem.kv_heads : 0, arena);
   }
 
   int64_t token_block() const { return int64_t(sizes.feature_rows) * kLanes<T>; }
@@ -140,17 +133,15 @@ struct BackwardCall : Call<T> {
     for (int j = 0; j < end; j += kRows) {
       scratch.queue->advance();
       T* weights = scratch.weights + j * kLanes<T>;
-      if (s.polynomial) {
-        Tile<T, kVectors> u;
-        u.zero();
-        u.template multiply_transposed<kLanes<T>>(
-            s.feature_dim, scratch.keys + j / kLanes<T> * token_block() + j % kLanes<T>, queries);
+      Tile<T, kVectors> u;
+      u.zero();
+      u.template multiply_transposed<kLanes<T>>(
+          s.feature_dim, scratch.keys + j / kLanes<T> * token_block() + j % kLanes<T>, queries);
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; r++)
+      for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 2
-          for (int n = 0; n < kVectors; n++) u.sum[r][n] = s.a1 + 2 * s.a2 * u.sum[r][n];
-        u.store_rows(weights, kLanes<T>);
-      }
+        for (int n = 0; n < kVectors; n++) u.sum[r][n] = s.a1 + 2 * s.a2 * u.sum[r][n];
+      u.store_rows(weights, kLanes<T>);
       Tile<T, kVectors> c;
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; r++)
@@ -166,46 +157,42 @@ struct BackwardCall : Call<T> {
       else
         finish_weights<false>(c, seen, weights);
     }
-    add_weighted_tokens(s.polynomial ? scratch.keys : scratch.key_features, scratch.weights, 0, end,
-                        scratch.grad_tokens + b * token_block());
+    add_weighted_tokens(scratch.keys, scratch.weights, 0, end, scratch.grad_tokens + b * token_block());
   }
 
-  // weights: c times d sim / d u, which stands there already for the polynomial maps; zero where unseen.
+  // weights: c times d sim / d u, which stands there already; zero where unseen.
   template <bool Masked, class Seen>
   REBASED_INLINE void finish_weights(const Tile<T, kVectors>& c, const Seen& seen, T* weights) const {
-    const bool polynomial = sizes.polynomial;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 2
       for (int n = 0; n < kVectors; n++) {
         T* target = weights + r * kLanes<T> + n * kWidth<T>;
-        Vector<T> w = polynomial ? c.sum[r][n] * load(target) : c.sum[r][n];
+        Vector<T> w = c.sum[r][n] * load(target);
         if (Masked) w = seen(r, n) ? w : Vector<T>{};
         store(target, w);
       }
   }
-  // From dot products to sim, and to d sim / d u for the polynomial maps.
+  // From dot products to sim, and to d sim / d u.
   template <bool Masked, class Seen>
   REBASED_INLINE void finish_sim(const Tile<T, kVectors>& u, const Seen& seen, T* scores, T* weights) const {
     const T a0 = sizes.a0, a1 = sizes.a1, a2 = sizes.a2;
-    const bool polynomial = sizes.polynomial;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 2
       for (int n = 0; n < kVectors; n++) {
         const Vector<T> dot = u.sum[r][n];
-        Vector<T> sim = polynomial ? a0 + dot * (a1 + a2 * dot) : dot;
+        Vector<T> sim = a0 + dot * (a1 + a2 * dot);
         if (Masked) sim = seen(r, n) ? sim : Vector<T>{};
         store(scores + r * kLanes<T> + n * kWidth<T>, sim);
-        if (polynomial) store(weights + r * kLanes<T> + n * kWidth<T>, a1 + 2 * a2 * dot);
+        store(weights + r * kLanes<T> + n * kWidth<T>, a1 + 2 * a2 * dot);
       }
   }
 
   // Block b of keys (lanes) against a chunk of queries: adds to dk' and dv.
   void meet_queries(const BackwardScratch<T>& scratch, int b, int query_rows, bool diagonal) const {
     const Sizes<T>& s = sizes;
-    const T* all_queries = s.polynomial ? scratch.queries : scratch.query_features;
-    const T* keys = (s.polynomial ? scratch.keys : scratch.key_features) + b * token_block();
+    const T* keys = scratch.keys + b * token_block();
     const T* values = scratch.transposed + int64_t(b) * s.value_columns * kLanes<T>;
     const int begin = diagonal ? b * kLanes<T> : 0;
     for (int i = begin; i < query_rows; i += kRows) {
@@ -219,7 +206,7 @@ struct BackwardCall : Call<T> {
       Tile<T, kVectors> u;
       u.zero();
       u.template multiply_transposed<kLanes<T>>(
-          s.feature_dim, all_queries + i / kLanes<T> * token_block() + i % kLanes<T>, keys);
+          s.feature_dim, scratch.queries + i / kLanes<T> * token_block() + i % kLanes<T>, keys);
       if (masked)
         finish_sim<true>(u, seen, scores, weights);
       else
@@ -235,7 +222,7 @@ struct BackwardCall : Call<T> {
       else
         finish_weights<false>(c, seen, weights);
     }
-    add_weighted_tokens(all_queries, scratch.weights, begin, query_rows,
+    add_weighted_tokens(scratch.queries, scratch.weights, begin, query_rows,
                         scratch.grad_tokens + b * token_block());
     for_panels<T>(s.value_columns, [&](auto vectors, int column) {
       constexpr int NV = decltype(vectors)::value, columns = NV * kWidth<T>;
@@ -258,14 +245,9 @@ struct BackwardCall : Call<T> {
   void values_from_state(const BackwardScratch<T>& scratch, int b) const {
     const Sizes<T>& s = sizes;
     T* sums = scratch.grad_values + int64_t(b) * kLanes<T> * s.value_columns;
-    const int slab = s.polynomial ? s.slab : s.feature_pad;
-    for (int begin = 0; begin < s.feature_pad; begin += slab) {
-      const int end = smaller(begin + slab, s.feature_pad);
-      const T* phi = scratch.slab;
-      if (s.polynomial)
-        feature_slab<T, false>(pairs, begin, end, scratch.keys + b * token_block(), scratch.slab);
-      else
-        phi = scratch.key_features + b * token_block() + begin * kLanes<T>;
+    for (int begin = 0; begin < s.feature_pad; begin += s.slab) {
+      const int end = smaller(begin + s.slab, s.feature_pad);
+      feature_slab<T, false>(pairs, begin, end, scratch.keys + b * token_block(), scratch.slab);
       for_panels<T>(s.value_columns, [&](auto vectors, int column) {
         constexpr int NV = decltype(vectors)::value, columns = NV * kWidth<T>;
         const T* state = scratch.state + int64_t(column) * s.feature_pad + int64_t(begin) * columns;
@@ -277,7 +259,7 @@ struct BackwardCall : Call<T> {
             tile.load_rows(target, columns);
           else
             tile.zero();
-          tile.template multiply_transposed<kLanes<T>>(end - begin, phi + j, state);
+          tile.template multiply_transposed<kLanes<T>>(end - begin, scratch.slab + j, state);
           tile.store_rows(target, columns);
         }
       });
@@ -285,25 +267,21 @@ struct BackwardCall : Call<T> {
   }
 
   // The gradient of q' or k' of a chunk to that of q or k, and out.
-  void finish_tokens(const BackwardScratch<T>& scratch, const Tokens<T>& t, const T* X, const T* F,
-                     int64_t row, int rows, const MutableRows& target, int64_t batch, int64_t head,
-                     T* grad_affine) const {
+  void finish_tokens(const BackwardScratch<T>& scratch, const Tokens<T>& t, int64_t row, int rows,
+                     const MutableRows& target, int64_t batch, int64_t head, T* grad_affine) const {
     const auto finish = [&](auto element) {
       using E = typename decltype(element)::type;
       const int64_t offset =
           batch * target.batch_stride + head * target.head_stride + row * target.row_stride;
       for (int b = 0; b * kLanes<T> < rows; b++) {
         T* gradient = scratch.grad_tokens + b * token_block();
-        if (!sizes.polynomial)
-          elementwise_gradient(sizes, problem.feature_map, X + b * token_block(), F + b * token_block(),
-                               gradient);
         layer_norm_backward(t, smaller(rows - b * kLanes<T>, kLanes<T>), gradient,
                             scratch.normalized + b * token_block(), scratch.inverse_deviation + b * kLanes<T>,
                             static_cast<E*>(target.data) + offset + b * kLanes<T> * target.row_stride,
                             target.row_stride, grad_affine);
       }
     };
-    if (accumulator_target)
+    if (this->accumulator_target)
       finish(ElementType<T>{});
     else
       with_element<T>(problem.dtype, finish);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/backward_sweeps.h"
+#include "cpu/elementwise_backward.h"
 
 namespace rebased::cpu::REBASED_ISA {
 
@@ -26,8 +27,8 @@ inline void sum_affine(const Sizes<T>& s, const T* rows, int64_t items, int64_t 
   }
 }
 
-template <class T>
-inline void finish_token_gradients(const BackwardSweeps<T>& call, const Parallel& parallel) {
+template <class T, class BackwardCall>
+inline void finish_token_gradients(const BackwardCall& call, const Parallel& parallel) {
   const BackwardProblem& p = call.problem;
   const int64_t rows = Call<T>::kRowsOfItem, parts = (p.seqlen + rows - 1) / rows,
                 tokens = p.batch * p.seqlen;
@@ -54,11 +55,11 @@ inline void finish_token_gradients(const BackwardSweeps<T>& call, const Parallel
 }
 
 // With parallel null only counts the workspace's bytes.
-template <class T>
-inline int64_t run_backward(const BackwardProblem& p, int threads, const Parallel* parallel) {
+template <class T, class BackwardCall>
+inline int64_t run_backward_as(const BackwardProblem& p, int threads, const Parallel* parallel) {
   Arena arena{parallel ? static_cast<char*>(p.workspace) : nullptr};
   const bool needs_state = p.initial_state.kv || p.grad_final_state.kv || p.grad_initial_state.kv;
-  BackwardSweeps<T> call(p, threads, arena, needs_state);
+  BackwardCall call(p, threads, arena, needs_state);
   const Sizes<T>& s = call.sizes;
   const Schedule<T>& schedule = call.schedule;
   const int64_t group = p.kv_heads ? p.heads / p.kv_heads : 0;
@@ -69,14 +70,14 @@ inline int64_t run_backward(const BackwardProblem& p, int threads, const Paralle
   call.key_affine = arena.take<T>(most_items * 2 * s.feature_dim);
   const int64_t shared = arena.used;
   {
-    BackwardScratch<T> sample(s, group, arena);
+    call.scratch(arena);
   }
   const int64_t scratch_bytes = arena.used - shared;
   if (!parallel) return shared + threads * scratch_bytes;
 
   const auto scratch_of = [&](int worker) {
     Arena own{arena.base, shared + worker * scratch_bytes};
-    return BackwardScratch<T>(s, group, own);
+    return call.scratch(own);
   };
   call.compute_statistics(*parallel);
   if (schedule.cut()) {
@@ -93,29 +94,34 @@ inline int64_t run_backward(const BackwardProblem& p, int threads, const Paralle
   }
   for_items(*parallel, schedule.items(), [&](int64_t number, int worker) {
     const Item item = schedule.item(number);
-    const BackwardScratch<T> scratch = scratch_of(worker);
-    const bool keys = item.part == 0, outermost = keys ? item.last : item.first;
-    const ConstState& given = keys ? p.grad_final_state : p.initial_state;
-    if (item.quadratic) {
-    } else if (outermost) {
-      import_state(s, given, item.sequence * p.kv_heads + item.kv_head, scratch.state);
-    } else {
-      const T* states = keys ? query_states : key_states;
-      __builtin_memcpy(scratch.state, states + item.number * s.state_size, s.state_size * sizeof(T));
-    }
-    const bool state_is_zero = outermost && !given.kv;
-    if (keys)
-      call.sweep_keys(item, scratch, state_is_zero);
-    else
-      call.sweep_queries(item, scratch, state_is_zero);
+    const typename BackwardCall::Scratch scratch = scratch_of(worker);
+    // the state before an item's queries, or after its keys; returns whether it is zero
+    call.run(item, scratch, [&](bool queries) {
+      const bool outermost = queries ? item.first : item.last;
+      const ConstState& given = queries ? p.initial_state : p.grad_final_state;
+      const T* states = queries ? key_states : query_states;
+      if (item.quadratic) {
+      } else if (outermost) {
+        import_state(s, given, item.sequence * p.kv_heads + item.kv_head, scratch.state);
+      } else {
+        __builtin_memcpy(scratch.state, states + item.number * s.state_size, s.state_size * sizeof(T));
+      }
+      return outermost && !given.kv;
+    });
   });
   sum_affine(s, call.query_affine, schedule.heads(), p.kv_heads, group, p.query_affine, p.grad_query_affine);
   sum_affine(s, call.key_affine, schedule.heads(), p.kv_heads, 1, p.key_affine, p.grad_key_affine);
-  if (p.layer_norm == LayerNorm::token) finish_token_gradients(call, *parallel);
+  if (p.layer_norm == LayerNorm::token) finish_token_gradients<T>(call, *parallel);
   call.zero_unowned_rows(p.grad_q, p.heads, p.feature_dim);
   call.zero_unowned_rows(p.grad_k, p.kv_heads, p.feature_dim);
   call.zero_unowned_rows(p.grad_v, p.kv_heads, p.head_dim);
   return 0;
+}
+
+template <class T>
+inline int64_t run_backward(const BackwardProblem& p, int threads, const Parallel* parallel) {
+  return is_elementwise(p) ? run_backward_as<T, ElementwiseBackward<T>>(p, threads, parallel)
+                           : run_backward_as<T, BackwardSweeps<T>>(p, threads, parallel);
 }
 
 }  // namespace rebased::cpu::REBASED_ISA

@@ -17,12 +17,21 @@ struct BackwardSweeps : BackwardCall<T> {
     return head_tokens<T>(problem, sizes, true, statistics, item.batch, head);
   }
   void add_keys_to_state(const BackwardScratch<T>& scratch, int rows, T* state) const {
-    update_state<T, false>(sizes, pairs, sizes.polynomial ? scratch.keys : scratch.key_features, nullptr,
-                           scratch.values, rows, state, scratch.row_slab, scratch.queue);
+    update_state<T, false>(sizes, pairs, scratch.keys, nullptr, scratch.values, rows, state, scratch.row_slab,
+                           scratch.queue);
   }
   void add_queries_to_state(const BackwardScratch<T>& scratch, int rows, T* state) const {
-    update_state<T, true>(sizes, pairs, sizes.polynomial ? scratch.queries : scratch.query_features,
-                          scratch.delta, scratch.gradients, rows, state, scratch.row_slab, scratch.queue);
+    update_state<T, true>(sizes, pairs, scratch.queries, scratch.delta, scratch.gradients, rows, state,
+                          scratch.row_slab, scratch.queue);
+  }
+
+  template <class Start>
+  void run(const Item& item, const BackwardScratch<T>& scratch, const Start& start_state) const {
+    const bool state_is_zero = start_state(item.part == 1);
+    if (item.part == 1)
+      sweep_queries(item, scratch, state_is_zero);
+    else
+      sweep_keys(item, scratch, state_is_zero);
   }
 
   // dq of an item, from its start state S.
@@ -38,14 +47,14 @@ struct BackwardSweeps : BackwardCall<T> {
       const int rows = int(smaller<int64_t>(s.chunk, item.end - row));
       const bool last_chunk = row + rows == item.end;
       if (!item.quadratic) {
-        this->pack_tokens(keys, row, rows, next, scratch.keys, scratch.key_features);
+        this->pack_tokens(keys, row, rows, next, scratch.keys);
         this->pack_values(p.v, item.batch, item.kv_head, row, rows, next, scratch.values);
       }
       for (int64_t g = 0; g < group; g++) {
         const int64_t head = item.kv_head * group + g;
         const Tokens<T> queries = query_tokens(item, head);
-        this->pack_tokens(queries, row, rows, next, scratch.queries, scratch.query_features,
-                          scratch.normalized, scratch.inverse_deviation);
+        this->pack_tokens(queries, row, rows, next, scratch.queries, scratch.normalized,
+                          scratch.inverse_deviation);
         this->pack_gradients(scratch, item.batch, head, row, rows, next);
         this->transpose_values(scratch.gradients, rows, scratch.transposed);
         this->clear(scratch.grad_tokens, s.blocks * token_block());
@@ -57,13 +66,12 @@ struct BackwardSweeps : BackwardCall<T> {
         for (int64_t key = item.quadratic ? item.sequence_begin : row; key <= row; key += s.chunk) {
           const int key_rows = key == row ? rows : s.chunk;
           if (item.quadratic) {
-            this->pack_tokens(keys, key, key_rows, Ahead{}, scratch.keys, scratch.key_features);
+            this->pack_tokens(keys, key, key_rows, Ahead{}, scratch.keys);
             this->pack_values(p.v, item.batch, item.kv_head, key, key_rows, Ahead{}, scratch.values);
           }
           for (int b = 0; b * kLanes<T> < rows; b++) this->meet_keys(scratch, b, key_rows, key == row);
         }
-        this->finish_tokens(scratch, queries, scratch.queries, scratch.query_features, row, rows,
-                            this->query_target, item.batch, head,
+        this->finish_tokens(scratch, queries, row, rows, this->query_target, item.batch, head,
                             scratch.grad_affine + g * 2 * s.feature_dim * kWidth<T>);
       }
       if (item.quadratic || last_chunk) continue;
@@ -86,8 +94,8 @@ struct BackwardSweeps : BackwardCall<T> {
     for (int64_t row = item.begin + (chunks - 1) * s.chunk; row >= item.begin; row -= s.chunk) {
       scratch.queue->clear();
       const int rows = int(smaller<int64_t>(s.chunk, item.end - row));
-      this->pack_tokens(keys, row, rows, Ahead{scratch.queue, -s.chunk}, scratch.keys, scratch.key_features,
-                        scratch.normalized, scratch.inverse_deviation);
+      this->pack_tokens(keys, row, rows, Ahead{scratch.queue, -s.chunk}, scratch.keys, scratch.normalized,
+                        scratch.inverse_deviation);
       this->pack_values(p.v, item.batch, item.kv_head, row, rows, Ahead{scratch.queue, -s.chunk},
                         scratch.values);
       this->transpose_values(scratch.values, rows, scratch.transposed);
@@ -107,7 +115,7 @@ struct BackwardSweeps : BackwardCall<T> {
         const int64_t end = item.quadratic ? item.sequence_end : row + rows;
         for (int64_t query = row; query < end; query += s.chunk) {
           const int query_rows = int(smaller<int64_t>(s.chunk, end - query));
-          this->pack_tokens(queries, query, query_rows, next, scratch.queries, scratch.query_features);
+          this->pack_tokens(queries, query, query_rows, next, scratch.queries);
           this->pack_gradients(scratch, item.batch, head, query, query_rows, next);
           for (int b = 0; b * kLanes<T> < rows; b++) this->meet_queries(scratch, b, query_rows, query == row);
         }
@@ -115,8 +123,8 @@ struct BackwardSweeps : BackwardCall<T> {
           add_queries_to_state(scratch, rows, scratch.state);
       }
       state_is_zero = false;
-      this->finish_tokens(scratch, keys, scratch.keys, scratch.key_features, row, rows, this->key_target,
-                          item.batch, item.kv_head, scratch.grad_affine);
+      this->finish_tokens(scratch, keys, row, rows, this->key_target, item.batch, item.kv_head,
+                          scratch.grad_affine);
       write_grad_values(scratch, item, row, rows);
     }
     this->write_affine(scratch.grad_affine, 1, this->key_affine + item.number * 2 * s.feature_dim);
@@ -145,7 +153,7 @@ struct BackwardSweeps : BackwardCall<T> {
     for (int64_t row = item.begin; row < item.end; row += sizes.chunk) {
       scratch.queue->clear();
       const int rows = int(smaller<int64_t>(sizes.chunk, item.end - row));
-      this->pack_tokens(keys, row, rows, next, scratch.keys, scratch.key_features);
+      this->pack_tokens(keys, row, rows, next, scratch.keys);
       this->pack_values(problem.v, item.batch, item.kv_head, row, rows, next, scratch.values);
       add_keys_to_state(scratch, rows, state);
     }
@@ -158,7 +166,7 @@ struct BackwardSweeps : BackwardCall<T> {
       scratch.queue->clear();
       const int rows = int(smaller<int64_t>(sizes.chunk, item.end - row));
       for (int64_t head = item.kv_head * group; head < (item.kv_head + 1) * group; head++) {
-        this->pack_tokens(query_tokens(item, head), row, rows, next, scratch.queries, scratch.query_features);
+        this->pack_tokens(query_tokens(item, head), row, rows, next, scratch.queries);
         this->pack_gradients(scratch, item.batch, head, row, rows, next);
         add_queries_to_state(scratch, rows, state);
       }

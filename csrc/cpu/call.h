@@ -9,13 +9,30 @@
 
 namespace rebased::cpu::REBASED_ISA {
 
+// Where the sweeps of a backward leave the gradients of q and k (LayerNorm::token ends them in a later pass)
+// and of gamma and beta.
+template <class T>
+struct GradientTargets {
+  MutableRows query_target, key_target;
+  bool accumulator_target;       // those are in T, not in the problem's dtype
+  T *query_affine, *key_affine;  // [item][query head of the group or 1][2][feature_dim]
+
+  GradientTargets(const BackwardProblem& p, Arena& arena) : query_target(p.grad_q), key_target(p.grad_k) {
+    accumulator_target = p.layer_norm == LayerNorm::token && !is_accumulator<T>(p.dtype);
+    if (!accumulator_target) return;
+    const int64_t row = p.feature_dim, head = p.seqlen * row;
+    query_target = {arena.take<T>(p.batch * p.heads * head), p.heads * head, head, row};
+    key_target = {arena.take<T>(p.batch * p.kv_heads * head), p.kv_heads * head, head, row};
+  }
+};
+
 // Tokens of a chunk. Scores cost chunk * (feature_dim + head_dim) a token and the states' products the same
 // whatever the chunk, so the shortest chunk that amortises reading and writing a state is best; the
-// quadratic form, which large feature_dim uses, packs keys once per chunk of queries.
+// quadratic form, which large feature_dim uses, packs keys once per chunk of queries. The recurrence of the
+// elementwise maps only wants its chunk to stay in the first cache.
 template <class T>
 inline int chunk_length(const Problem& p) {
-  const bool polynomial = p.feature_map == FeatureMap::outer || p.feature_map == FeatureMap::taylor;
-  return !polynomial ? 16 : p.feature_dim <= 32 ? 32 : 128;
+  return is_elementwise(p) ? 64 : p.feature_dim <= 32 ? 32 : 128;
 }
 
 template <class T>
@@ -43,13 +60,12 @@ struct Call {
   }
 
   // The packing of a chunk also queues the rows that the sweep packs next.
-  void pack_tokens(const Tokens<T>& t, int64_t row, int rows, const Ahead& ahead, T* X, T* F, T* H = nullptr,
+  void pack_tokens(const Tokens<T>& t, int64_t row, int rows, const Ahead& ahead, T* X, T* H = nullptr,
                    T* inv = nullptr) const {
     const int64_t block = int64_t(sizes.feature_rows) * kLanes<T>;
     for (int b = 0; b * kLanes<T> < rows; b++)
       pack_block<T>(t, row + b * kLanes<T>, smaller(rows - b * kLanes<T>, kLanes<T>), X + b * block,
-                    F ? F + b * block : nullptr, H ? H + b * block : nullptr,
-                    inv ? inv + b * kLanes<T> : nullptr);
+                    H ? H + b * block : nullptr, inv ? inv + b * kLanes<T> : nullptr);
     queue_rows(ahead, t.data, row, rows, t.row_stride, t.feature_dim);
   }
   void pack_values(const ConstRows& source, int64_t batch, int64_t head, int64_t row, int rows,

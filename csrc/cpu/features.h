@@ -19,9 +19,9 @@ inline void feature_slab(const FeaturePair<T>* pairs, int begin, int end, const 
     }
 }
 
-// state += sum over the chunk's tokens of phi(token) values^T. `tokens` is q' or k' of the chunk (its
-// features for the elementwise maps); Weighted puts the query's weights on; token_weights (by token of the
-// chunk, null: 1) goes with the denominator's state only. features: scratch, [block][kRows][kLanes].
+// state += sum over the chunk's tokens of phi(token) values^T. `tokens` is q' or k' of the chunk; Weighted
+// puts the query's weights on; token_weights (by token of the chunk, null: 1) goes with the denominator's
+// state only. features: scratch, [block][kRows][kLanes].
 template <class T, bool Weighted>
 inline void update_state(const Sizes<T>& s, const FeaturePair<T>* pairs, const T* tokens,
                          const T* token_weights, const T* values, int rows, T* state, T* features,
@@ -30,20 +30,15 @@ inline void update_state(const Sizes<T>& s, const FeaturePair<T>* pairs, const T
   const int64_t token_block = int64_t(s.feature_rows) * kLanes<T>;
   for (int f = 0; f < s.feature_pad; f += kRows) {
     queue->advance();
-    const T* phi = features;
-    int64_t phi_block = kRows * kLanes<T>;
-    if (!s.polynomial) {
-      phi = tokens + f * kLanes<T>, phi_block = token_block;
-    } else {
-      for (int b = 0; b < blocks; b++)
-        feature_slab<T, Weighted>(pairs, f, f + kRows, tokens + b * token_block, features + b * phi_block);
-    }
+    constexpr int64_t phi_block = kRows * kLanes<T>;
+    for (int b = 0; b < blocks; b++)
+      feature_slab<T, Weighted>(pairs, f, f + kRows, tokens + b * token_block, features + b * phi_block);
     for (int r = 0; r < kRows; r++) {
       Vector<T> sum{};
       for (int b = 0; b < blocks; b++)
 #pragma GCC unroll 2
         for (int n = 0; n < kLanes<T>; n += kWidth<T>) {
-          const Vector<T> x = load(phi + b * phi_block + r * kLanes<T> + n);
+          const Vector<T> x = load(features + b * phi_block + r * kLanes<T> + n);
           sum += token_weights ? x * load(token_weights + b * kLanes<T> + n) : x;
         }
       state[s.state_kv + f + r] += horizontal_sum<T>(sum);
@@ -55,8 +50,8 @@ inline void update_state(const Sizes<T>& s, const FeaturePair<T>* pairs, const T
       Tile<T, NV> tile;
       tile.load_rows(part, columns);
       for (int b = 0; b < blocks; b++)
-        tile.template multiply_rows<kLanes<T>>(smaller(rows - b * kLanes<T>, kLanes<T>), phi + b * phi_block,
-                                               panel + b * kLanes<T> * columns);
+        tile.template multiply_rows<kLanes<T>>(smaller(rows - b * kLanes<T>, kLanes<T>),
+                                               features + b * phi_block, panel + b * kLanes<T> * columns);
       tile.store_rows(part, columns);
     });
   }
@@ -82,7 +77,7 @@ inline void export_state(const Sizes<T>& s, const T* state, const MutableState& 
 
 // dX += (d phi / d X)^T (state values^T + state_k token_weights^T) for a block: the part of the gradient of
 // q' or k' that comes through a state. values: [value_columns][kLanes], transposed. Weighted as above, for
-// states without weights. For the elementwise maps dX takes the gradient of the features.
+// states without weights.
 template <class T, bool Weighted>
 inline void state_gradient(const Sizes<T>& s, const FeaturePair<T>* pairs, const T* state, const T* values,
                            const T* token_weights, const T* X, T* dX, PrefetchQueue* queue) {
@@ -101,16 +96,6 @@ inline void state_gradient(const Sizes<T>& s, const FeaturePair<T>* pairs, const
       tile.template multiply_rows<columns>(columns, state + int64_t(column) * s.feature_pad + f * columns,
                                            values + column * kLanes<T>);
     });
-    if (!s.polynomial) {
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; r++)
-#pragma GCC unroll 2
-        for (int n = 0; n < kVectors; n++) {
-          T* target = dX + (f + r) * kLanes<T> + n * kWidth<T>;
-          store(target, load(target) + tile.sum[r][n]);
-        }
-      continue;
-    }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
       const FeaturePair<T> pair = pairs[f + r];
@@ -123,16 +108,6 @@ inline void state_gradient(const Sizes<T>& s, const FeaturePair<T>* pairs, const
         store(second, load(second) + gradient * load(X + pair.first * kLanes<T> + lane));
       }
     }
-  }
-}
-
-// The elementwise maps: from the gradient of phi to that of q' or k'.
-template <class T>
-inline void elementwise_gradient(const Sizes<T>& s, FeatureMap map, const T* X, const T* F, T* dX) {
-  for (int i = 0; i < s.feature_dim * kLanes<T>; i += kWidth<T>) {
-    const Vector<T> x = load(X + i);
-    const Vector<T> derivative = map == FeatureMap::square ? 2 * x : (x > 0 ? broadcast<T>(1) : load(F + i));
-    store(dX + i, load(dX + i) * derivative);
   }
 }
 

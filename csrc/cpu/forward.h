@@ -13,24 +13,22 @@ namespace rebased::cpu::REBASED_ISA {
 
 template <class T>
 struct ForwardScratch {
-  T *keys, *key_features, *queries, *query_features;  // tokens of a chunk
-  T* values;                                          // values of a chunk
-  T* scores;                                          // [key of the chunk][kLanes]
-  T* query_slab;                                      // [feature of the slab][kLanes]
-  T* key_slab;                                        // [block][kRows][kLanes]
-  T* sums;                                            // [block]: values of kLanes rows, before the division
-  T* denominators;                                    // [chunk]
+  T *keys, *queries;  // tokens of a chunk
+  T* values;          // values of a chunk
+  T* scores;          // [key of the chunk][kLanes]
+  T* query_slab;      // [feature of the slab][kLanes]
+  T* key_slab;        // [block][kRows][kLanes]
+  T* sums;            // [block]: values of kLanes rows, before the division
+  T* denominators;    // [chunk]
   T* state;
   PrefetchQueue* queue;
 
   ForwardScratch(const Sizes<T>& s, Arena& arena) {
     const int64_t tokens = int64_t(s.blocks) * s.feature_rows * kLanes<T>;
     keys = arena.take<T>(tokens), queries = arena.take<T>(tokens);
-    key_features = s.polynomial ? nullptr : arena.take<T>(tokens);
-    query_features = s.polynomial ? nullptr : arena.take<T>(tokens);
     values = arena.take<T>(int64_t(s.chunk) * s.value_columns);
     scores = arena.take<T>(int64_t(s.chunk) * kLanes<T>);
-    query_slab = s.polynomial ? arena.take<T>(int64_t(s.slab) * kLanes<T>) : nullptr;
+    query_slab = arena.take<T>(int64_t(s.slab) * kLanes<T>);
     key_slab = arena.take<T>(int64_t(s.blocks) * kRows * kLanes<T>);
     sums = arena.take<T>(int64_t(s.chunk) * s.value_columns);
     denominators = arena.take<T>(s.chunk);
@@ -41,11 +39,13 @@ struct ForwardScratch {
 
 template <class T>
 struct ForwardCall : Call<T> {
+  using Scratch = ForwardScratch<T>;
   const ForwardProblem& problem;
   using Call<T>::sizes, Call<T>::pairs, Call<T>::statistics, Call<T>::pack_tokens, Call<T>::pack_values;
 
   ForwardCall(const ForwardProblem& p, int threads, Arena& arena, bool needs_state, int64_t parts)
       : Call<T>(p, threads, arena, needs_state, parts), problem(p) {}
+  Scratch scratch(Arena& arena) const { return Scratch(sizes, arena); }
 
   // How a block of queries meets a chunk of keys.
   struct Meeting {
@@ -61,8 +61,7 @@ struct ForwardCall : Call<T> {
              Vector<T> (&sums)[kVectors]) const {
     const Sizes<T>& s = sizes;
     const int64_t block = int64_t(s.feature_rows) * kLanes<T>;
-    const T* keys = s.polynomial ? scratch.keys : scratch.key_features;
-    const T* queries = (s.polynomial ? scratch.queries : scratch.query_features) + b * block;
+    const T *keys = scratch.keys, *queries = scratch.queries + b * block;
     const int end = meeting.diagonal ? smaller(meeting.key_rows, (b + 1) * kLanes<T>) : meeting.key_rows;
     for (int j = 0; j < end; j += kRows) {
       scratch.queue->advance();
@@ -83,13 +82,12 @@ struct ForwardCall : Call<T> {
   REBASED_INLINE void finish_scores(const Tile<T, kVectors>& tile, int first, T* scores,
                                     Vector<T> (&sums)[kVectors]) const {
     const T a0 = sizes.a0, a1 = sizes.a1, a2 = sizes.a2;
-    const bool polynomial = sizes.polynomial;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 2
       for (int n = 0; n < kVectors; n++) {
-        Vector<T> sim = tile.sum[r][n];
-        if (polynomial) sim = a0 + sim * (a1 + a2 * sim);
+        const Vector<T> dot = tile.sum[r][n];
+        Vector<T> sim = a0 + dot * (a1 + a2 * dot);
         if (Masked)
           sim = lane_numbers<T>() >= typename Simd<T>::Int(first + r - n * kWidth<T>) ? sim : Vector<T>{};
         sums[n] += sim;
@@ -108,18 +106,13 @@ struct ForwardCall : Call<T> {
     bool started = !meeting.first;
     T* sums = scratch.sums + int64_t(b) * kLanes<T> * s.value_columns;
     const int64_t block = int64_t(s.feature_rows) * kLanes<T>;
-    const int slab = s.polynomial ? s.slab : s.feature_pad;
     const int features = meeting.state ? s.feature_pad : 0;
     int begin = 0;
     do {
-      const int end = smaller(begin + slab, features);
+      const int end = smaller(begin + s.slab, features);
       const bool last_slab = end == features;
       const T* phi = scratch.query_slab;
-      if (s.polynomial) {
-        feature_slab<T, true>(pairs, begin, end, scratch.queries + b * block, scratch.query_slab);
-      } else {
-        phi = scratch.query_features + b * block + begin * kLanes<T>;
-      }
+      feature_slab<T, true>(pairs, begin, end, scratch.queries + b * block, scratch.query_slab);
       for (int f = begin; f < end; f++)
         for (int n = 0; n < kVectors; n++)
           denominators[n] +=
@@ -190,18 +183,18 @@ struct ForwardCall : Call<T> {
       scratch.queue->clear();
       const int rows = int(smaller<int64_t>(s.chunk, item.end - row));
       if (!item.quadratic) {
-        pack_tokens(keys, row, rows, next, scratch.keys, scratch.key_features);
+        pack_tokens(keys, row, rows, next, scratch.keys);
         pack_values(problem.v, item.batch, item.kv_head, row, rows, next, scratch.values);
       }
       for (int64_t g = 0; g < group; g++) {
         const int64_t head = item.kv_head * group + g;
         pack_tokens(head_tokens<T>(p, s, true, statistics, item.batch, head), row, rows, next,
-                    scratch.queries, scratch.query_features);
+                    scratch.queries);
         const int64_t first_key = item.quadratic ? item.sequence_begin : row;
         for (int64_t key = first_key; key <= row; key += s.chunk) {
           if (item.quadratic) {
             const int key_rows = key == row ? rows : s.chunk;
-            pack_tokens(keys, key, key_rows, Ahead{}, scratch.keys, scratch.key_features);
+            pack_tokens(keys, key, key_rows, Ahead{}, scratch.keys);
             pack_values(problem.v, item.batch, item.kv_head, key, key_rows, Ahead{}, scratch.values);
           }
           const Meeting meeting{key == row ? rows : s.chunk, key == row, key == first_key, key == row,
@@ -215,8 +208,8 @@ struct ForwardCall : Call<T> {
         }
       }
       if (item.quadratic || (row + rows == item.end && !keep_state)) continue;
-      update_state<T, false>(s, pairs, s.polynomial ? scratch.keys : scratch.key_features, nullptr,
-                             scratch.values, rows, scratch.state, scratch.key_slab, scratch.queue);
+      update_state<T, false>(s, pairs, scratch.keys, nullptr, scratch.values, rows, scratch.state,
+                             scratch.key_slab, scratch.queue);
       state_is_zero = false;
     }
     if (keep_state) export_state(s, scratch.state, p.final_state, item.sequence * p.kv_heads + item.kv_head);
@@ -231,10 +224,10 @@ struct ForwardCall : Call<T> {
     for (int64_t row = item.begin; row < item.end; row += s.chunk) {
       scratch.queue->clear();
       const int rows = int(smaller<int64_t>(s.chunk, item.end - row));
-      pack_tokens(keys, row, rows, next, scratch.keys, scratch.key_features);
+      pack_tokens(keys, row, rows, next, scratch.keys);
       pack_values(problem.v, item.batch, item.kv_head, row, rows, next, scratch.values);
-      update_state<T, false>(s, pairs, s.polynomial ? scratch.keys : scratch.key_features, nullptr,
-                             scratch.values, rows, state, scratch.key_slab, scratch.queue);
+      update_state<T, false>(s, pairs, scratch.keys, nullptr, scratch.values, rows, state, scratch.key_slab,
+                             scratch.queue);
     }
   }
 };

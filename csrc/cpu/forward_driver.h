@@ -1,6 +1,7 @@
 // Forward of a whole problem: workspace, passes, items.
 #pragma once
 
+#include "cpu/elementwise_forward.h"
 #include "cpu/forward.h"
 
 namespace rebased::cpu::REBASED_ISA {
@@ -18,25 +19,25 @@ inline int64_t column_parts(const ForwardProblem& p, int threads, bool needs_sta
 }
 
 // With parallel null only counts the workspace's bytes.
-template <class T>
-inline int64_t run_forward(const ForwardProblem& p, int threads, const Parallel* parallel) {
+template <class T, class ForwardCall>
+inline int64_t run_forward_as(const ForwardProblem& p, int threads, const Parallel* parallel) {
   Arena arena{parallel ? static_cast<char*>(p.workspace) : nullptr};
   const bool needs_state = p.initial_state.kv || p.final_state.kv;
   const int64_t parts = column_parts<T>(p, threads, needs_state);
-  const ForwardCall<T> call(p, threads, arena, needs_state, parts);
+  const ForwardCall call(p, threads, arena, needs_state, parts);
   const Sizes<T>& s = call.sizes;
   const Schedule<T>& schedule = call.schedule;
   T* states = call.take_states(arena, Schedule<T>::bound(p, s, threads, parts) * p.kv_heads);
   const int64_t shared = arena.used;
   {
-    ForwardScratch<T> sample(s, arena);
+    call.scratch(arena);
   }
   const int64_t scratch_bytes = arena.used - shared;
   if (!parallel) return shared + threads * scratch_bytes;
 
   const auto scratch_of = [&](int worker) {
     Arena own{arena.base, shared + worker * scratch_bytes};
-    return ForwardScratch<T>(s, own);
+    return call.scratch(own);
   };
   call.zero_unowned_rows(p.y, p.heads, p.head_dim);
   if (schedule.packed)
@@ -58,8 +59,8 @@ inline int64_t run_forward(const ForwardProblem& p, int threads, const Parallel*
   };
   for_items(*parallel, schedule.items(), [&](int64_t number, int worker) {
     const Item item = schedule.item(number);
-    const ForwardScratch<T> scratch = scratch_of(worker);
-    ForwardCall<T> own = call;
+    const typename ForwardCall::Scratch scratch = scratch_of(worker);
+    ForwardCall own = call;
     own.sizes.set_columns(part_begin(item.part), part_begin(item.part + 1));
     bool state_is_zero = false;
     if (!item.quadratic) {
@@ -73,6 +74,12 @@ inline int64_t run_forward(const ForwardProblem& p, int threads, const Parallel*
     own.run(item, scratch, state_is_zero);
   });
   return 0;
+}
+
+template <class T>
+inline int64_t run_forward(const ForwardProblem& p, int threads, const Parallel* parallel) {
+  return is_elementwise(p) ? run_forward_as<T, ElementwiseForward<T>>(p, threads, parallel)
+                           : run_forward_as<T, ForwardCall<T>>(p, threads, parallel);
 }
 
 }  // namespace rebased::cpu::REBASED_ISA

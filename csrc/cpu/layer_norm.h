@@ -7,11 +7,6 @@
 
 namespace rebased::cpu::REBASED_ISA {
 
-template <FeatureMap Map>
-struct MapConstant {
-  static constexpr FeatureMap value = Map;
-};
-
 // q or k of one head.
 template <class T>
 struct Tokens {
@@ -68,16 +63,8 @@ inline void token_statistics(const RowsOf<const void*>& rows, int64_t batch, int
   }
 }
 
-// Elementwise features of a vector of q' or k'.
-template <class T>
-REBASED_INLINE Vector<T> elementwise_feature(FeatureMap map, Vector<T> x) {
-  if (map == FeatureMap::square) return x * x;
-  return x > 0 ? x + T(1) : exp_nonpositive<T>(x > 0 ? Vector<T>{} : x);
-}
-
-// Map is FeatureMap::outer for both polynomial maps: no features are made here.
-template <class T, FeatureMap Map, bool Keep>
-inline void normalize_block(const Tokens<T>& t, int64_t row, int rows, T* X, T* F, T* H, T* inv) {
+template <class T, bool Keep>
+inline void normalize_block(const Tokens<T>& t, int64_t row, int rows, T* X, T* H, T* inv) {
   const int d = t.feature_dim;
   for (int n = 0; n < kLanes<T>; n += kWidth<T>) {
     T* x = X + n;
@@ -102,41 +89,27 @@ inline void normalize_block(const Tokens<T>& t, int64_t row, int rows, T* X, T* 
       const T scaled_beta = t.beta ? t.beta[e] * t.scale : T(0);
       const Vector<T> normalized = (load(x + e * kLanes<T>) - mean) * rstd;
       if (Keep) store(H + e * kLanes<T> + n, valid ? normalized : Vector<T>{});
-      const Vector<T> result = valid ? normalized * scaled_gamma + scaled_beta : Vector<T>{};
-      store(x + e * kLanes<T>, result);
-      if (Map != FeatureMap::outer)
-        store(F + e * kLanes<T> + n, valid ? elementwise_feature<T>(Map, result) : Vector<T>{});
+      store(x + e * kLanes<T>, valid ? normalized * scaled_gamma + scaled_beta : Vector<T>{});
     }
     store(x + d * kLanes<T>, valid ? broadcast<T>(1) : Vector<T>{});
     for (int e = d + 1; e < t.feature_rows; e++) store(x + e * kLanes<T>, Vector<T>{});
-    if (Map != FeatureMap::outer)
-      for (int e = d; e < t.feature_rows; e++) store(F + e * kLanes<T> + n, Vector<T>{});
   }
 }
 
 // X: q' or k' of `rows` tokens, transposed, zero in the lanes after them; its rows past feature_dim are ones
-// (in the lanes of tokens) and zeros. For the elementwise maps F takes the features. H and inv, null or both
-// given, take what the backward needs: the normalized input and 1 / deviation.
+// (in the lanes of tokens) and zeros. H and inv, null or both given, take what the backward needs: the
+// normalized input and 1 / deviation.
 template <class T>
-inline void pack_block(const Tokens<T>& t, int64_t row, int rows, T* X, T* F, T* H, T* inv) {
+inline void pack_block(const Tokens<T>& t, int64_t row, int rows, T* X, T* H, T* inv) {
   with_element<T>(t.dtype, [&](auto element) {
     using E = typename decltype(element)::type;
     read_transposed<T>(reinterpret_cast<const E*>(t.data) + row * t.row_stride, t.row_stride, rows,
                        t.feature_dim, X);
   });
-  const auto normalize = [&](auto map) {
-    constexpr FeatureMap kind = decltype(map)::value;
-    if (H)
-      normalize_block<T, kind, true>(t, row, rows, X, F, H, inv);
-    else
-      normalize_block<T, kind, false>(t, row, rows, X, F, H, inv);
-  };
-  if (t.map == FeatureMap::square)
-    normalize(MapConstant<FeatureMap::square>{});
-  else if (t.map == FeatureMap::elu)
-    normalize(MapConstant<FeatureMap::elu>{});
+  if (H)
+    normalize_block<T, true>(t, row, rows, X, H, inv);
   else
-    normalize(MapConstant<FeatureMap::outer>{});
+    normalize_block<T, false>(t, row, rows, X, H, inv);
 }
 
 // From dX, the gradient of q' or k' of a block (overwritten), to the gradient of q or k, or, for

@@ -36,6 +36,12 @@ struct Tile {
   // a(r, k) = a[r * RowStride + k * DepthStride], b[k][:] = b + k * kColumns
   template <int RowStride, int DepthStride>
   REBASED_INLINE void multiply(int depth, const T* a, const T* b) {
+    // in a local array: a member whose address is known elsewhere would be stored in every round of the loop
+    Vector<T> tile[kRows][NV];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) tile[r][n] = sum[r][n];
     for (int k = 0; k < depth; k++) {
       Vector<T> column[NV];
 #pragma GCC unroll 2
@@ -44,9 +50,13 @@ struct Tile {
       for (int r = 0; r < kRows; r++) {
         const T scalar = a[r * RowStride + k * DepthStride];
 #pragma GCC unroll 2
-        for (int n = 0; n < NV; n++) sum[r][n] += scalar * column[n];
+        for (int n = 0; n < NV; n++) tile[r][n] += scalar * column[n];
       }
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) sum[r][n] = tile[r][n];
   }
   // a as [k][RowsOfBlock], tokens or features along a row
   template <int Stride>

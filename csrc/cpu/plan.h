@@ -23,6 +23,11 @@ struct FeaturePair {
   T weight;  // of the query side; scale is already in q'
 };
 
+// phi works on each entry alone: no scores, no chunks, recurrence.h.
+inline bool is_elementwise(const Problem& p) {
+  return p.feature_map == FeatureMap::square || p.feature_map == FeatureMap::elu;
+}
+
 template <class T>
 struct Sizes {
   int feature_dim, feature_rows;  // d; d + 2 rounded up to whole tiles
@@ -39,11 +44,11 @@ struct Sizes {
     feature_dim = int(p.feature_dim), head_dim = int(p.head_dim);
     feature_rows = int(round_up(feature_dim + 2, kRows));
     all_columns = head_dim;
-    polynomial = p.feature_map == FeatureMap::outer || p.feature_map == FeatureMap::taylor;
+    polynomial = !is_elementwise(p);
     const bool taylor = p.feature_map == FeatureMap::taylor;
     features =
         !polynomial ? feature_dim : feature_dim * (feature_dim + 1) / 2 + (taylor ? 1 + feature_dim : 0);
-    feature_pad = int(round_up(features, kRows));
+    feature_pad = int(round_up(features, polynomial ? kRows : larger(kRows, kWidth<T>)));
     slab = feature_pad <= kSlab ? feature_pad : int(round_up(kSlab - kRows + 1, kRows));
     a0 = taylor ? 1 : 0, a1 = taylor ? 1 : 0, a2 = taylor ? T(0.5) : T(1);
     const int64_t longest = round_up(larger<int64_t>(p.seqlen, 1), kLanes<T>);
@@ -60,8 +65,8 @@ struct Sizes {
   }
   // Whether `rows` tokens are cheaper with every score computed than with a state.
   bool quadratic_is_cheaper(int64_t rows) const {
-    return rows * (feature_dim + head_dim) <
-           4 * int64_t(features) * head_dim + int64_t(chunk) * (feature_dim + head_dim);
+    return polynomial && rows * (feature_dim + head_dim) <
+                             4 * int64_t(features) * head_dim + int64_t(chunk) * (feature_dim + head_dim);
   }
 };
 

@@ -1,0 +1,220 @@
+// Backward of one item of the elementwise maps, each gradient by a recurrence of its own (names as in
+// backward.h; all sums include the token itself):
+//   queries, forwards:  S += v phi(k)^T, lanes are features;   d phi(q) = r (grad_y S - (grad_y . y) z)
+//   keys, backwards:    T += grad_y (r phi(q))^T, lanes are features;   d phi(k) = v T + m,
+//                       m -= (grad_y . y) r phi(q);   and T with value columns as lanes:   dv = phi(k) T
+// Nothing needs ghat = r grad_y itself: r goes into phi(q).
+#pragma once
+
+#include "cpu/elementwise.h"
+
+namespace rebased::cpu::REBASED_ISA {
+
+template <class T>
+struct ElementwiseBackward : ElementwiseCall<T>, GradientTargets<T> {
+  using Scratch = ElementwiseScratch<T>;
+  using Base = ElementwiseCall<T>;
+  using Base::sizes, Base::group, Base::width;
+  const BackwardProblem& problem;
+  int shared_columns = 0;  // of grad_v, that the worker of the queries makes
+
+  ElementwiseBackward(const BackwardProblem& p, int threads, Arena& arena, bool needs_state)
+      : Base(p, threads, arena, needs_state, 2), GradientTargets<T>(p, arena), problem(p) {
+    // the keys' sweep is twice as long as the queries': where nothing else keeps a thread busy they share
+    if (arena.base && this->schedule.items() <= threads && !p.grad_initial_state.kv)
+      shared_columns = sizes.value_columns / 2 / kLanes<T> * kLanes<T>;
+  }
+  Scratch scratch(Arena& arena) const { return Scratch(sizes, problem.kv_heads ? group() : 0, arena, true); }
+
+  Stream<const T*> gradient_rows(const Scratch& scratch, const Item& item, int64_t row, int tokens) const {
+    return this->value_rows(problem.grad_y, item.batch, item.kv_head * group(), group(), row, tokens,
+                            scratch.rows);
+  }
+  Stream<const T*> values(const Scratch& scratch, const Item& item, int64_t row, int tokens) const {
+    return this->value_rows(problem.v, item.batch, item.kv_head, 1, row, tokens, scratch.values);
+  }
+  const T* r_of(const Item& item, int64_t g, int64_t row) const {
+    return static_cast<const T*>(problem.r) +
+           (item.batch * problem.heads + item.kv_head * group() + g) * problem.seqlen + row;
+  }
+
+  // -grad_y . y of each query, 0 where nothing was divided.
+  void dot_outputs(const Scratch& scratch, const Item& item, int64_t row, int tokens,
+                   const Stream<const T*>& gradients) const {
+    if (!problem.normalize) return this->clear(scratch.factors, group() * sizes.chunk);
+    const Stream<const T*> y = this->value_rows(problem.y, item.batch, item.kv_head * group(), group(), row,
+                                                tokens, scratch.outputs);
+    for (int64_t g = 0; g < group(); g++)
+      sum_tokens<T>(tokens, scratch.factors + g * sizes.chunk, [&](int i) {
+        const T* a = gradients.data + g * gradients.head_stride + i * gradients.token_stride;
+        const T* b = y.data + g * y.head_stride + i * y.token_stride;
+        Vector<T> sum{};
+        for (int n = 0; n < sizes.value_columns; n += kWidth<T>) {
+          __builtin_prefetch(b + y.ahead + n, 0, 2);
+          sum -= load(a + n) * load(b + n);
+        }
+        return sum;
+      });
+  }
+  void clear(T* target, int64_t count) const { __builtin_memset(target, 0, count * sizeof(T)); }
+
+  // phi(q) r of the group's queries; and, backwards, what they add to m: m after each token.
+  void pack_weighted_queries(const Scratch& scratch, const Item& item, int64_t row, int tokens) const {
+    for (int64_t g = 0; g < group(); g++) {
+      this->pack_queries(scratch, item, g, row, tokens);
+      const T* r = r_of(item, g, row);
+      T* queries = this->queries_of(scratch, g);
+      for (int i = 0; i < tokens; i++)
+        for (int e = 0; e < width(); e += kWidth<T>)
+          store(queries + i * width() + e, load(queries + i * width() + e) * r[i]);
+    }
+  }
+  void sum_denominators(const Scratch& scratch, int tokens, T* m, T* after) const {
+    for (int e = 0; e < width(); e += kWidth<T>) {
+      Vector<T> sum = load(m + e);
+      for (int i = tokens - 1; i >= 0; i--) {
+        for (int64_t g = 0; g < group(); g++)
+          sum += load(this->queries_of(scratch, g) + i * width() + e) * scratch.factors[g * sizes.chunk + i];
+        store(after + i * width() + e, sum);
+      }
+      store(m + e, sum);
+    }
+  }
+
+  // From the gradient of phi in grad_tokens to that of q or k, and out.
+  void finish(const Scratch& scratch, const TokenRows<T>& rows, int64_t place, const T* token_factor,
+              const MutableRows& target, int64_t batch, int64_t head, int64_t row, int tokens) const {
+    const bool query = place < group();
+    const auto write_out = [&](auto element) {
+      using E = typename decltype(element)::type;
+      E* data = static_cast<E*>(target.data) + batch * target.batch_stride + head * target.head_stride +
+                row * target.row_stride;
+      const int64_t own = query ? place : 0;
+      token_rows_backward(rows, tokens, token_factor, scratch.grad_tokens + own * sizes.chunk * width(),
+                          scratch.normalized, scratch.sums, data, target.row_stride,
+                          scratch.grad_affine + own * 2 * width());
+    };
+    if (this->accumulator_target)
+      write_out(ElementType<T>{});
+    else
+      with_element<T>(problem.dtype, write_out);
+  }
+  void write_affine(const Scratch& scratch, int64_t heads, T* target) const {
+    for (int64_t i = 0; i < heads * 2; i++)
+      __builtin_memcpy(target + i * sizes.feature_dim, scratch.grad_affine + i * width(),
+                       sizes.feature_dim * sizeof(T));
+  }
+
+  // dq of an item; scratch.state holds S and z before it.
+  void sweep_queries(const Item& item, const Scratch& scratch) const {
+    this->pad_affine(scratch, item);
+    this->clear(scratch.grad_affine, group() * 2 * width());
+    turn_state(scratch.state, width(), sizes.value_columns, scratch.turned);
+    T* z = scratch.state + sizes.state_kv;
+    for (int64_t row = item.begin; row < item.end; row += sizes.chunk) {
+      const int tokens = int(smaller<int64_t>(sizes.chunk, item.end - row));
+      this->pack_keys(scratch, item, row, tokens);
+      const Stream<const T*> gradients = gradient_rows(scratch, item, row, tokens);
+      dot_outputs(scratch, item, row, tokens, gradients);
+      for (int64_t g = group() - 1; g >= 0; g--)
+        for (int e = 0; e < width(); e += kWidth<T>) {
+          Vector<T> sum = load(z + e);
+          for (int i = 0; i < tokens; i++) {
+            sum += load(scratch.keys + i * width() + e);
+            store(scratch.grad_tokens + (g * sizes.chunk + i) * width() + e,
+                  sum * scratch.factors[g * sizes.chunk + i]);
+          }
+          if (g == 0) store(z + e, sum);
+        }
+      Recurrence<T> s{};
+      s.tokens = tokens, s.rows = sizes.value_columns, s.lanes = width(), s.state = scratch.turned;
+      s.updates = 1, s.queries = int(group()), s.accumulate = true;
+      s.update_rows = values(scratch, item, row, tokens);
+      s.update_lanes = this->template packed<const T*>(scratch.keys, width());
+      s.query_rows = gradients;
+      s.sums = this->packed(scratch.grad_tokens, width());
+      recur(s);
+      for (int64_t g = 0; g < group(); g++)
+        finish(scratch, this->token_rows(scratch, item, g, row, tokens), g, r_of(item, g, row),
+               this->query_target, item.batch, item.kv_head * group() + g, row, tokens);
+    }
+    write_affine(scratch, group(), this->query_affine + item.number * group() * 2 * sizes.feature_dim);
+  }
+
+  // dv of columns [begin, end) of an item and, where asked for, dk; scratch.state holds T and m after it.
+  void sweep_keys(const Item& item, const Scratch& scratch, bool with_keys, int begin, int end) const {
+    const BackwardProblem& p = problem;
+    this->pad_affine(scratch, item);
+    this->clear(scratch.grad_affine, 2 * width());
+    if (with_keys) turn_state(scratch.state, width(), sizes.value_columns, scratch.turned);
+    const int64_t chunks = (item.end - item.begin + sizes.chunk - 1) / sizes.chunk;
+    for (int64_t row = item.begin + (chunks - 1) * sizes.chunk; row >= item.begin; row -= sizes.chunk) {
+      const int tokens = int(smaller<int64_t>(sizes.chunk, item.end - row));
+      const TokenRows<T> keys = this->pack_keys(scratch, item, row, tokens);
+      pack_weighted_queries(scratch, item, row, tokens);
+      const auto back = [&](const auto& stream) { return this->reversed(stream, tokens); };
+      const Stream<const T*> gradients = gradient_rows(scratch, item, row, tokens);
+      const Stream<const T*> queries = back(this->template packed<const T*>(scratch.queries, width()));
+      Recurrence<T> t{};
+      t.tokens = tokens, t.updates = int(group()), t.queries = 1;
+      if (with_keys) {
+        dot_outputs(scratch, item, row, tokens, gradients);
+        sum_denominators(scratch, tokens, scratch.state + sizes.state_kv, scratch.grad_tokens);
+        t.rows = sizes.value_columns, t.lanes = width(), t.state = scratch.turned, t.accumulate = true;
+        t.update_rows = back(gradients), t.update_lanes = queries;
+        t.query_rows = back(values(scratch, item, row, tokens));
+        t.sums = back(this->packed(scratch.grad_tokens, width()));
+        recur(t);
+        finish(scratch, keys, group(), nullptr, this->key_target, item.batch, item.kv_head, row, tokens);
+      }
+      t.rows = width(), t.lanes = end - begin, t.accumulate = false;
+      t.state = scratch.state + int64_t(begin) * width();
+      t.update_rows = queries, t.update_lanes = back(gradients).from(begin);
+      t.query_rows = back(this->template packed<const T*>(scratch.keys, width()));
+      t.sums = back(this->value_sums(p.grad_v, item.batch, item.kv_head, row, scratch.outputs)).from(begin);
+      recur(t);
+      this->write_values(p.grad_v, item.batch, item.kv_head, 1, row, tokens, scratch.outputs, begin, end);
+    }
+    if (with_keys) write_affine(scratch, 1, this->key_affine + item.number * 2 * sizes.feature_dim);
+  }
+
+  // start_state(query) brings the state before the queries' sweep, or after the keys', into scratch.state.
+  template <class Start>
+  void run(const Item& item, const Scratch& scratch, const Start& start_state) const {
+    const MutableState& initial = problem.grad_initial_state;
+    if (item.part == 1) {
+      start_state(true);
+      sweep_queries(item, scratch);
+    }
+    if (item.part == 1 && shared_columns == 0) return;
+    start_state(false);
+    if (item.part == 1) return sweep_keys(item, scratch, false, 0, shared_columns);
+    sweep_keys(item, scratch, true, shared_columns, sizes.value_columns);
+    if (item.first && initial.kv)
+      export_state(sizes, scratch.state, initial, item.sequence * problem.kv_heads + item.kv_head);
+  }
+
+  void local_key_state(const Item& item, const Scratch& scratch, T* state) const {
+    this->add_keys(item, scratch, state);
+  }
+  // T and m that an item's queries leave behind, from zero.
+  void local_query_state(const Item& item, const Scratch& scratch, T* state) const {
+    this->clear(state, sizes.state_size);
+    this->pad_affine(scratch, item);
+    for (int64_t row = item.begin; row < item.end; row += sizes.chunk) {
+      const int tokens = int(smaller<int64_t>(sizes.chunk, item.end - row));
+      pack_weighted_queries(scratch, item, row, tokens);
+      const Stream<const T*> gradients = gradient_rows(scratch, item, row, tokens);
+      dot_outputs(scratch, item, row, tokens, gradients);
+      sum_denominators(scratch, tokens, state + sizes.state_kv, scratch.grad_tokens);
+      Recurrence<T> t{};
+      t.tokens = tokens, t.rows = width(), t.lanes = sizes.value_columns, t.state = state;
+      t.updates = int(group());
+      t.update_rows = this->template packed<const T*>(scratch.queries, width());
+      t.update_lanes = gradients;
+      recur(t);
+    }
+  }
+};
+
+}  // namespace rebased::cpu::REBASED_ISA

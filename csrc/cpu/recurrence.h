@@ -1,0 +1,109 @@
+// The one inner loop of the elementwise maps: a state of F x head_dim walked token by token,
+//   state += rows(token) lanes(token)^T, for each update;   sums(token) (+)= rows(token)^T state, for each
+//   query
+// where `rows` are scalars and `lanes` vectors. A tile of the state, kStateRows x one vector, stays in
+// registers for a whole chunk, so that the only loads are the operands: 2 F head_dim multiply-adds a token
+// and query, no scores, no transposes. A state lies either way round: lanes are value columns (y, dv) or
+// features (dq, dk, whose sums run over the columns), so no product ever sums over lanes.
+#pragma once
+
+#include "cpu/plan.h"
+
+namespace rebased::cpu::REBASED_ISA {
+
+constexpr int kStateRows = REBASED_VECTOR_BYTES == 64 ? 16 : 8;  // half of the register file
+
+// One row a token and head, from the token that is processed first; strides may be negative.
+template <class Pointer>
+struct Stream {
+  Pointer data;
+  int64_t token_stride, head_stride;
+  int64_t ahead;  // elements on to what is fetched into the cache meanwhile; 0: nothing
+
+  Stream from(int64_t column) const { return {data + column, token_stride, head_stride, ahead}; }
+};
+
+template <class T>
+struct Recurrence {
+  int tokens, rows, lanes;  // rows and lanes: whole vectors
+  int updates, queries;     // of each token
+  Stream<const T*> update_rows, update_lanes, query_rows;
+  Stream<T*> sums;
+  bool accumulate;  // sums begin with what stands there
+  T* state;         // [panel of lanes][rows][columns of the panel]
+};
+
+template <class T, int Rows, bool Single>
+inline void recur_tile(const Recurrence<T>& call, bool accumulate, int row, int lane, T* state,
+                       int64_t stride) {
+  const Stream<const T*> update_rows = call.update_rows.from(row),
+                         update_lanes = call.update_lanes.from(lane);
+  const Stream<const T*> query_rows = call.query_rows.from(row);
+  const Stream<T*> sums = call.sums.from(lane);
+  const int updates = Single ? 1 : call.updates, queries = Single ? 1 : call.queries;
+  Vector<T> tile[Rows];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; r++) tile[r] = load(state + r * stride);
+  for (int64_t token = 0; token < call.tokens; token++) {
+    for (int64_t head = 0; head < updates; head++) {
+      const T* a = update_rows.data + token * update_rows.token_stride + head * update_rows.head_stride;
+      const T* b = update_lanes.data + token * update_lanes.token_stride + head * update_lanes.head_stride;
+      const Vector<T> column = load(b);
+      __builtin_prefetch(a + update_rows.ahead, 0, 2);
+      __builtin_prefetch(b + update_lanes.ahead, 0, 2);
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; r++) tile[r] += a[r] * column;
+    }
+    for (int64_t head = 0; head < queries; head++) {
+      const T* a = query_rows.data + token * query_rows.token_stride + head * query_rows.head_stride;
+      T* target = sums.data + token * sums.token_stride + head * sums.head_stride;
+      __builtin_prefetch(a + query_rows.ahead, 0, 2);
+      Vector<T> sum = accumulate ? load(target) : Vector<T>{};
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; r++) sum += a[r] * tile[r];
+      store(target, sum);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; r++) store(state + r * stride, tile[r]);
+}
+
+template <class T, bool Single>
+inline void recur(const Recurrence<T>& call) {
+  for_panels<T>(call.lanes, [&](auto vectors, int column) {
+    constexpr int columns = decltype(vectors)::value * kWidth<T>;
+    for (int lane = 0; lane < columns; lane += kWidth<T>) {
+      T* state = call.state + int64_t(column) * call.rows + lane;
+      int row = 0;
+      for (; row + kStateRows <= call.rows; row += kStateRows)
+        recur_tile<T, kStateRows, Single>(call, call.accumulate || row > 0, row, column + lane,
+                                          state + int64_t(row) * columns, columns);
+      for (; row < call.rows; row += kWidth<T>)
+        recur_tile<T, kWidth<T>, Single>(call, call.accumulate || row > 0, row, column + lane,
+                                         state + int64_t(row) * columns, columns);
+    }
+  });
+}
+
+template <class T>
+inline void recur(const Recurrence<T>& call) {
+  if (call.updates == 1 && call.queries == 1)
+    recur<T, true>(call);
+  else
+    recur<T, false>(call);
+}
+
+// A state of rows x lanes turned the other way round.
+template <class T>
+inline void turn_state(const T* state, int rows, int lanes, T* turned) {
+  const auto panels = [](int all_rows, int all_lanes, int row, int lane) {
+    const int whole = all_lanes / kLanes<T> * kLanes<T>;
+    const int first = lane < whole ? lane / kLanes<T> * kLanes<T> : whole;
+    return int64_t(first) * all_rows + row * (lane < whole ? kLanes<T> : kWidth<T>)+lane - first;
+  };
+  for (int row = 0; row < rows; row++)
+    for (int lane = 0; lane < lanes; lane++)
+      turned[panels(lanes, rows, lane, row)] = state[panels(rows, lanes, row, lane)];
+}
+
+}  // namespace rebased::cpu::REBASED_ISA
