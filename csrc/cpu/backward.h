@@ -73,7 +73,7 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
     for (int i = 0; i < sizes.chunk; i++) scratch.delta[i] = 0;
     with_element<T>(p.dtype, [&](auto element) {
       using E = typename decltype(element)::type;
-      for (int i = 0; i < rows; i++) {
+      sum_tokens<T>(rows, scratch.delta, [&](int i) {
         const E* y = reinterpret_cast<const E*>(y_head) + (row + i) * p.y.row_stride;
         Vector<T> sum{};
         for_panels<T>(sizes.value_columns, [&](auto vectors, int column) {
@@ -82,11 +82,11 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
           for (int n = 0; n < columns; n += kWidth<T>) {
             const Vector<T> scaled = load(gradient + n) * r[i];
             store(gradient + n, scaled);
-            if (p.normalize) sum += scaled * read<T>(y + column + n, sizes.head_dim - column - n);
+            if (p.normalize) sum -= scaled * read<T>(y + column + n, sizes.head_dim - column - n);
           }
         });
-        if (p.normalize) scratch.delta[i] = -horizontal_sum<T>(sum);
-      }
+        return sum;
+      });
     });
   }
 
@@ -102,12 +102,12 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
   }
 
   // tile[r][:] += row r of values (from `row`) . columns of a transposed block
-  REBASED_INLINE void dot_values(Tile<T, kVectors>& tile, const T* values, int row,
-                                 const T* transposed) const {
+  template <int NV>
+  REBASED_INLINE void dot_values(Tile<T, NV>& tile, const T* values, int row, const T* transposed) const {
     for_panels<T>(sizes.value_columns, [&](auto vectors, int column) {
       constexpr int columns = decltype(vectors)::value * kWidth<T>;
-      tile.template multiply_rows<columns>(columns, values + int64_t(column) * sizes.chunk + row * columns,
-                                           transposed + column * kLanes<T>);
+      tile.template multiply_rows<columns, kLanes<T>>(
+          columns, values + int64_t(column) * sizes.chunk + row * columns, transposed + column * kLanes<T>);
     });
   }
 
@@ -126,101 +126,81 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
 
   // Block b of queries (lanes) against a chunk of keys: adds to dq'.
   void meet_keys(const BackwardScratch<T>& scratch, int b, int key_rows, bool diagonal) const {
-    const Sizes<T>& s = sizes;
-    const T* queries = scratch.queries + b * token_block();
-    const T* gradients = scratch.transposed + int64_t(b) * s.value_columns * kLanes<T>;
     const int end = diagonal ? smaller(key_rows, (b + 1) * kLanes<T>) : key_rows;
     for (int j = 0; j < end; j += kRows) {
       scratch.queue->advance();
-      T* weights = scratch.weights + j * kLanes<T>;
-      Tile<T, kVectors> u;
-      u.zero();
-      u.template multiply_transposed<kLanes<T>>(
-          s.feature_dim, scratch.keys + j / kLanes<T> * token_block() + j % kLanes<T>, queries);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; r++)
-#pragma GCC unroll 2
-        for (int n = 0; n < kVectors; n++) u.sum[r][n] = s.a1 + 2 * s.a2 * u.sum[r][n];
-      u.store_rows(weights, kLanes<T>);
-      Tile<T, kVectors> c;
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; r++)
-#pragma GCC unroll 2
-        for (int n = 0; n < kVectors; n++) c.sum[r][n] = load(scratch.delta + b * kLanes<T> + n * kWidth<T>);
-      dot_values(c, scratch.values, j, gradients);
       const int first = j - b * kLanes<T>;  // key of the tile's first row, counted from lane 0's own
-      const auto seen = [&](int r, int n) {
-        return lane_numbers<T>() >= typename Simd<T>::Int(first + r - n * kWidth<T>);
-      };
-      if (diagonal && first + kRows > 0)
-        finish_weights<true>(c, seen, weights);
+      if (!diagonal || first + kRows <= 0)
+        weigh_keys<kVectors, false>(scratch, b, j, 0);
+      else if (first < kWidth<T>)
+        weigh_keys<kVectors, true>(scratch, b, j, 0);
       else
-        finish_weights<false>(c, seen, weights);
+        clear_vector(scratch.weights + j * kLanes<T>), weigh_keys<1, true>(scratch, b, j, kWidth<T>);
     }
     add_weighted_tokens(scratch.keys, scratch.weights, 0, end, scratch.grad_tokens + b * token_block());
   }
-
-  // weights: c times d sim / d u, which stands there already; zero where unseen.
-  template <bool Masked, class Seen>
-  REBASED_INLINE void finish_weights(const Tile<T, kVectors>& c, const Seen& seen, T* weights) const {
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; r++)
-#pragma GCC unroll 2
-      for (int n = 0; n < kVectors; n++) {
-        T* target = weights + r * kLanes<T> + n * kWidth<T>;
-        Vector<T> w = c.sum[r][n] * load(target);
-        if (Masked) w = seen(r, n) ? w : Vector<T>{};
-        store(target, w);
-      }
+  // The first of two vectors of a tile that the diagonal leaves out.
+  static void clear_vector(T* rows) {
+    for (int r = 0; r < kRows; r++) store(rows + r * kLanes<T>, Vector<T>{});
   }
-  // From dot products to sim, and to d sim / d u.
-  template <bool Masked, class Seen>
-  REBASED_INLINE void finish_sim(const Tile<T, kVectors>& u, const Seen& seen, T* scores, T* weights) const {
-    const T a0 = sizes.a0, a1 = sizes.a1, a2 = sizes.a2;
+
+  // w of the tile of keys from j on and of NV vectors of block b's queries from `lane` on.
+  template <int NV, bool Masked>
+  REBASED_INLINE void weigh_keys(const BackwardScratch<T>& scratch, int b, int j, int lane) const {
+    const Sizes<T>& s = sizes;
+    const T a1 = s.a1, twice_a2 = 2 * s.a2;
+    T* weights = scratch.weights + j * kLanes<T> + lane;
+    Tile<T, NV> u;
+    u.zero();
+    u.template multiply_transposed<kLanes<T>, kLanes<T>>(
+        s.feature_dim, scratch.keys + j / kLanes<T> * token_block() + j % kLanes<T>,
+        scratch.queries + b * token_block() + lane);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 2
-      for (int n = 0; n < kVectors; n++) {
-        const Vector<T> dot = u.sum[r][n];
-        Vector<T> sim = a0 + dot * (a1 + a2 * dot);
-        if (Masked) sim = seen(r, n) ? sim : Vector<T>{};
-        store(scores + r * kLanes<T> + n * kWidth<T>, sim);
-        store(weights + r * kLanes<T> + n * kWidth<T>, a1 + 2 * a2 * dot);
+      for (int n = 0; n < NV; n++) {
+        const int first = j - b * kLanes<T> + r - lane - n * kWidth<T>;
+        Vector<T> slope = a1 + twice_a2 * u.sum[r][n];
+        if (Masked) slope = lane_numbers<T>() >= typename Simd<T>::Int(first) ? slope : Vector<T>{};
+        store(weights + r * kLanes<T> + n * kWidth<T>, slope);
+      }
+    Tile<T, NV> c;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) c.sum[r][n] = load(scratch.delta + b * kLanes<T> + lane + n * kWidth<T>);
+    dot_values(c, scratch.values, j, scratch.transposed + int64_t(b) * s.value_columns * kLanes<T> + lane);
+    multiply_weights(c, weights);
+  }
+
+  // weights: c times d sim / d u, which stands there already, 0 where unseen.
+  template <int NV>
+  REBASED_INLINE void multiply_weights(const Tile<T, NV>& c, T* weights) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) {
+        T* target = weights + r * kLanes<T> + n * kWidth<T>;
+        store(target, c.sum[r][n] * load(target));
       }
   }
 
   // Block b of keys (lanes) against a chunk of queries: adds to dk' and dv.
   void meet_queries(const BackwardScratch<T>& scratch, int b, int query_rows, bool diagonal) const {
     const Sizes<T>& s = sizes;
-    const T* keys = scratch.keys + b * token_block();
-    const T* values = scratch.transposed + int64_t(b) * s.value_columns * kLanes<T>;
     const int begin = diagonal ? b * kLanes<T> : 0;
     for (int i = begin; i < query_rows; i += kRows) {
       scratch.queue->advance();
-      T *scores = scratch.scores + i * kLanes<T>, *weights = scratch.weights + i * kLanes<T>;
       const int first = i - b * kLanes<T>;  // query of the tile's first row, counted from lane 0's own
-      const auto seen = [&](int r, int n) {
-        return lane_numbers<T>() <= typename Simd<T>::Int(first + r - n * kWidth<T>);
-      };
-      const bool masked = diagonal && first < kLanes<T>;
-      Tile<T, kVectors> u;
-      u.zero();
-      u.template multiply_transposed<kLanes<T>>(
-          s.feature_dim, scratch.queries + i / kLanes<T> * token_block() + i % kLanes<T>, keys);
-      if (masked)
-        finish_sim<true>(u, seen, scores, weights);
-      else
-        finish_sim<false>(u, seen, scores, weights);
-      Tile<T, kVectors> c;
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; r++)
-#pragma GCC unroll 2
-        for (int n = 0; n < kVectors; n++) c.sum[r][n] = broadcast<T>(scratch.delta[i + r]);
-      dot_values(c, scratch.gradients, i, values);
-      if (masked)
-        finish_weights<true>(c, seen, weights);
-      else
-        finish_weights<false>(c, seen, weights);
+      if (!diagonal || first >= kLanes<T>) {
+        weigh_queries<kVectors, false>(scratch, b, i);
+      } else if (first + kRows > kWidth<T>) {
+        weigh_queries<kVectors, true>(scratch, b, i);
+      } else {  // of two vectors of keys these queries see the first
+        const int unseen = i * kLanes<T> + kWidth<T>;
+        clear_vector(scratch.weights + unseen), clear_vector(scratch.scores + unseen);
+        weigh_queries<1, true>(scratch, b, i);
+      }
     }
     add_weighted_tokens(scratch.queries, scratch.weights, begin, query_rows,
                         scratch.grad_tokens + b * token_block());
@@ -239,6 +219,37 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
         tile.store_rows(target, columns);
       }
     });
+  }
+
+  // sim and w of the tile of queries from i on and of the first NV vectors of block b's keys.
+  template <int NV, bool Masked>
+  REBASED_INLINE void weigh_queries(const BackwardScratch<T>& scratch, int b, int i) const {
+    const Sizes<T>& s = sizes;
+    const T a0 = s.a0, a1 = s.a1, a2 = s.a2;
+    T *scores = scratch.scores + i * kLanes<T>, *weights = scratch.weights + i * kLanes<T>;
+    Tile<T, NV> u;
+    u.zero();
+    u.template multiply_transposed<kLanes<T>, kLanes<T>>(
+        s.feature_dim, scratch.queries + i / kLanes<T> * token_block() + i % kLanes<T>,
+        scratch.keys + b * token_block());
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) {
+        const auto seen = lane_numbers<T>() <= typename Simd<T>::Int(i - b * kLanes<T> + r - n * kWidth<T>);
+        const Vector<T> dot = u.sum[r][n];
+        Vector<T> sim = a0 + dot * (a1 + a2 * dot), slope = a1 + 2 * a2 * dot;
+        if (Masked) sim = seen ? sim : Vector<T>{}, slope = seen ? slope : Vector<T>{};
+        store(scores + r * kLanes<T> + n * kWidth<T>, sim);
+        store(weights + r * kLanes<T> + n * kWidth<T>, slope);
+      }
+    Tile<T, NV> c;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) c.sum[r][n] = broadcast<T>(scratch.delta[i + r]);
+    dot_values(c, scratch.gradients, i, scratch.transposed + int64_t(b) * s.value_columns * kLanes<T>);
+    multiply_weights(c, weights);
   }
 
   // dv of block b from the state: phi(k') T, starting the sum.

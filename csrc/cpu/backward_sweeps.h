@@ -98,6 +98,9 @@ struct BackwardSweeps : BackwardCall<T> {
                         scratch.inverse_deviation);
       this->pack_values(p.v, item.batch, item.kv_head, row, rows, Ahead{scratch.queue, -s.chunk},
                         scratch.values);
+      this->queue_rows(Ahead{scratch.queue, -s.chunk},
+                       head_rows<T>(p.grad_v, item.batch, item.kv_head, p.dtype), row, rows,
+                       p.grad_v.row_stride, s.head_dim);
       this->transpose_values(scratch.values, rows, scratch.transposed);
       this->clear(scratch.grad_tokens, s.blocks * token_block());
       const bool with_state = !item.quadratic && !state_is_zero;

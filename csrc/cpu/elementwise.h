@@ -79,7 +79,7 @@ struct ElementwiseCall : Call<T> {
     if (!in_place()) return packed(copy, sizes.value_columns);
     const int64_t offset = batch * target.batch_stride + head * target.head_stride + row * target.row_stride;
     return {static_cast<T*>(target.data) + offset + sizes.first_column, target.row_stride, target.head_stride,
-            0};
+            sizes.chunk * target.row_stride};
   }
   // Columns [begin, end), of those that are worked on.
   void write_values(const MutableRows& target, int64_t batch, int64_t head, int64_t count, int64_t row,

@@ -33,16 +33,17 @@ inline void update_state(const Sizes<T>& s, const FeaturePair<T>* pairs, const T
     constexpr int64_t phi_block = kRows * kLanes<T>;
     for (int b = 0; b < blocks; b++)
       feature_slab<T, Weighted>(pairs, f, f + kRows, tokens + b * token_block, features + b * phi_block);
+    Vector<T> sums[kRows];
     for (int r = 0; r < kRows; r++) {
-      Vector<T> sum{};
+      sums[r] = Vector<T>{};
       for (int b = 0; b < blocks; b++)
 #pragma GCC unroll 2
         for (int n = 0; n < kLanes<T>; n += kWidth<T>) {
           const Vector<T> x = load(features + b * phi_block + r * kLanes<T> + n);
-          sum += token_weights ? x * load(token_weights + b * kLanes<T> + n) : x;
+          sums[r] += token_weights ? x * load(token_weights + b * kLanes<T> + n) : x;
         }
-      state[s.state_kv + f + r] += horizontal_sum<T>(sum);
     }
+    add_row_sums<T, kRows>(sums, state + s.state_kv + f);
     for_panels<T>(s.value_columns, [&](auto vectors, int column) {
       constexpr int NV = decltype(vectors)::value, columns = NV * kWidth<T>;
       T* part = state + int64_t(column) * s.feature_pad + f * columns;

@@ -65,27 +65,29 @@ struct ForwardCall : Call<T> {
     const int end = meeting.diagonal ? smaller(meeting.key_rows, (b + 1) * kLanes<T>) : meeting.key_rows;
     for (int j = 0; j < end; j += kRows) {
       scratch.queue->advance();
-      Tile<T, kVectors> tile;
-      tile.zero();
-      tile.template multiply_transposed<kLanes<T>>(s.feature_dim,
-                                                   keys + j / kLanes<T> * block + j % kLanes<T>, queries);
+      const T* tile_keys = keys + j / kLanes<T> * block + j % kLanes<T>;
       T* scores = scratch.scores + j * kLanes<T>;
       const int first = j - b * kLanes<T>;  // key of the tile's first row, counted from lane 0's own
-      if (meeting.diagonal && first + kRows > 0)
-        finish_scores<true>(tile, first, scores, sums);
-      else
-        finish_scores<false>(tile, first, scores, sums);
+      if (!meeting.diagonal || first + kRows <= 0)
+        score_tile<kVectors, false>(tile_keys, queries, first, scores, sums);
+      else if (first < kWidth<T>)
+        score_tile<kVectors, true>(tile_keys, queries, first, scores, sums);
+      else  // of two vectors of queries only the second sees these keys
+        score_tile<1, true>(tile_keys, queries + kWidth<T>, first - kWidth<T>, scores + kWidth<T>, sums + 1);
     }
   }
 
-  template <bool Masked>
-  REBASED_INLINE void finish_scores(const Tile<T, kVectors>& tile, int first, T* scores,
-                                    Vector<T> (&sums)[kVectors]) const {
+  template <int NV, bool Masked>
+  REBASED_INLINE void score_tile(const T* keys, const T* queries, int first, T* scores,
+                                 Vector<T>* sums) const {
     const T a0 = sizes.a0, a1 = sizes.a1, a2 = sizes.a2;
+    Tile<T, NV> tile;
+    tile.zero();
+    tile.template multiply_transposed<kLanes<T>, kLanes<T>>(sizes.feature_dim, keys, queries);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 2
-      for (int n = 0; n < kVectors; n++) {
+      for (int n = 0; n < NV; n++) {
         const Vector<T> dot = tile.sum[r][n];
         Vector<T> sim = a0 + dot * (a1 + a2 * dot);
         if (Masked)
@@ -190,6 +192,9 @@ struct ForwardCall : Call<T> {
         const int64_t head = item.kv_head * group + g;
         pack_tokens(head_tokens<T>(p, s, true, statistics, item.batch, head), row, rows, next,
                     scratch.queries);
+        // written, but stores wait for their lines as well
+        this->queue_rows(next, head_rows<T>(p.y, item.batch, head, p.dtype), row, rows, p.y.row_stride,
+                         s.head_dim);
         const int64_t first_key = item.quadratic ? item.sequence_begin : row;
         for (int64_t key = first_key; key <= row; key += s.chunk) {
           if (item.quadratic) {

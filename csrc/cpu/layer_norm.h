@@ -41,25 +41,46 @@ inline Tokens<T> head_tokens(const Problem& p, const Sizes<T>& s, bool query, co
   return t;
 }
 
-// mean and rstd of every token over all heads, one block of tokens.
+// Calls body(i, head, e, lanes) for tokens i < count, all heads and vectors e of their features. Tokens are
+// innermost, since a head's rows are often closer together than a token's heads.
+template <class T, class Body>
+REBASED_INLINE void for_token_vectors(int count, int64_t heads, int feature_dim, const Body& body) {
+  for (int64_t head = 0; head < heads; head++)
+    for (int e = 0; e < feature_dim; e += kWidth<T>) {
+      const int lanes = feature_dim - e;
+      if (count == kWidth<T> && lanes >= kWidth<T>) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth<T>; i++) body(i, head, e, kWidth<T>);
+      } else {
+        for (int i = 0; i < count; i++) body(i, head, e, lanes);
+      }
+    }
+}
+
+// mean and rstd of tokens [begin, end) over all heads.
 template <class T, class E>
 inline void token_statistics(const RowsOf<const void*>& rows, int64_t batch, int64_t heads, int feature_dim,
                              int64_t begin, int64_t end, T eps, T* mean, T* rstd) {
-  for (int64_t row = begin; row < end; row++) {
+  const T share = 1 / T(heads * feature_dim);
+  for (int64_t row = begin; row < end; row += kWidth<T>) {
+    const int count = int(smaller<int64_t>(kWidth<T>, end - row));
     const E* token = static_cast<const E*>(rows.data) + batch * rows.batch_stride + row * rows.row_stride;
-    const T count = T(heads * feature_dim);
-    Vector<T> sum{}, squares{};
-    for (int64_t head = 0; head < heads; head++)
-      for (int e = 0; e < feature_dim; e += kWidth<T>)
-        sum += read<T>(token + head * rows.head_stride + e, feature_dim - e);
-    const T center = horizontal_sum<T>(sum) / count;
-    for (int64_t head = 0; head < heads; head++)
-      for (int e = 0; e < feature_dim; e += kWidth<T>) {
-        const Vector<T> x = read<T>(token + head * rows.head_stride + e, feature_dim - e) - center;
-        squares += lane_numbers<T>() < typename Simd<T>::Int(feature_dim - e) ? x * x : Vector<T>{};
-      }
-    mean[row] = center;
-    rstd[row] = 1 / square_root(broadcast<T>(horizontal_sum<T>(squares) / count + eps))[0];
+    const auto features = [&](int i, int64_t head, int e) {
+      return token + head * rows.head_stride + i * rows.row_stride + e;
+    };
+    Vector<T> sums[kWidth<T>] = {}, squares[kWidth<T>] = {};
+    for_token_vectors<T>(count, heads, feature_dim, [&](int i, int64_t head, int e, int lanes) {
+      __builtin_prefetch(features(i, head, e) + kWidth<T> * rows.row_stride, 0, 2);
+      sums[i] += read<T>(features(i, head, e), lanes);
+    });
+    T center[kWidth<T>];
+    store(center, sum_rows<T>(sums) * share);
+    for_token_vectors<T>(count, heads, feature_dim, [&](int i, int64_t head, int e, int lanes) {
+      const Vector<T> x = read<T>(features(i, head, e), lanes) - center[i];
+      squares[i] += lane_numbers<T>() < typename Simd<T>::Int(lanes) ? x * x : Vector<T>{};
+    });
+    write<T>(mean + row, load(center), count);
+    write<T>(rstd + row, 1 / square_root(sum_rows<T>(squares) * share + eps), count);
   }
 }
 
@@ -149,30 +170,34 @@ template <class T, class S, class E>
 inline void finish_token_gradient(const RowsOf<const void*>& input, const RowsOf<const void*>& source,
                                   const RowsOf<void*>& target, int64_t batch, int64_t heads, int feature_dim,
                                   int64_t begin, int64_t end, const T* mean, const T* rstd) {
-  for (int64_t row = begin; row < end; row++) {
+  const T share = 1 / T(heads * feature_dim);
+  for (int64_t row = begin; row < end; row += kWidth<T>) {
+    const int count = int(smaller<int64_t>(kWidth<T>, end - row));
     const E* x = static_cast<const E*>(input.data) + batch * input.batch_stride + row * input.row_stride;
     const S* h = static_cast<const S*>(source.data) + batch * source.batch_stride + row * source.row_stride;
     E* out = static_cast<E*>(target.data) + batch * target.batch_stride + row * target.row_stride;
-    Vector<T> sum{}, product{};  // lanes past feature_dim hold h = 0
-    for (int64_t head = 0; head < heads; head++)
-      for (int e = 0; e < feature_dim; e += kWidth<T>) {
-        const int count = feature_dim - e;
-        const Vector<T> normalized =
-            (read<T>(x + head * input.head_stride + e, count) - mean[row]) * rstd[row];
-        const Vector<T> gradient = read<T>(h + head * source.head_stride + e, count);
-        sum += gradient, product += gradient * normalized;
-      }
-    const T count = T(heads * feature_dim);
-    const T mean_gradient = horizontal_sum<T>(sum) / count, mean_product = horizontal_sum<T>(product) / count;
-    for (int64_t head = 0; head < heads; head++)
-      for (int e = 0; e < feature_dim; e += kWidth<T>) {
-        const int count = feature_dim - e;
-        const Vector<T> normalized =
-            (read<T>(x + head * input.head_stride + e, count) - mean[row]) * rstd[row];
-        const Vector<T> gradient = read<T>(h + head * source.head_stride + e, count);
-        write<T>(out + head * target.head_stride + e,
-                 rstd[row] * (gradient - mean_gradient - normalized * mean_product), count);
-      }
+    const auto gradient = [&](int i, int64_t head, int e, int lanes) {
+      return read<T>(h + head * source.head_stride + i * source.row_stride + e, lanes);
+    };
+    const auto normalized = [&](int i, int64_t head, int e, int lanes) {
+      const Vector<T> value = read<T>(x + head * input.head_stride + i * input.row_stride + e, lanes);
+      return (value - mean[row + i]) * rstd[row + i];
+    };
+    Vector<T> sums[kWidth<T>] = {}, products[kWidth<T>] = {};  // lanes past feature_dim hold gradients of 0
+    for_token_vectors<T>(count, heads, feature_dim, [&](int i, int64_t head, int e, int lanes) {
+      __builtin_prefetch(x + head * input.head_stride + (i + kWidth<T>)*input.row_stride + e, 0, 2);
+      __builtin_prefetch(h + head * source.head_stride + (i + kWidth<T>)*source.row_stride + e, 0, 2);
+      const Vector<T> value = gradient(i, head, e, lanes);
+      sums[i] += value, products[i] += value * normalized(i, head, e, lanes);
+    });
+    T mean_gradient[kWidth<T>], mean_product[kWidth<T>];
+    store(mean_gradient, sum_rows<T>(sums) * share), store(mean_product, sum_rows<T>(products) * share);
+    for_token_vectors<T>(count, heads, feature_dim, [&](int i, int64_t head, int e, int lanes) {
+      write<T>(out + head * target.head_stride + i * target.row_stride + e,
+               rstd[row + i] * (gradient(i, head, e, lanes) - mean_gradient[i] -
+                                normalized(i, head, e, lanes) * mean_product[i]),
+               lanes);
+    });
   }
 }
 

@@ -33,8 +33,8 @@ struct Tile {
       for (int n = 0; n < NV; n++) store(target + r * stride + n * kWidth<T>, sum[r][n]);
   }
 
-  // a(r, k) = a[r * RowStride + k * DepthStride], b[k][:] = b + k * kColumns
-  template <int RowStride, int DepthStride>
+  // a(r, k) = a[r * RowStride + k * DepthStride], b[k][:] = b + k * ColumnStride
+  template <int RowStride, int DepthStride, int ColumnStride>
   REBASED_INLINE void multiply(int depth, const T* a, const T* b) {
     // in a local array: a member whose address is known elsewhere would be stored in every round of the loop
     Vector<T> tile[kRows][NV];
@@ -45,7 +45,7 @@ struct Tile {
     for (int k = 0; k < depth; k++) {
       Vector<T> column[NV];
 #pragma GCC unroll 2
-      for (int n = 0; n < NV; n++) column[n] = load(b + k * kColumns + n * kWidth<T>);
+      for (int n = 0; n < NV; n++) column[n] = load(b + k * ColumnStride + n * kWidth<T>);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; r++) {
         const T scalar = a[r * RowStride + k * DepthStride];
@@ -59,14 +59,14 @@ struct Tile {
       for (int n = 0; n < NV; n++) sum[r][n] = tile[r][n];
   }
   // a as [k][RowsOfBlock], tokens or features along a row
-  template <int Stride>
+  template <int Stride, int ColumnStride = kColumns>
   REBASED_INLINE void multiply_transposed(int depth, const T* a, const T* b) {
-    multiply<1, Stride>(depth, a, b);
+    multiply<1, Stride, ColumnStride>(depth, a, b);
   }
   // a as [r][Stride]
-  template <int Stride>
+  template <int Stride, int ColumnStride = kColumns>
   REBASED_INLINE void multiply_rows(int depth, const T* a, const T* b) {
-    multiply<Stride, 1>(depth, a, b);
+    multiply<Stride, 1, ColumnStride>(depth, a, b);
   }
 };
 

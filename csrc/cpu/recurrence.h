@@ -58,6 +58,7 @@ inline void recur_tile(const Recurrence<T>& call, bool accumulate, int row, int 
       const T* a = query_rows.data + token * query_rows.token_stride + head * query_rows.head_stride;
       T* target = sums.data + token * sums.token_stride + head * sums.head_stride;
       __builtin_prefetch(a + query_rows.ahead, 0, 2);
+      __builtin_prefetch(target + sums.ahead, 0, 2);
       Vector<T> sum = accumulate ? load(target) : Vector<T>{};
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; r++) sum += a[r] * tile[r];

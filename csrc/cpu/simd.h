@@ -148,6 +148,58 @@ REBASED_INLINE T horizontal_sum(Vector<T> v) {
         fold<T, Distance>(v, std::make_integer_sequence<int, kWidth<T>>{}));
 }
 
+// Adds up lanes l, l + Distance, l + 2 Distance, ...
+template <class T, int Distance>
+REBASED_INLINE Vector<T> fold_lanes(Vector<T> v) {
+  if constexpr (Distance == kWidth<T>)
+    return v;
+  else
+    return fold_lanes<T, Distance * 2>(fold<T, Distance>(v, std::make_integer_sequence<int, kWidth<T>>{}));
+}
+// Lane l of the result: the sum of row l. Halves of two rows are added crosswise until one vector is left.
+template <class T, int Distance, int... L>
+REBASED_INLINE Vector<T> add_crosswise(Vector<T> a, Vector<T> b, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(a, b, ((L & Distance) ? kWidth<T> + L - Distance : L)...) +
+         __builtin_shufflevector(a, b, ((L & Distance) ? kWidth<T> + L : L + Distance)...);
+}
+template <class T, int Distance = kWidth<T> / 2>
+REBASED_INLINE Vector<T> sum_rows(Vector<T>* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < Distance; i++)
+    rows[i] =
+        add_crosswise<T, Distance>(rows[i], rows[i + Distance], std::make_integer_sequence<int, kWidth<T>>{});
+  if constexpr (Distance > 1)
+    return sum_rows<T, Distance / 2>(rows);
+  else
+    return rows[0];
+}
+// sums[i] = the sum over the lanes of vector(i), which is asked for in order; writes whole vectors.
+template <class T, class Body>
+REBASED_INLINE void sum_tokens(int tokens, T* sums, const Body& vector) {
+  for (int first = 0; first < tokens; first += kWidth<T>) {
+    Vector<T> rows[kWidth<T>];
+    if (first + kWidth<T> <= tokens) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth<T>; i++) rows[i] = vector(first + i);
+    } else {
+      for (int i = 0; i < kWidth<T>; i++) rows[i] = first + i < tokens ? vector(first + i) : Vector<T>{};
+    }
+    store(sums + first, sum_rows<T>(rows));
+  }
+}
+// target[r] += the sum over the lanes of rows[r], r < Count.
+template <class T, int Count>
+REBASED_INLINE void add_row_sums(Vector<T>* rows, T* target) {
+  if constexpr (Count >= kWidth<T>) {
+    for (int r = 0; r < Count; r += kWidth<T>) store(target + r, load(target + r) + sum_rows<T>(rows + r));
+  } else {
+    // lane l of the crosswise sum belongs to row l mod Count
+    T sums[kWidth<T>];
+    store(sums, fold_lanes<T, Count>(sum_rows<T, Count / 2>(rows)));
+    for (int r = 0; r < Count; r++) target[r] += sums[r];
+  }
+}
+
 // exp(x) for x <= 0, to about 1 unit in the last place; below the smallest normal number it stays there.
 // 2^n exp(r) with |r| <= ln(2) / 2 and the Taylor polynomial of exp.
 template <class T>

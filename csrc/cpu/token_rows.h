@@ -6,38 +6,6 @@
 
 namespace rebased::cpu::REBASED_ISA {
 
-// Lane l of the result: the sum of row l. Halves of two rows are added crosswise until one vector is left.
-template <class T, int Distance, int... L>
-REBASED_INLINE Vector<T> add_crosswise(Vector<T> a, Vector<T> b, std::integer_sequence<int, L...>) {
-  return __builtin_shufflevector(a, b, ((L & Distance) ? kWidth<T> + L - Distance : L)...) +
-         __builtin_shufflevector(a, b, ((L & Distance) ? kWidth<T> + L : L + Distance)...);
-}
-template <class T, int Distance = kWidth<T> / 2>
-REBASED_INLINE Vector<T> sum_rows(Vector<T>* rows) {
-#pragma GCC unroll 16
-  for (int i = 0; i < Distance; i++)
-    rows[i] =
-        add_crosswise<T, Distance>(rows[i], rows[i + Distance], std::make_integer_sequence<int, kWidth<T>>{});
-  if constexpr (Distance > 1)
-    return sum_rows<T, Distance / 2>(rows);
-  else
-    return rows[0];
-}
-// sums[i] = the sum over the lanes of vector(i), which is asked for in order; writes whole vectors.
-template <class T, class Body>
-REBASED_INLINE void sum_tokens(int tokens, T* sums, const Body& vector) {
-  for (int first = 0; first < tokens; first += kWidth<T>) {
-    Vector<T> rows[kWidth<T>];
-    if (first + kWidth<T> <= tokens) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kWidth<T>; i++) rows[i] = vector(first + i);
-    } else {
-      for (int i = 0; i < kWidth<T>; i++) rows[i] = first + i < tokens ? vector(first + i) : Vector<T>{};
-    }
-    store(sums + first, sum_rows<T>(rows));
-  }
-}
-
 // q or k of one head for a run of tokens, with what LayerNorm needs of each token.
 template <class T>
 struct TokenRows {
