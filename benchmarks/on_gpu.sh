@@ -38,7 +38,7 @@ drivers() {
 
 each_driver() {  # each_driver COMMAND...: runs every gpu_* program behind COMMAND, with $arguments
   local driver result=0
-  for driver in build/gpu_drivers/gpu_driver_{cuda,tensor_core} build/gpu_drivers/gpu_emulator_primitives; do
+  for driver in build/gpu_drivers/gpu_driver_{cuda,tensor_core,float32} build/gpu_drivers/gpu_emulator_primitives; do
     echo "$* $driver"
     "$@" "$driver" $arguments || { echo "FAILED: $driver"; result=1; }
   done

@@ -108,6 +108,57 @@ def test_tensor_core_path(feature_map, dtype, segments, variant, override, kerne
             assert relative_error(value, exact) <= limits[dtype]
 
 
+FLOAT32_VARIANTS = {
+    "plain": {},
+    "gqa_state": {"heads": 4, "kv_heads": 2, "with_state": True},
+    "packed": {"batch": 1, "packed": (2, 70, 70, 200, 230), "with_state": True},
+    "wide": {"head_dim": 160, "with_state": True},
+    "odd_width": {"head_dim": 36},
+    "odd_length": {"seqlen": 97, "with_state": True},
+    "shared_affine": {"affine": "shared"},
+    "no_affine": {"affine": "none"},
+    "not_normalised": {"normalize": False},
+    "scale_zero": {"scale": 0.0, "feature_map": "taylor"},
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("variant", FLOAT32_VARIANTS)
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("norm", NORMS, ids=str)
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_float32_path(feature_map, norm, segments, variant, override, kernel_device):
+    """Outputs within 5e-6; gradients within 2e-5, or twice what plain PyTorch in float32 is off by."""
+    problem = Problem(feature_map, norm, 2, 2, 2, 250, 16, 64, dtype=torch.float32, device=kernel_device)
+    problem = problem.but(**FLOAT32_VARIANTS[variant])
+    inputs = problem.inputs(requires_grad=True)
+    override(path="float32", segments=segments)
+    got = _results(rebased_attention, inputs, problem)
+    expected = _results(reference.chunked, _wide(inputs), problem)
+    plain = _results(reference.chunked, inputs, problem)
+    for index, (value, exact, other) in enumerate(zip(got, expected, plain, strict=True)):
+        assert value.isfinite().all()
+        if exact.abs().max() == 0:
+            assert value.abs().max() == 0
+        elif index < 3:
+            assert relative_error(value, exact) <= 5e-6
+        else:
+            assert relative_error(value, exact) <= max(2e-5, 2 * relative_error(other, exact))
+
+
+@needs_kernels
+@pytest.mark.parametrize("segments", [1, 4])
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_float32_error_does_not_grow_with_length(feature_map, segments, override, kernel_device):
+    override(path="float32", segments=segments)
+    seqlen = 4096 if kernel_device == "cpu" else 65536
+    problem = Problem(feature_map, "head", 1, 1, 1, seqlen, 16, 64, dtype=torch.float32, device=kernel_device)
+    inputs = problem.inputs()
+    y = run(rebased_attention, inputs, problem)[0]
+    expected = run_reference(inputs, problem, reference.chunked)[0]
+    assert relative_error(y[:, :, -seqlen // 16 :], expected[:, :, -seqlen // 16 :]) <= 5e-6
+
+
 @needs_kernels
 @pytest.mark.parametrize("head_dim", [64, 80])
 @pytest.mark.parametrize("feature_map", MAPS)
@@ -183,7 +234,7 @@ from problems import MAPS, Problem, run
 from rebased_cuda import rebased_attention
 sums = []
 for feature_map in MAPS:
-    for dtype, sizes in ((torch.float32, (5, 7)), (torch.bfloat16, (16, 64))):
+    for dtype, sizes in ((torch.float32, (5, 7)), (torch.float32, (16, 80)), (torch.bfloat16, (16, 64))):
         problem = Problem(feature_map, "token", 1, 2, 1, 130, *sizes, dtype=dtype, with_state=True)
         inputs = problem.inputs(requires_grad=True)
         outputs = run(rebased_attention, inputs, problem)
@@ -222,11 +273,32 @@ def test_plan_takes_tensor_cores_for_16_bit_types():
         assert _C.plan("forward", **changes)["path"] != "tensor_core"
 
 
+def test_plan_takes_register_tiles_for_float32_with_16_features():
+    for direction in ("forward", "backward"):
+        for feature_map in MAPS:
+            for changes in ({}, {"head_dim": 16}, {"head_dim": 36}, {"head_dim": 256}, {"kv_heads": 3}):
+                plan = _C.plan(direction, dtype="float32", feature_map=feature_map, **changes)
+                assert plan["path"] == "float32"
+                assert plan["tiles.chunk"] == {"forward": 64, "backward": 32}[direction]
+        for changes in (
+            {"dtype": "float64"},
+            {"feature_dim": 15},
+            {"feature_dim": 32},
+            {"head_dim": 8},
+            {"head_dim": 42},
+            {"shared_memory_per_block": 64 << 10},
+        ):
+            plan = _C.plan(direction, **{"dtype": "float32", "state": True, **changes})
+            assert plan["path"] == "general"
+    assert _C.plan("backward", dtype="float32", heads=34, kv_heads=2)["path"] == "general"
+
+
 def test_plan_goes_without_a_state_where_that_is_cheaper():
-    short = _C.plan("forward", dtype="float32", seqlen=128)
-    assert short["path"] == "quadratic"
-    assert _C.plan("forward", dtype="float32", seqlen=128, state=True)["path"] == "general"
-    assert _C.plan("forward", dtype="float32", seqlen=4096)["path"] == "general"
+    for sizes, stateful in (({}, "float32"), ({"feature_dim": 17, "head_dim": 65}, "general")):
+        short = _C.plan("forward", dtype="float32", seqlen=128, **sizes)
+        assert short["path"] == "quadratic"
+        assert _C.plan("forward", dtype="float32", seqlen=128, state=True, **sizes)["path"] == stateful
+        assert _C.plan("forward", dtype="float32", seqlen=4096, **sizes)["path"] == stateful
     assert _C.plan("forward", dtype="float32", seqlen=4096, feature_dim=64)["path"] == "quadratic"
 
 

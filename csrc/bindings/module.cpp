@@ -46,7 +46,7 @@ Enum parse(const char* argument, const std::string& text, const char* const (&na
 constexpr const char* dtype_names[] = {"float32", "float64", "float16", "bfloat16"};
 constexpr const char* feature_map_names[] = {"outer", "square", "taylor", "elu"};
 constexpr const char* layer_norm_names[] = {"none", "token", "head"};
-constexpr const char* path_names[] = {"general", "tensor_core", "quadratic"};
+constexpr const char* path_names[] = {"general", "tensor_core", "quadratic", "float32"};
 
 // A problem of this shape with dense rows; pointers that only have to be there point at `present`.
 template <class AnyProblem>

@@ -23,8 +23,14 @@ class Launches {
       error_ = "more blocks than a grid can have";
       return;
     }
-    error_ = LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
-                    static_cast<size_t>(shared_bytes), stream_, arguments...);
+    add(kernel, dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, arguments...);
+  }
+  template <class... Parameters, class... Arguments>
+  void add(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes,
+           const Arguments&... arguments) {
+    if (*error_) return;
+    error_ = LAUNCH(kernel, grid, dim3(static_cast<unsigned>(threads)), static_cast<size_t>(shared_bytes),
+                    stream_, arguments...);
   }
   const char* error() const { return error_; }
 

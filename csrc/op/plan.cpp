@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "op/backend.h"
+#include "op/float32_path.h"
 #include "op/tensor_core.h"
 
 namespace rebased {
@@ -131,6 +132,22 @@ void add_shared_regions(const Problem& problem, Workspace* workspace) {
   add_region(workspace, token_norm, &workspace->key_statistics, statistics);
 }
 
+// What a backward needs beside states: delta, `parts` gradients of q' and k' each that another kernel
+// finishes, where `unfinished`, and the affine sums of `blocks` blocks for every head of a sequence.
+void add_gradient_regions(const Problem& problem, int64_t blocks, int64_t parts, bool unfinished,
+                          Workspace* workspace) {
+  const int64_t accumulator = accumulator_size(problem.dtype), tokens = problem.batch * problem.seqlen;
+  const int64_t affine = problem.num_sequences * blocks * 2 * problem.feature_dim * accumulator;
+  const int64_t gradient = parts * tokens * problem.feature_dim * accumulator;
+  add_region(workspace, problem.normalize, &workspace->delta, tokens * problem.heads * accumulator);
+  add_region(workspace, unfinished, &workspace->query_gradient, gradient * problem.heads);
+  add_region(workspace, unfinished, &workspace->key_gradient, gradient * problem.kv_heads);
+  add_region(workspace, problem.query_affine.gamma || problem.query_affine.beta, &workspace->query_affine,
+             affine * problem.heads);
+  add_region(workspace, problem.key_affine.gamma || problem.key_affine.beta, &workspace->key_affine,
+             affine * problem.kv_heads);
+}
+
 Plan plan_general(const Problem& problem, const Device& device, Sweep sweep) {
   Plan plan;
   plan.path = sweep.quadratic ? Path::quadratic : Path::general;
@@ -142,7 +159,6 @@ Plan plan_general(const Problem& problem, const Device& device, Sweep sweep) {
   plan.segments = choose_segments(problem, device, sweep, plan.tiles.chunk);
   plan.shared_memory_bytes = plan.tiles.size * accumulator;
 
-  const int64_t tokens = problem.batch * problem.seqlen;
   const int64_t states =
       problem.num_sequences * problem.kv_heads * plan.segments * plan.tiles.slot_size() * accumulator;
   const bool slots = !sweep.quadratic && (plan.segments > 1 || !plan.tiles.state_in_shared);
@@ -153,17 +169,8 @@ Plan plan_general(const Problem& problem, const Device& device, Sweep sweep) {
   add_shared_regions(problem, &workspace);
   add(slots, &workspace.states, states);
   if (sweep.backward) {
-    const int64_t affine = problem.num_sequences * plan.segments * 2 * problem.feature_dim * accumulator;
-    const int64_t gradient = tokens * problem.feature_dim * accumulator;
     add(slots, &workspace.reverse_states, states);
-    add(problem.normalize, &workspace.delta, tokens * problem.heads * accumulator);
-    const bool token_norm = problem.layer_norm == LayerNorm::token;
-    add(token_norm, &workspace.query_gradient, gradient * problem.heads);
-    add(token_norm, &workspace.key_gradient, gradient * problem.kv_heads);
-    add(problem.query_affine.gamma || problem.query_affine.beta, &workspace.query_affine,
-        affine * problem.heads);
-    add(problem.key_affine.gamma || problem.key_affine.beta, &workspace.key_affine,
-        affine * problem.kv_heads);
+    add_gradient_regions(problem, plan.segments, 1, problem.layer_norm == LayerNorm::token, &workspace);
   }
   return plan;
 }
@@ -182,6 +189,38 @@ Plan plan_tensor_core(const Problem& problem, const Device& device) {
   return plan;
 }
 
+Plan refused(Path path) {
+  Plan plan;
+  plan.path = path;
+  plan.error = "this path does not take this problem";
+  return plan;
+}
+
+// Tiles of a fixed shape; of GeneralTiles only what says how chunks are cut and where a slot's entries are.
+Plan plan_float32(const Problem& problem, const Device& device, int chunk, int64_t shared_floats) {
+  constexpr int64_t blocks_per_multiprocessor = 2, rows_per_segment = 512;
+  Plan plan;
+  plan.path = Path::float32;
+  plan.shared_memory_bytes = shared_floats * 4;
+  GeneralTiles& tiles = plan.tiles;
+  tiles.chunk = chunk;
+  tiles.threads = float32_path::threads;
+  tiles.value_stride = static_cast<int>(problem.head_dim);
+  tiles.num_features = float32_path::state_features(problem.feature_map);
+  tiles.padded_features = float32_path::padded_features(problem.feature_map);
+  tiles.state_in_shared = true;
+  const int64_t states = problem.num_sequences * problem.kv_heads;
+  const int64_t wanted = divide_up(blocks_per_multiprocessor * device.multiprocessors,
+                                   states * float32_path::column_groups(problem));
+  plan.segments =
+      static_cast<int>(std::clamp<int64_t>(std::min(wanted, mean_rows(problem) / rows_per_segment), 1, 128));
+  if (plan_override().segments) plan.segments = plan_override().segments;
+  add_shared_regions(problem, &plan.workspace);
+  add_region(&plan.workspace, plan.segments > 1, &plan.workspace.states,
+             states * plan.segments * tiles.slot_size() * 4);
+  return plan;
+}
+
 bool stateless(const ForwardProblem& problem) {
   return !problem.initial_state.kv && !problem.initial_state.k && !problem.final_state.kv &&
          !problem.final_state.k;
@@ -194,26 +233,50 @@ bool stateless(const BackwardProblem& problem) {
 // Whether scores of all pairs cost fewer operations than a state: per row and with n rows on average,
 //   forward   n (d + dv)       against C (d + dv) + 4 F dv
 //   backward  n (3 d + 2 dv)   against C (3 d + 2 dv) + 10 F dv
-bool quadratic_is_cheaper(const Problem& problem, bool backward) {
+// `slowness`: the time of an operation without a state, in those of one with.
+bool quadratic_is_cheaper(const Problem& problem, bool backward, int slowness) {
   constexpr int64_t chunk = 32;
   const int64_t d = problem.feature_dim, dv = problem.head_dim;
   const int64_t pair = backward ? 3 * d + 2 * dv : d + dv;
-  return (mean_rows(problem) - chunk) * pair < (backward ? 10 : 4) * features_of(problem) * dv;
+  return (mean_rows(problem) - chunk) * pair * slowness < (backward ? 10 : 4) * features_of(problem) * dv;
+}
+
+// The float32 path's plan, or one with an error where it does not take the problem.
+Plan plan_float32(const ForwardProblem& problem, const Device& device) {
+  if (!float32_path::supports(problem)) return refused(Path::float32);
+  const int size = float32_path::ForwardTiles(problem.feature_map).size;
+  return plan_float32(problem, device, float32_path::ForwardShape::chunk, size);
+}
+Plan plan_float32(const BackwardProblem& problem, const Device& device) {
+  if (!float32_path::supports(problem)) return refused(Path::float32);
+  const auto size = [&](bool reverse) {
+    return float32_path::BackwardTiles(problem.feature_map, reverse, problem.group_size()).size;
+  };
+  Plan plan =
+      plan_float32(problem, device, float32_path::BackwardShape::chunk, std::max(size(false), size(true)));
+  const int64_t groups = float32_path::column_groups(problem);
+  add_region(&plan.workspace, plan.segments > 1, &plan.workspace.reverse_states, plan.workspace.states.bytes);
+  add_gradient_regions(problem, plan.segments * groups, groups,
+                       groups > 1 || problem.layer_norm == LayerNorm::token, &plan.workspace);
+  return plan;
 }
 
 template <class AnyProblem>
 Plan plan_sweep(const AnyProblem& problem, const Device& device, bool backward) {
   const bool has_tensor_cores = tensor_core::supports(problem);
-  Path path = has_tensor_cores                                                ? Path::tensor_core
-              : stateless(problem) && quadratic_is_cheaper(problem, backward) ? Path::quadratic
-                                                                              : Path::general;
+  const Plan fast = plan_float32(problem, device);
+  const bool has_fast = !*fast.error && fast.shared_memory_bytes <= device.shared_memory_per_block;
+  const int slowness = has_fast ? 2 : 1;  // by instructions and loads: 4 x 4 tiles against 8 x 8
+  Path path = has_tensor_cores                                                          ? Path::tensor_core
+              : stateless(problem) && quadratic_is_cheaper(problem, backward, slowness) ? Path::quadratic
+              : has_fast                                                                ? Path::float32
+                                                                                        : Path::general;
   if (plan_override().force_path) path = plan_override().path;
-  if ((path == Path::tensor_core && !has_tensor_cores) || (path == Path::quadratic && !stateless(problem))) {
-    Plan plan;
-    plan.path = path;
-    plan.error = "this path does not take this problem";
-    return plan;
+  if ((path == Path::tensor_core && !has_tensor_cores) || (path == Path::quadratic && !stateless(problem)) ||
+      (path == Path::float32 && !has_fast)) {
+    return refused(path);
   }
+  if (path == Path::float32) return fast;
   if (path == Path::tensor_core) return plan_tensor_core(problem, device);
   return plan_general(problem, device, {backward, path == Path::quadratic});
 }
@@ -249,7 +312,8 @@ Plan plan_step(const StepProblem& problem, const Device&) {
 }
 
 const char* path_name(Path path) {
-  return path == Path::general ? "general" : path == Path::tensor_core ? "tensor_core" : "quadratic";
+  constexpr const char* names[] = {"general", "tensor_core", "quadratic", "float32"};
+  return names[static_cast<int>(path)];
 }
 
 std::vector<std::pair<std::string, int64_t>> plan_entries(const Plan& plan) {

@@ -19,8 +19,9 @@ namespace rebased {
 struct Device;  // backend.h
 
 // general: SIMT kernels with a state, every problem. quadratic: the same kernels without, for problems that
-// neither take nor give one. tensor_core: mma kernels for 16-bit types.
-enum class Path { general, tensor_core, quadratic };
+// neither take nor give one. tensor_core: mma kernels for 16-bit types. float32: SIMT kernels with register
+// tiles of a fixed shape, for float32 with 16 features.
+enum class Path { general, tensor_core, quadratic, float32 };
 
 // The general path's shared-memory tiles, as offsets; kernels and plan.cpp read the same numbers.
 //   feature tile  (feature_dim + 2, chunk), stride row_stride: q' or k' transposed, then a row of ones (0

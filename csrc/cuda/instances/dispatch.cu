@@ -24,6 +24,22 @@ const char* visit_element(Dtype dtype, const Visitor& visit) {
   return "unknown dtype";
 }
 
+// visit(std::integral_constant<FeatureMap, map>()) with the problem's map.
+template <class Visitor>
+const char* visit_map(FeatureMap map, const Visitor& visit) {
+  switch (map) {
+    case FeatureMap::outer:
+      return visit(std::integral_constant<FeatureMap, FeatureMap::outer>());
+    case FeatureMap::square:
+      return visit(std::integral_constant<FeatureMap, FeatureMap::square>());
+    case FeatureMap::taylor:
+      return visit(std::integral_constant<FeatureMap, FeatureMap::taylor>());
+    case FeatureMap::elu:
+      return visit(std::integral_constant<FeatureMap, FeatureMap::elu>());
+  }
+  return "unknown feature map";
+}
+
 Plan plan(const ForwardProblem& problem, const Device& device) { return plan_forward(problem, device); }
 Plan plan(const BackwardProblem& problem, const Device& device) { return plan_backward(problem, device); }
 
@@ -49,6 +65,15 @@ const char* launch_tensor_core(const AnyProblem& problem, const Plan& plan, void
 }
 
 template <class AnyProblem>
+const char* launch_float32_path(const AnyProblem& problem, const Plan& plan, void* stream) {
+  const char* error = launch_preparation<float>(problem, plan, stream);
+  if (*error) return error;
+  error =
+      visit_map(problem.feature_map, [&](auto map) { return launch_float32<map>(problem, plan, stream); });
+  return *error ? error : launch_fill<float>(problem, plan, stream);
+}
+
+template <class AnyProblem>
 int64_t planned_bytes(const AnyProblem& problem, const Device& device) {
   const Plan chosen = plan(problem, device);
   const bool has_more = chosen.path == Path::tensor_core && !*chosen.error;
@@ -65,6 +90,7 @@ const char* run_plan(const AnyProblem& problem, const Device& device, void* stre
     return problem.dtype == Dtype::float16 ? launch_tensor_core<half_t>(problem, chosen, stream)
                                            : launch_tensor_core<bfloat16_t>(problem, chosen, stream);
   }
+  if (chosen.path == Path::float32) return launch_float32_path(problem, chosen, stream);
   return visit_element(problem.dtype, [&](auto element) {
     return launch_general<decltype(element)>(problem, chosen, stream);
   });

@@ -1,0 +1,130 @@
+// Between global memory and the shared-memory tiles of the float32 path (op/float32_path.h has their shapes):
+// LayerNorm + affine + map of a row of q or k on its way into a feature tile, value rows, and the state in
+// and out. Features and states are in the public order. No barriers inside.
+//
+// blockIdx.x counts (sequence, kv head, segment) as the general path does, blockIdx.y groups of 64 columns.
+#pragma once
+
+#include "cuda/general_block.cuh"
+#include "op/float32_path.h"
+
+namespace rebased::REBASED_BACKEND::float32_path {
+
+using namespace rebased::float32_path;
+
+// target = a multiple of 4 floats from an aligned address in shared memory on.
+template <int count>
+DEVICE void load_floats(float (&target)[count], const float* shared) {
+  UNROLL for (int i = 0; i < count; i += 4) {
+    const float4 value = load_shared<float4>(shared + i);
+    target[i] = value.x, target[i + 1] = value.y, target[i + 2] = value.z, target[i + 3] = value.w;
+  }
+}
+
+template <FeatureMap map>
+DEVICE Features<float> make_features(const Problem& problem) {
+  return Features<float>(map, feature_dim, problem.scale);
+}
+
+DEVICE int first_column() { return columns * static_cast<int>(blockIdx.y); }
+
+// Mean and 1 / standard deviation of a row; `token` counts from the norm's row.
+DEVICE float2 row_statistics(const float (&x)[feature_dim], const Norm<float>& norm, int token) {
+  if (norm.mode == LayerNorm::head) {
+    float sum = 0, variance = 0;
+    UNROLL for (int i = 0; i < feature_dim; ++i) sum += x[i];
+    sum *= 1.0f / feature_dim;
+    UNROLL for (int i = 0; i < feature_dim; ++i) variance += (x[i] - sum) * (x[i] - sum);
+    return {sum, reciprocal_sqrt(variance * (1.0f / feature_dim) + norm.eps)};
+  }
+  if (norm.mode == LayerNorm::token) return {norm.statistics[2 * token], norm.statistics[2 * token + 1]};
+  return {0.0f, 1.0f};
+}
+
+// Brings row `token` of a chunk, zeros past its end, into that column of a feature tile; gives its
+// statistics. A thread's work.
+template <FeatureMap map, class Shape>
+DEVICE float2 load_feature_row(float* tile, int token, const float* source, bool present,
+                               const Features<float>& features, const Norm<float>& norm) {
+  float x[feature_dim] = {};
+  float2 statistics{0.0f, 1.0f};
+  if (present) {
+    UNROLL for (int i = 0; i < feature_dim; i += 4) {
+      const float4 value = load_constant<float4>(source + i);
+      x[i] = value.x, x[i + 1] = value.y, x[i + 2] = value.z, x[i + 3] = value.w;
+    }
+    statistics = row_statistics(x, norm, token);
+  }
+  UNROLL for (int i = 0; i < feature_dim; ++i) {
+    const float normalized = (x[i] - statistics.x) * statistics.y;
+    // a padded row is zeroed last: beta would bring it to life
+    const float value = present ? features.apply(norm.affine(normalized, i), norm.scale) : 0.0f;
+    tile[i * Shape::row_stride + token] = value;
+    if (i + feature_dim < feature_rows(map)) tile[(i + feature_dim) * Shape::row_stride + token] = value;
+  }
+  return statistics;
+}
+
+// Starts the copy of a chunk's value rows into a value tile, zeros past the last row and the last column.
+template <class Shape>
+DEVICE void copy_values(float* tile, const float* source, int64_t stride, int rows, int columns_left) {
+  constexpr int quads = columns / 4, step = threads / quads;
+  const int column = static_cast<int>(threadIdx.x % quads) * 4;
+  UNROLL for (int begin = 0; begin < Shape::chunk; begin += step) {
+    const int token = begin + static_cast<int>(threadIdx.x / quads);
+    const bool present = token < rows && column < columns_left;
+    copy_async<16>(tile + token * Shape::value_stride + column,
+                   present ? source + token * stride + column : source, present ? 16 : 0);
+  }
+}
+
+// Fills the block's columns of the state, and its sums, from the block's slot where the sequence is split,
+// else from the given state or zeros. `reverse`: from the gradient of a state, which carries the query side's
+// weights already.
+template <FeatureMap map, class Shape, class AnyProblem>
+DEVICE void start_state(float* state, float* sums, const Call<AnyProblem>& call, const Block& block,
+                        const Region& slots, const ConstState& initial, bool reverse) {
+  constexpr int count = state_features(map);
+  const Features<float> features = make_features<map>(call.problem);
+  const int head_dim = static_cast<int>(call.problem.head_dim), column0 = first_column();
+  const bool split = block.segments > 1;
+  const float* kv = static_cast<const float*>(initial.kv);
+  const float* k = static_cast<const float*>(initial.k);
+  if (split) {
+    kv = call.template region<const float>(slots) + block.index * call.tiles.slot_size();
+    k = kv + call.tiles.padded_features * head_dim;
+  } else {
+    if (kv) kv += block.state_index() * count * head_dim;
+    if (k) k += block.state_index() * count;
+  }
+  const bool weighted = split || !reverse;
+  const int column = static_cast<int>(threadIdx.x % columns), step = threads / columns;
+  const bool present = kv && column0 + column < head_dim;
+  for (int f = static_cast<int>(threadIdx.x / columns); f < count; f += step) {
+    const float weight = weighted ? features.weight(f) : 1.0f;
+    state[f * Shape::state_stride + column] =
+        present ? weight * kv[static_cast<int64_t>(f) * head_dim + column0 + column] : 0.0f;
+  }
+  for (int f = static_cast<int>(threadIdx.x); f < count; f += threads) {
+    sums[f] = k ? k[f] * (weighted ? features.weight(f) : 1.0f) : 0.0f;
+  }
+}
+
+// Writes the block's columns of the state to kv (features, head_dim), and where this is the first column
+// group its sums to k: as they are, or without weights, which are powers of 2.
+template <FeatureMap map, class Shape>
+DEVICE void store_state(const float* state, const float* sums, float* kv, float* k, int head_dim,
+                        bool weighted, const Features<float>& features) {
+  constexpr int count = state_features(map);
+  const int column0 = first_column();
+  const int column = static_cast<int>(threadIdx.x % columns), step = threads / columns;
+  for (int f = static_cast<int>(threadIdx.x / columns); column0 + column < head_dim && f < count; f += step) {
+    kv[static_cast<int64_t>(f) * head_dim + column0 + column] =
+        state[f * Shape::state_stride + column] * (weighted ? 1.0f : 1.0f / features.weight(f));
+  }
+  for (int f = static_cast<int>(threadIdx.x); k && f < count; f += threads) {
+    k[f] = weighted ? sums[f] : sums[f] / features.weight(f);
+  }
+}
+
+}  // namespace rebased::REBASED_BACKEND::float32_path

@@ -1,0 +1,5 @@
+#include "cuda/float32_backward_launch.cuh"
+
+namespace rebased::REBASED_BACKEND {
+template const char* launch_float32<FeatureMap::square>(const BackwardProblem&, const Plan&, void*);
+}  // namespace rebased::REBASED_BACKEND

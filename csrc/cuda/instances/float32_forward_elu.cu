@@ -1,0 +1,5 @@
+#include "cuda/float32_launch.cuh"
+
+namespace rebased::REBASED_BACKEND {
+template const char* launch_float32<FeatureMap::elu>(const ForwardProblem&, const Plan&, void*);
+}  // namespace rebased::REBASED_BACKEND

@@ -1,0 +1,56 @@
+// The float32 path against scalar_reference.h: maps, LayerNorms, widths, segments, grouped heads, packed
+// sequences, states; forced, and as the plan's own choice. Arguments: see run_cases.
+#include "tests/run_cases.h"
+
+namespace {
+
+using namespace rebased;
+using namespace rebased::tests;
+
+void add_cases(FeatureMap map, std::vector<Case>* all) {
+  Case c;
+  c.map = map, c.dtype = Dtype::float32, c.dim = 16, c.path = Path::float32;
+  c.scale = 0.25, c.packed_heads = true;  // x.view(B, N, H, d).transpose(1, 2)
+  struct Sizes {
+    int64_t batch, kv_heads, group, seqlen, width;
+    int segments;  // 0: as the plan would have it
+  };
+  const auto add = [&](LayerNorm norm, const Sizes& size, bool affine, bool states) {
+    Case next = c;
+    next.norm = norm, next.gamma = next.beta = affine, next.states = states;
+    next.batch = size.batch, next.kv_heads = size.kv_heads, next.group = size.group;
+    next.seqlen = size.seqlen, next.width = size.width;
+    next.plan.segments = size.segments;
+    if (size.segments) next.plan.force_path = true, next.plan.path = Path::float32;
+    all->push_back(next);
+    return &all->back();
+  };
+  const LayerNorm none = LayerNorm::none, head = LayerNorm::head, token = LayerNorm::token;
+  add(head, {1, 1, 1, 64, 64, 1}, false, false);
+  add(head, {2, 2, 1, 150, 64, 1}, true, true);
+  add(none, {1, 1, 1, 300, 64, 2}, true, true);
+  add(token, {1, 2, 1, 259, 64, 3}, true, false)->packed_heads = false;
+  add(head, {2, 2, 1, 1, 64, 1}, false, true);
+  add(head, {1, 1, 1, 70, 64, 4}, true, true)->normalize = false;
+  add(head, {1, 2, 1, 100, 16, 1}, true, true)->padding = 4;
+  add(head, {1, 1, 1, 140, 208, 2}, true, true);
+  add(none, {1, 1, 1, 97, 36, 2}, true, true);  // a width that is no multiple of 16
+  add(head, {2, 2, 3, 130, 64, 2}, true, true)->shared_affine = true;
+  add(head, {1, 1, 2, 200, 80, 2}, true, true)->cu_seqlens = {0, 70, 70, 73, 200};
+  // what the plan chooses by itself; rows before, between and after the sequences
+  add(token, {2, 2, 2, 90, 32, 0}, true, true);
+  add(token, {1, 3, 1, 150, 16, 0}, true, true)->cu_seqlens = {5, 80, 60, 140, 133};
+  add(head, {1, 1, 1, 1100, 16, 0}, true, true);  // in two segments
+}
+
+std::vector<Case> cases() {
+  std::vector<Case> all;
+  for (const FeatureMap map : {FeatureMap::outer, FeatureMap::square, FeatureMap::taylor, FeatureMap::elu}) {
+    add_cases(map, &all);
+  }
+  return all;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) { return run_cases(cases(), false, count, arguments); }
