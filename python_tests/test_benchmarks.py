@@ -2,7 +2,9 @@
 
 import json
 import math
+import sys
 import time
+import types
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,27 @@ import torch
 from conftest import EMULATED
 
 from benchmarks.speed import __main__ as command
-from benchmarks.speed import decode, harness, peers, questions, report
+from benchmarks.speed import fast_transformers, harness, others, peers, questions, report, targets, worker
 from benchmarks.speed.ceilings import Ceilings
-from benchmarks.speed.harness import DIRECTIONS, OURS, Prepared, Row, Shape, UnavailableError, measure
-from rebased_cuda import _baselines, _measure, reference
+from benchmarks.speed.harness import DIRECTIONS, OURS, Method, Prepared, Row, Shape, UnavailableError, measure
+from benchmarks.speed.questions import Question, Run, decoding, nothing_slower
+from rebased_cuda import _baselines, _measure, build_info, reference
 
 pytestmark = pytest.mark.skipif(EMULATED, reason="benchmarks time the backends that users have")
+SMALL = Shape(1, 1, 8)
 CEILINGS = Ceilings(dict.fromkeys(("float32", "float64", "bfloat16", "float16"), 190e9), 36e9)
 
 
 def sleeper(seconds: float, error: float = 0.0) -> Any:
     return lambda: Prepared(lambda: time.sleep(seconds), lambda: error, 1e-3)
+
+
+def methods_of(prepare: dict[str, Any], shape: Shape = SMALL) -> list[Method]:
+    return [Method(name, shape, function) for name, function in prepare.items()]
+
+
+def a_run(quick: bool = True) -> Run:
+    return Run("cpu", quick, CEILINGS, lambda text: None)
 
 
 def unavailable() -> Prepared:
@@ -42,19 +54,48 @@ def test_rows_of_all_methods_and_their_ratios() -> None:
         "wrong": sleeper(0.001, error=0.5),
         "nan": sleeper(0.001, error=math.nan),
     }
-    rows = {row.method: row for row in measure("q", Shape(1, 1, 8), "forward", methods, "cpu", 0.2, 1e-3)}
+    measured = measure("q", "forward", methods_of(methods), "cpu", 0.2, CEILINGS)
+    rows = {row.method: row for row in measured}
     assert list(rows) == list(methods)
     assert rows["slow"].ratio is not None
     assert rows["slow"].ratio > 2
     assert rows[OURS].ratio == 1
-    assert rows[OURS].over_floor is not None
-    assert rows[OURS].over_floor >= 2
+    floor = harness.floor_seconds(SMALL, "forward", CEILINGS)
+    assert rows[OURS].median is not None
+    assert rows[OURS].over_floor == pytest.approx(rows[OURS].median / floor)
+    assert rows["slow"].over_floor is None
     assert len(rows[OURS].seconds) >= harness.ROUNDS[0]
     assert rows["absent"].status == "not installed"
     assert "no memory" in rows["broken"].status
     for name in ("wrong", "nan"):  # checked before it is timed, and then not timed
         assert rows[name].status.startswith("wrong")
         assert rows[name].seconds == ()
+
+
+def test_slow_methods_sit_out_the_later_rounds_and_the_first_one_none() -> None:
+    schedule = harness._rounds({"base": 0.5, "slow": 2.0, "quick": 1e-3}, 3.0, "base")
+    assert schedule == [(3, ["base", "slow", "quick"]), (15, ["base", "quick"])]
+
+
+def test_threads_are_set_for_each_method_and_put_back() -> None:
+    seen: dict[str, set[int]] = {"one": set(), "all": set()}
+
+    def noting(name: str) -> Any:
+        return lambda: Prepared(lambda: seen[name].add(torch.get_num_threads()), lambda: 0.0, 0.0)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        methods = [
+            Method("all", Shape(1, 1, 8), noting("all")),
+            Method("one", Shape(1, 1, 8, threads=1), noting("one")),
+        ]
+        rows = measure("q", "forward", methods, "cpu", 0.01)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {"one": {1}, "all": {2}}
+    assert [row.shape["threads"] for row in rows] == [2, 1]
 
 
 def test_methods_take_turns() -> None:
@@ -144,16 +185,153 @@ def test_the_check_reads_some_heads_of_a_large_shape(monkeypatch: pytest.MonkeyP
     peers.expected.cache_clear()
 
 
-def test_fla_says_that_it_wants_a_gpu() -> None:
+@pytest.mark.parametrize("name", others.FLA)
+def test_fla_says_that_it_wants_a_gpu(name: str) -> None:
     with pytest.raises(UnavailableError, match="GPU"):
-        peers.prepare(peers.FLA, Shape(1, 1, 64), "forward", "cpu")
+        peers.prepare(name, Shape(1, 1, 64), "forward", "cpu")
+
+
+def fake_fla(name: str, **shape: Any) -> Any:
+    """What fla's functions of these names compute, by its documentation, with their layout and signatures."""
+
+    def heads_first(function: Any) -> Any:
+        return lambda *x: function(*(y.transpose(1, 2) for y in x)).transpose(1, 2)
+
+    def scores(similarity: Any, eps: float) -> Any:
+        def attend(q: Any, k: Any, v: Any) -> Any:
+            sim = similarity(q @ k.mT).tril()
+            return sim @ v / (sim.sum(-1, keepdim=True) + eps)
+
+        return heads_first(attend)
+
+    def parallel_rebased(q: Any, k: Any, v: Any, eps: float = 1e-5, use_scale: bool = True) -> Any:
+        return scores(torch.square, eps)(q * q.shape[-1] ** -0.5, k, v)
+
+    def fused_chunk_based(q: Any, k: Any, v: Any, scale: Any = None, use_norm: bool = True) -> Any:
+        return scores(lambda u: 1 + u + u * u / 2, 1e-6)(q * q.shape[-1] ** -0.5, k, v)
+
+    def chunk_linear_attn(q: Any, k: Any, v: Any, scale: Any = None, normalize: bool = True) -> Any:
+        return scores(lambda u: u, 1e-10)(q * (q.shape[-1] ** -0.5 if scale is None else scale), k, v), None
+
+    return locals()[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "feature_map"), [(name, x) for name, (_, maps) in others.FLA.items() for x in maps]
+)
+def test_fla_adapters_against_stand_ins(name: str, feature_map: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # on the adapters' side only: whether fla computes this is checked where it is timed
+    function = name.split()[1]
+    module = types.SimpleNamespace(**{function: fake_fla(function)})
+    monkeypatch.setattr(others.importlib, "import_module", lambda _: module)
+    shape = Shape(2, 2, 100, feature_map)
+    attention = others.function(name, shape, "cuda", build=False)
+    tensors = [x.detach().double() for x in peers.projections(shape, "cpu")]
+    q, k, v = (peers.split_heads(x, 2) for x in tensors[:3])
+    options = {"feature_map": feature_map, "layer_norm": "token"}
+    eps = 1e-10 if "linear" in name else 1e-6
+    expected = reference.quadratic(q, k, v, *tensors[3:], **options, eps=eps)
+    assert isinstance(expected, torch.Tensor)
+    assert _measure.relative_error(attention(*tensors), expected) < 1e-11
+
+
+def test_a_peer_that_is_not_installed_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fla.ops.rebased", None)
+    with pytest.raises(UnavailableError, match="not installed"):
+        others.function("fla parallel_rebased", SMALL, "cuda", build=False)
+
+
+def test_fast_transformers_that_was_never_built_is_a_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(fast_transformers, "FOLDER", tmp_path)
+    with pytest.raises(UnavailableError, match="not built"):
+        peers.prepare(others.FAST_TRANSFORMERS, Shape(1, 1, 64), "forward", "cpu", build=False)
+
+
+def test_a_build_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_transformers, "SECONDS", 0.2)
+    monkeypatch.setattr(fast_transformers.sys, "executable", "/bin/sleep")
+    monkeypatch.setattr(fast_transformers, "_COMMAND", ("30",))
+    begin = time.monotonic()
+    assert "more than" in fast_transformers._build()
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.skipif(not fast_transformers.library().exists(), reason="fast-transformers was never built here")
+@pytest.mark.parametrize("feature_map", ["outer", "square"])
+def test_fast_transformers_computes_the_same(feature_map: str) -> None:
+    prepared = peers.prepare(others.FAST_TRANSFORMERS, Shape(2, 2, 100, feature_map), DIRECTIONS[1], "cpu")
+    assert prepared.error() <= prepared.bound
+    prepared.run()
+
+
+def test_scores_that_take_too_long_are_left_out() -> None:
+    for name in (peers.SDPA, peers.QUADRATIC):
+        with pytest.raises(UnavailableError, match="left out"):
+            peers.prepare(name, Shape(1, 1, 131072), "forward", "cpu")
+
+
+@pytest.mark.skipif(build_info()["cpu_instruction_set"] == "portable", reason="one instruction set")
+def test_a_worker_has_its_own_instruction_set() -> None:
+    shape = Shape(1, 1, 64, threads=1)
+    with worker.Worker("portable") as portable:
+        (row,) = measure("q", "forward", [portable.method(shape, "forward")], "cpu", 0.01)
+    assert row.status == "ok"
+    assert row.method == f"{OURS}, portable"
+    with worker.Worker("portable") as pretender:
+        pretender.instruction_set = "avx1024"
+        (row,) = measure("q", "forward", [pretender.method(shape, "forward")], "cpu", 0.01)
+    assert row.status == "this processor or build gives portable instead"
 
 
 def test_decoding_rows() -> None:
-    rows = {row.method: row for row in decode.rows("cpu", 2, "square", 0.01, lambda text: None)}
+    rows = {row.method: row for row in decoding.compare(a_run(), 2, "square")}
     assert all(row.status == "ok" for row in rows.values())
     assert rows[OURS].over_floor is not None
-    assert rows[decode.COPY].over_floor is None
+    assert rows[decoding.COPY].over_floor is None
+
+
+def test_a_question_whose_time_is_over_says_so() -> None:
+    run = a_run()
+    run.begin(-1.0)
+    rows = list(run.ask("q", [SMALL], (OURS, peers.LOOP)))
+    assert len(rows) == 4
+    assert all(row.status.startswith("left out") for row in rows)
+
+
+def a_peer(question: str, method: str, ratio: float, seqlen: int = 128) -> dict[str, Any]:
+    shape = asdict(Shape(1, 12, seqlen, threads=2))
+    row = Row(question, shape, "forward", method, seconds=(1.0,), median=ratio, spread=0.1, ratio=ratio)
+    return row.to_json()
+
+
+def test_ratios_take_the_best_plain_form_of_a_shape_and_the_worse_of_two_questions() -> None:
+    rows = [a_peer("q", OURS, 1.0), a_peer("q", peers.LOOP, 3.0), a_peer("q", peers.CUMSUM, 2.0)]
+    rows += [a_peer("q", peers.SDPA, 0.5), a_peer("p", OURS, 1.0), a_peer("p", peers.LOOP, 0.9)]
+    rows += [a_peer("q", OURS, 1.0, 64), a_peer("q", peers.LOOP, 0.1, 64)]  # shorter than what is promised
+    rows += [a_peer("r", peers.LOOP, 0.2, 256)]  # ours is not there
+    (found,) = nothing_slower.ratios(rows)
+    assert (found.method, found.ratio) == (peers.LOOP, 0.9)
+
+
+def test_ratios_name_where_the_op_is_slower(capsys: pytest.CaptureFixture[str]) -> None:
+    report.print_ratios([a_peer("q", OURS, 1.0), a_peer("q", peers.LOOP, 0.5)])
+    assert "slower at 1 of them:\n  outer (1, 12, 128) 2 threads, forward" in capsys.readouterr().out
+
+
+def test_targets() -> None:
+    floor = a_peer("reference", OURS, 1.0, 4096) | {"over_floor": 1.2}
+    rows = [floor, a_peer("reference", peers.SDPA, 20.0, 4096)]
+    rows += [a_peer("reference", peers.LOOP, 4.0, 4096), a_peer("reference", peers.CUMSUM, 2.0, 4096)]
+    found = {target.name.split(": ")[1]: target for target in targets.targets(rows)}
+    assert {name: target.held for name, target in found.items() if "outer" not in name} == {
+        "over the floor": False,
+        peers.SDPA: True,
+        peers.CUMSUM: False,
+    }
+    assert found[peers.CUMSUM].value == 2.0
+    assert targets.targets([]) == []
 
 
 def a_row(median: float, spread: float, method: str = OURS) -> dict[str, Any]:
@@ -187,19 +365,25 @@ def test_compare_tells_what_moved_beyond_the_spread(
 def test_the_command_leaves_a_table_and_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def tiny(run: questions.Run) -> Any:
-        yield from questions._ask(run, "length", [Shape(1, 2, 128), Shape(1, 2, 256)], (*run.few, peers.FLA))
+    fla = next(iter(others.FLA))
 
-    monkeypatch.setitem(questions.QUESTIONS, "length", tiny)
+    def tiny(run: Run) -> Any:
+        yield from run.ask("length", [Shape(1, 2, 128), Shape(1, 2, 256)], (*run.few, fla))
+
+    monkeypatch.setitem(questions.QUESTIONS, "length", Question("tiny", (60.0, 60.0), tiny))
     monkeypatch.setattr("benchmarks.speed.ceilings.measure", lambda device: CEILINGS)
     path = tmp_path / "speed.json"
     assert command.main(["--quick", "--only", "length", "--output", str(path)]) == 0
     contents = json.loads(path.read_text())
-    assert len(contents["rows"]) == 2 * 2 * 5
+    assert len(contents["rows"]) == 2 * 2 * 6
     assert {"commit", "machine", "ceilings", "version", "when"} <= set(contents)
     printed = capsys.readouterr().out
     assert "outer (1, 2, 256)" in printed
-    assert f"{peers.FLA}: runs on a GPU only" in printed
+    assert f"{fla}: runs on a GPU only" in printed
+    assert "Against the best plain PyTorch, 4 shapes and directions" in printed
+    assert list(contents["seconds_by_question"]) == ["length"]
+    assert command.main(["show", str(path)]) == 0
+    assert capsys.readouterr().out.strip() in printed
     pytest.importorskip("matplotlib")
     assert command.main(["plot", str(path)]) == 0
     assert all(Path(line).stat().st_size > 1000 for line in capsys.readouterr().out.split())

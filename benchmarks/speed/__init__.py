@@ -2,8 +2,11 @@
 
     python -m benchmarks.speed [--quick] [--device cpu|cuda] [--only QUESTION ...] [--output FILE.json]
     python -m benchmarks.speed compare BEFORE.json AFTER.json
+    python -m benchmarks.speed show FILE.json
     python -m benchmarks.speed plot FILE.json
+    python -m benchmarks.speed.predict
 
-harness.py times, ceilings.py measures the machine, peers.py holds the methods, questions.py what is asked,
-report.py tables, JSON and the comparison, plots.py the figures.
+harness.py times, ceilings.py measures the machine, peers.py and others.py hold the methods, questions/ what
+is asked, targets.py what is to be reached, report.py tables, JSON and the comparison, plots.py the figures.
+predict.py is about CUDA kernels on a GPU that is not there.
 """

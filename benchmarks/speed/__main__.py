@@ -10,6 +10,7 @@ if __name__ == "__main__":  # before torch is loaded: a thread stays on its core
     os.environ.setdefault("OMP_PLACES", "cores")
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import benchmarks.speed
 from rebased_cuda import _measure, build_info
 
 from . import ceilings, questions, report
-from .harness import Row
+from .harness import OURS, Row
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -28,7 +29,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed", description=benchmarks.speed.__doc__, formatter_class=formatter
     )
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, no compiled peers: 2 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, nothing compiled: 2 minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--only", nargs="+", choices=list(questions.QUESTIONS), default=list(questions.QUESTIONS)
@@ -38,6 +39,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     comparison = commands.add_parser("compare", help="what moved from one JSON file to another")
     comparison.add_argument("before", type=Path)
     comparison.add_argument("after", type=Path)
+    show = commands.add_parser("show", help="the tables of a JSON file")
+    show.add_argument("file", type=Path)
     plot = commands.add_parser("plot", help="figures of a JSON file, beside it")
     plot.add_argument("file", type=Path)
     return parser.parse_args(argv)
@@ -54,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
     if arguments.command == "compare":
         report.compare(arguments.before, arguments.after)
+        return 0
+    if arguments.command == "show":
+        report.show(json.loads(arguments.file.read_text()))
         return 0
     if arguments.command == "plot":
         from . import plots
@@ -83,6 +89,7 @@ def _measure_all(arguments: argparse.Namespace) -> int:
     )
     rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in limits.flops.items())
     print(f"matmul GFLOP/s: {rates}; copy {limits.copy_bytes / 1e9:.1f} GB/s (read + written)")
+    _print_plan(arguments.only, arguments.quick)
     run = questions.Run(device, arguments.quick, limits, _tell)
     path = arguments.output or report.default_path(device)
     rows: list[Row] = []
@@ -91,13 +98,24 @@ def _measure_all(arguments: argparse.Namespace) -> int:
     ):  # saved as they come: an interrupted run leaves what it had
         rows.append(row)
         seconds = time.monotonic() - start
-        report.save(path, report.summary(rows, limits, device, arguments.quick, seconds))
+        report.save(path, report.summary(rows, limits, device, arguments.quick, seconds, run.used))
+    contents = report.summary(rows, limits, device, arguments.quick, time.monotonic() - start, run.used)
+    report.save(path, contents)
     if sys.stderr.isatty():
         print(file=sys.stderr)
-    report.tables(rows)
-    print(f"\n{time.monotonic() - start:.0f} s; {path}")
-    wrong = [row for row in rows if row.status.startswith("wrong") and row.method == "rebased_cuda"]
+    report.show(contents)
+    print(f"\n{contents['seconds']:.0f} s; {path}")
+    wrong = [row for row in rows if row.status.startswith("wrong") and row.method == OURS]
     return 1 if wrong else 0
+
+
+def _print_plan(names: Sequence[str], quick: bool) -> None:
+    """How long each question may take at most, but for the comparison that it is in the middle of."""
+    asked = {name: questions.QUESTIONS[name] for name in names}
+    total = sum(question.seconds[quick] for question in asked.values())
+    print(f"{len(asked)} questions in about {total:.0f} s:")
+    for name, question in asked.items():
+        print(f"  {question.seconds[quick]:4.0f} s  {name}: {question.about}")
 
 
 if __name__ == "__main__":

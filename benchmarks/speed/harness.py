@@ -1,8 +1,8 @@
 """Times methods against each other: checked first, warmed up, interleaved, medians with their spread.
 
-A method is a function from a Shape to something that runs (peers.py). All methods of a shape run in turn,
-once a round, so that a machine that is slow for a while is slow for all of them; ratios are medians of the
-ratios within a round.
+A method is a name, a Shape and a function that makes something that runs (peers.py). All methods that are
+compared run in turn, once a round, so that a machine that is slow for a while is slow for all of them; ratios
+are medians of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from .ceilings import Ceilings
 OURS = "rebased_cuda"
 DIRECTIONS = ("forward", "forward + backward")
 ROUNDS = (3, 15)  # fewest and most
+QUICK = 5e-3  # seconds: what is shorter is called once more before its repetitions are chosen
 
 
 class UnavailableError(Exception):
@@ -70,9 +71,22 @@ class Prepared:
     error: Callable[[], float]  # relative L2 error against float64
     bound: float
     compiles: bool = False  # the first call takes much longer
+    elsewhere: bool = False  # in another process, whose memory is not seen
 
 
 Preparer = Callable[[], Prepared]  # raises UnavailableError
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of a comparison: who, at which shape, and how it is made ready."""
+
+    name: str
+    shape: Shape
+    prepare: Preparer
+
+    def __str__(self) -> str:
+        return f"{self.shape}: {self.name}"
 
 
 @dataclass
@@ -87,7 +101,7 @@ class Row:
     seconds: tuple[float, ...] = ()
     median: float | None = None
     spread: float | None = None  # half the distance between the quartiles, over the median
-    ratio: float | None = None  # time over ours
+    ratio: float | None = None  # time over that of the first method, ours unless the question says otherwise
     over_floor: float | None = None
     error: float | None = None
     peak_bytes: int | None = None
@@ -136,7 +150,7 @@ class Flush:
     """Overwrites a GPU's L2 cache between calls; a CPU's caches are left as a training step leaves them."""
 
     def __init__(self, device: str) -> None:
-        self._buffer = None
+        self._buffer: Tensor | None = None
         if device == "cuda":
             bytes_ = 4 * torch.cuda.get_device_properties(0).L2_cache_size
             self._buffer = torch.empty(bytes_, dtype=torch.uint8, device=device)
@@ -148,100 +162,138 @@ class Flush:
 
 def measure(
     question: str,
-    shape: Shape,
     direction: str,
-    methods: Mapping[str, Preparer],
+    methods: Sequence[Method],
     device: str,
     budget: float,
-    floor: float | None = None,
+    ceilings: Ceilings | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
-    """Checks, warms up and times the methods of one shape for about `budget` seconds; one Row each.
+    """Checks, warms up and times the methods in turn, for about `budget` seconds; one Row each.
 
-    A peer of which one call takes longer than that is not timed, its row says how long.
+    Ratios are to the first method's time. A peer of which one call takes longer than the budget and half of
+    it again is not timed, its row says how long it took. With ceilings, the op's rows get their floor.
     """
     threads = torch.get_num_threads()
-    if shape.threads:
-        torch.set_num_threads(shape.threads)
     try:
-        return _measure_with_threads(question, shape, direction, methods, device, budget, floor, tell)
+        return _measure_methods(question, direction, methods, device, budget, ceilings, tell)
     finally:
         torch.set_num_threads(threads)
 
 
-def _measure_with_threads(
+def _measure_methods(
     question: str,
-    shape: Shape,
     direction: str,
-    methods: Mapping[str, Preparer],
+    methods: Sequence[Method],
     device: str,
     budget: float,
-    floor: float | None,
+    ceilings: Ceilings | None,
     tell: Callable[[str], None],
 ) -> list[Row]:
-    described = asdict(shape) | {"threads": shape.threads or torch.get_num_threads()}
+    all_threads = torch.get_num_threads()
     rows: dict[str, Row] = {}
-    runs: dict[str, Callable[[], Any]] = {}
-    round_seconds = 0.0
-    for name, prepare in methods.items():
-        tell(f"{question}: {shape}, {direction}: {name}")
-        row = rows[name] = Row(question, described, direction, name)
-        try:
-            prepared = prepare()
-            row.error = prepared.error()
-            if not row.error <= prepared.bound:
-                row.status = f"wrong: relative error {row.error:.2g}, allowed {prepared.bound:.2g}"
-                continue
-            if prepared.compiles:
-                prepared.run()
-            with PeakMemory(device) as peak:
-                warm_up = _measure.once(prepared.run, device)
-            row.peak_bytes = peak.bytes
-            if warm_up > budget and name != OURS:
-                row.status = f"not timed: one call takes {warm_up:.1f} s"
-                continue
-        except UnavailableError as error:
-            row.status = str(error)
-        except (RuntimeError, torch.OutOfMemoryError) as error:  # a peer's failure is its own row
-            row.status = f"failed: {' '.join(str(error).split())[:200]}"
-        else:
-            runs[name] = prepared.run
-            round_seconds += warm_up
-    fewest, most = ROUNDS
-    rounds = min(most, max(fewest, int(budget / max(round_seconds, 1e-9))))
+    runs: dict[str, tuple[Callable[[], Any], int]] = {}  # what a round runs, and the calls in it
+    needed: dict[str, float] = {}  # seconds of that
+    for method in methods:
+        tell(f"{question}: {method}, {direction}")
+        torch.set_num_threads(method.shape.threads or all_threads)
+        described = asdict(method.shape) | {"threads": torch.get_num_threads()}
+        row = rows[str(method)] = Row(question, described, direction, method.name)
+        ready = _ready(method, row, device, 1.5 * budget)
+        if ready is not None:
+            runs[str(method)] = _repeated(ready, device)
+            needed[str(method)] = runs[str(method)][1] * ready.seconds
+
     flush = Flush(device)
-    inner = {name: _repeated(run, device) for name, run in runs.items()}
-    seconds = _measure.interleave({name: run for name, (run, _) in inner.items()}, rounds, device, flush)
-    for name, times in seconds.items():
-        _fill(rows[name], [x / inner[name][1] for x in times], floor)
-    if OURS in seconds:
-        ours = rows[OURS].seconds
-        for name in seconds:
-            rows[name].ratio = _measure.ratio(list(rows[name].seconds), list(ours))
+    threads = {str(method): method.shape.threads or all_threads for method in methods}
+
+    def before(_: int, name: str) -> None:
+        torch.set_num_threads(threads[name])
+        flush()
+
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    base, done = str(methods[0]), 0
+    for up_to, names in _rounds(needed, budget, base):
+        tell(f"{question}: {methods[0].shape}, {direction}: {up_to - done} rounds of {len(names)}")
+        part = {name: runs[name][0] for name in names}
+        for name, times in _measure.interleave(part, up_to - done, device, before).items():
+            seconds[name] += times
+        done = up_to
+    for method in methods:
+        name, row = str(method), rows[str(method)]
+        if name not in runs:
+            continue
+        _fill(row, [x / runs[name][1] for x in seconds[name]])
+        if ceilings is not None and method.name == OURS and threads[name] == all_threads:
+            row.over_floor = statistics.median(row.seconds) / floor_seconds(method.shape, direction, ceilings)
+        if base in runs:
+            row.ratio = _measure.ratio(list(row.seconds), list(rows[base].seconds))
     return list(rows.values())
 
 
-def _repeated(run: Callable[[], Any], device: str) -> tuple[Callable[[], Any], int]:
+@dataclass
+class _Ready:
+    run: Callable[[], Any]
+    seconds: float
+
+
+def _ready(method: Method, row: Row, device: str, longest: float) -> _Ready | None:
+    """A method checked and warmed up; None where it is not to be timed, and the row says why."""
+    try:
+        prepared = method.prepare()
+        row.error = prepared.error()
+        if not row.error <= prepared.bound:
+            row.status = f"wrong: relative error {row.error:.2g}, allowed {prepared.bound:.2g}"
+            return None
+        if prepared.compiles:
+            prepared.run()
+        with PeakMemory(device) as peak:
+            warm_up = _measure.once(prepared.run, device)
+    except UnavailableError as error:
+        row.status = str(error)
+        return None
+    except (RuntimeError, torch.OutOfMemoryError) as error:  # a peer's failure is its own row
+        row.status = f"failed: {' '.join(str(error).split())[:200]}"
+        return None
+    row.peak_bytes = None if prepared.elsewhere else peak.bytes
+    if warm_up > longest and method.name != OURS:
+        row.status = f"not timed: one call takes {warm_up:.1f} s"
+        return None
+    quick = warm_up < QUICK
+    return _Ready(prepared.run, _measure.once(prepared.run, device) if quick else warm_up)
+
+
+def _rounds(needed: Mapping[str, float], budget: float, base: str) -> list[tuple[int, list[str]]]:
+    """Up to which round each set of methods runs: slow ones, of `needed` seconds, sit out the later rounds.
+
+    Every method may use its share of the budget. The one that ratios are to is in every round.
+    """
+    fewest, most = ROUNDS
+    share = budget / max(len(needed), 1)
+    count = {name: min(most, max(fewest, int(share / max(x, 1e-9)))) for name, x in needed.items()}
+    if base in count:
+        count[base] = max(count.values())
+    return [(up_to, [n for n in count if count[n] >= up_to]) for up_to in sorted(set(count.values()))]
+
+
+def _repeated(ready: _Ready, device: str) -> tuple[Callable[[], Any], int]:
     """(a run of at least about a millisecond, the calls in it): on a CPU the clock itself costs something."""
-    one = _measure.once(run, device)
-    count = 1 if device == "cuda" else max(1, int(1e-3 / max(one, 1e-7)))
+    count = 1 if device == "cuda" else max(1, int(1e-3 / max(ready.seconds, 1e-7)))
     if count == 1:
-        return run, 1
+        return ready.run, 1
 
     def many() -> None:
         for _ in range(count):
-            run()
+            ready.run()
 
     return many, count
 
 
-def _fill(row: Row, times: list[float], floor: float | None) -> None:
+def _fill(row: Row, times: list[float]) -> None:
     row.seconds = tuple(times)
     row.median = statistics.median(times)
     low, _, high = statistics.quantiles(times, n=4, method="inclusive")
     row.spread = (high - low) / 2 / row.median
-    if floor is not None and row.method == OURS:
-        row.over_floor = row.median / floor
 
 
 def floor_seconds(shape: Shape, direction: str, ceilings: Ceilings) -> float:

@@ -3,7 +3,8 @@
 All start from what a model's projections give, q and k (B, N, H*d) and v (B, N, H*dv), and count LayerNorm
 over a token's features, gamma, beta, feature map, casts and the division; softmax attention starts from q, k
 and v of head dim dv. Plain PyTorch is rebased_cuda._baselines, chunked with the fastest of its chunk lengths
-here. A method that does not run here raises UnavailableError with the reason, which becomes its row.
+here; others.py has the packages. A method that does not run here raises UnavailableError with the reason,
+which becomes its row.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rebased_cuda import _baselines, _measure, rebased_attention, reference
 
+from . import others
 from .harness import OURS, Prepared, Shape, UnavailableError, relative_error
 
 Function = Callable[..., Tensor]
@@ -25,18 +26,18 @@ Function = Callable[..., Tensor]
 SDPA = "SDPA"
 LOOP, CUMSUM, QUADRATIC = "PyTorch loop", "PyTorch cumsum", "PyTorch quadratic"
 COMPILED = {f"{name}, compiled": name for name in (LOOP, CUMSUM, QUADRATIC)}
-FAST_TRANSFORMERS, FLA = "fast-transformers", "fla parallel_rebased"
 EAGER = (OURS, SDPA, LOOP, CUMSUM, QUADRATIC)
-OTHERS = (FAST_TRANSFORMERS, FLA)
-CPU_METHODS = (*EAGER, *COMPILED, *OTHERS)
-GPU_METHODS = (OURS, "SDPA flash", "SDPA cuDNN", LOOP, CUMSUM, QUADRATIC, *COMPILED, *OTHERS)
+PLAIN = (LOOP, CUMSUM, QUADRATIC, *COMPILED)
+CPU_METHODS = (*EAGER, *COMPILED, *others.NAMES)
+GPU_METHODS = (OURS, "SDPA flash", "SDPA cuDNN", *PLAIN, *others.NAMES)
 
 # relative L2 errors that mean "computes the same": this is no test of accuracy, python_tests has those
 BOUNDS = {"float64": 1e-10, "float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}
-CHECKED = (
-    1 << 17
-)  # tokens x heads that the float64 reference is run on; a shape with more is checked on some heads
-QUADRATIC_BYTES = 8 << 30  # of one N x N matrix of all heads in float32, times the six that a backward holds
+# tokens x heads that the float64 reference is run on; a shape with more is checked on some heads
+CHECKED = 1 << 17
+# What goes through N x N scores is left out where these are more; the second holds them in memory.
+SOFTMAX_PAIRS = {"cpu": 2 << 30, "cuda": 1 << 40}
+QUADRATIC_PAIRS = {"cpu": 1 << 26, "cuda": 1 << 30}
 
 
 @functools.lru_cache(maxsize=2)
@@ -112,18 +113,20 @@ def _softmax_rows(q: Tensor, k: Tensor, v: Tensor, rows: range) -> Tensor:
     return score.masked_fill(position > query[:, None], -torch.inf).softmax(-1) @ v
 
 
-def prepare(name: str, shape: Shape, direction: str, device: str) -> Prepared:
-    """Raises UnavailableError where the method does not run here."""
+def prepare(name: str, shape: Shape, direction: str, device: str, build: bool = True) -> Prepared:
+    """Raises UnavailableError where the method does not run here. `build`: others.py."""
     if name.startswith(SDPA):
-        function = _softmax(name)
+        function = _softmax(name, shape, device)
         tensors = softmax_inputs(shape, device)
     else:
-        function = _linear(name, shape, direction, device)
+        function = _linear(name, shape, direction, device, build)
         tensors = projections(shape, device)
 
     def error() -> float:
-        with torch.no_grad():
-            y = _pick(function(*tensors), shape)
+        with torch.set_grad_enabled(
+            direction != "forward"
+        ):  # as it is timed: a compiler makes one graph of each
+            y = _pick(function(*tensors).detach(), shape)
         if not name.startswith(SDPA):
             return relative_error(y, expected(shape, device))
         first, last = _softmax_checked(shape)
@@ -154,7 +157,14 @@ def _runner(
     return both
 
 
-def _softmax(name: str) -> Function:
+def _refuse_pairs(shape: Shape, most: int) -> None:
+    pairs = shape.batch * shape.heads * shape.seqlen**2
+    if pairs > most:
+        raise UnavailableError(f"left out: {pairs / 1e9:.3g}e9 scores take too long, shorter shapes have it")
+
+
+def _softmax(name: str, shape: Shape, device: str) -> Function:
+    _refuse_pairs(shape, SOFTMAX_PAIRS[device])
     backend = {"SDPA flash": "FLASH_ATTENTION", "SDPA cuDNN": "CUDNN_ATTENTION"}.get(name)
     if backend is None:
         return _baselines.softmax_attention
@@ -167,32 +177,46 @@ def _softmax(name: str) -> Function:
     return chosen
 
 
-def _linear(name: str, shape: Shape, direction: str, device: str) -> Function:
+def _linear(name: str, shape: Shape, direction: str, device: str, build: bool) -> Function:
     if name == OURS:
         return functools.partial(_ours, heads=shape.heads, feature_map=shape.feature_map)
-    if name in OTHERS:
-        return _other(name, shape, device)
+    if name in others.NAMES:
+        return others.function(name, shape, device, build)
     if shape.feature_map not in ("outer", "square"):
         raise UnavailableError("not written for this feature map")
     plain = COMPILED.get(name, name)
     if plain == QUADRATIC:
-        matrix = 4 * shape.batch * shape.heads * shape.seqlen**2
-        if 6 * matrix > min(QUADRATIC_BYTES * 6, 0.6 * _free_memory(device)):
-            raise UnavailableError("too large for memory")
+        _refuse_pairs(shape, QUADRATIC_PAIRS[device])
         function: Function = functools.partial(_baselines.quadratic, feature_map=shape.feature_map)
-        return torch.compile(function, dynamic=False) if name in COMPILED else function
+        return _compile(function) if name in COMPILED else function
     chunk = _fastest_chunk(plain, shape, direction, device)
     if name == plain:
         return functools.partial(_CHUNKED[plain], feature_map=shape.feature_map, chunk=chunk)
-    if plain == LOOP:  # the body of the loop: a compiler would unroll the whole
-        body = torch.compile(_baselines.one_chunk, dynamic=False)
-        return functools.partial(
-            _baselines.chunked_loop, feature_map=shape.feature_map, chunk=chunk, chunk_step=body
+    if plain == CUMSUM:
+        return _compile(
+            functools.partial(_baselines.chunked_cumsum, feature_map=shape.feature_map, chunk=chunk)
         )
-    return torch.compile(
-        functools.partial(_baselines.chunked_cumsum, feature_map=shape.feature_map, chunk=chunk),
-        dynamic=False,
+    body = _compile(_baselines.one_chunk)  # the body of the loop: a compiler would unroll the whole
+
+    def step(
+        feature_map: str, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The first chunk, which has no state to read, would be one graph more."""
+        return (_baselines.one_chunk if state is None else body)(feature_map, q, k, v, state)
+
+    return functools.partial(
+        _baselines.chunked_loop, feature_map=shape.feature_map, chunk=chunk, chunk_step=step
     )
+
+
+def _compile(function: Function) -> Function:
+    return torch.compile(function, dynamic=False)
+
+
+def forget_compiled() -> None:
+    """To be called between comparisons: past some number of graphs the compiler leaves a function eager."""
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # a row that says so
 
 
 _CHUNKED: dict[str, Function] = {LOOP: _baselines.chunked_loop, CUMSUM: _baselines.chunked_cumsum}
@@ -209,60 +233,6 @@ def _fastest_chunk(name: str, shape: Shape, direction: str, device: str) -> int:
     return min(allowed, key=seconds)
 
 
-def _free_memory(device: str) -> int:
-    return int(torch.cuda.mem_get_info()[0]) if device == "cuda" else _measure.available_memory()
-
-
 def _ours(q: Tensor, k: Tensor, v: Tensor, *affine: Tensor, heads: int, feature_map: str) -> Tensor:
     q, k, v = (split_heads(x, heads) for x in (q, k, v))
     return rebased_attention(q, k, v, *affine, feature_map=feature_map, layer_norm="token")
-
-
-def _other(name: str, shape: Shape, device: str) -> Function:
-    if name == FLA:
-        if device != "cuda":
-            raise UnavailableError("runs on a GPU only")
-        if shape.feature_map != "outer":
-            raise UnavailableError("has outer only")
-        try:
-            from fla.ops.rebased import parallel_rebased
-        except ImportError as error:
-            raise UnavailableError(f"not installed (pip install flash-linear-attention): {error}") from error
-        return functools.partial(_fla, parallel_rebased, heads=shape.heads)
-    if shape.dtype != "float32":
-        raise UnavailableError("has float32 only")
-    if shape.feature_map not in ("outer", "square"):
-        raise UnavailableError("not written for this feature map")
-    try:
-        from fast_transformers.causal_product import causal_dot_product
-    except ImportError as error:
-        reason = "not installed (pip install --no-build-isolation pytorch-fast-transformers)"
-        raise UnavailableError(f"{reason}: {error}") from error
-    return functools.partial(
-        _fast_transformers, causal_dot_product, heads=shape.heads, feature_map=shape.feature_map
-    )
-
-
-def _normalised(x: Tensor, gamma: Tensor, beta: Tensor, heads: int, scale: float = 1.0) -> Tensor:
-    gamma, beta = ((scale * y).flatten().to(x.dtype) for y in (gamma, beta))
-    return F.layer_norm(x, x.shape[-1:], gamma, beta).unflatten(-1, (heads, -1))
-
-
-def _fla(kernel: Function, q: Tensor, k: Tensor, v: Tensor, *affine: Tensor, heads: int) -> Tensor:
-    """fla takes (B, N, H, width)."""
-    q, k = _normalised(q, *affine[:2], heads), _normalised(k, *affine[2:], heads)
-    y = kernel(q, k, v.unflatten(-1, (heads, -1)), eps=_baselines.EPS)
-    return y.transpose(1, 2)
-
-
-def _fast_transformers(
-    product: Function, q: Tensor, k: Tensor, v: Tensor, *affine: Tensor, heads: int, feature_map: str
-) -> Tensor:
-    """Its causal linear attention: numerator by its loop, denominator by a cumulative sum of the keys."""
-    scale = (q.shape[-1] / heads) ** -0.5 if feature_map == "outer" else 1.0
-    q = _normalised(q, *affine[:2], heads, scale).transpose(1, 2)
-    k = _normalised(k, *affine[2:], heads).transpose(1, 2)
-    query, key = _baselines.features(feature_map)
-    q, k = query(q).contiguous(), key(k).contiguous()
-    sums = (q * k.cumsum(2)).sum(-1, keepdim=True)
-    return product(q, k, split_heads(v, heads).contiguous()) / (sums + _baselines.EPS)

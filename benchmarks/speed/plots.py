@@ -24,7 +24,7 @@ def draw(path: Path) -> list[Path]:
     for feature_map in ("outer", "square"):
         of_map = [row for row in rows if row["shape"]["feature_map"] == feature_map]
         for direction in ("forward", "forward + backward"):
-            picked = [row for row in of_map if row["question"] == "length" and row["direction"] == direction]
+            picked = [row for row in of_map if _on_curve(row) and row["direction"] == direction]
             if picked:
                 name = f"{path.stem}-{feature_map}-{direction.replace(' + ', '-')}.svg"
                 made.append(_length(picked, path.with_name(name), f"{feature_map}, {direction}"))
@@ -32,6 +32,11 @@ def draw(path: Path) -> list[Path]:
     if floors:
         made.append(_floors(floors, path.with_name(f"{path.stem}-floor.svg")))
     return made
+
+
+def _on_curve(row: dict[str, Any]) -> bool:
+    """The question's own rows, and of the reference shapes those with a few sequences."""
+    return row["question"] == "length" or (row["question"] == "reference" and row["shape"]["batch"] <= 8)
 
 
 def _length(rows: list[dict[str, Any]], path: Path, title: str) -> Path:

@@ -13,8 +13,10 @@ from typing import Any
 import rebased_cuda
 from rebased_cuda import _measure
 
+from . import targets
 from .ceilings import Ceilings
 from .harness import OURS, Row, Shape
+from .questions import nothing_slower
 
 try:
     from rich.console import Console
@@ -58,38 +60,85 @@ def duration(seconds: float | None) -> str:
     return f"{seconds * scale:.3g} {unit}"
 
 
-def tables(rows: list[Row]) -> None:
-    for question in dict.fromkeys(row.question for row in rows):
-        lines: list[list[str]] = []
-        previous = ""
-        asked = [row for row in rows if row.question == question]
-        absent = _absent(asked)
-        for row in (row for row in asked if row.method not in absent):
-            shape = f"{Shape(**row.shape)}, {row.direction}"
-            if row.status != "ok":
-                cells = [row.status, "", "", "", "", ""]
-            else:
-                cells = [
-                    duration(row.median),
-                    f"{row.spread:.0%}",
-                    "" if row.ratio is None else f"{row.ratio:.2f}x",
-                    "" if row.over_floor is None else f"{row.over_floor:.2f}",
-                    "" if row.error is None else f"{row.error:.1e}",
-                    "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}",
-                ]
-            lines.append(["" if shape == previous else shape, row.method, *cells])
-            previous = shape
-        columns = ["shape", "method", "median", "spread", "time/ours", "ours/floor", "error", "peak MiB"]
-        print_table(question, columns, lines)
-        for method, reason in absent.items():
-            print(f"{method}: {reason}")
+def show(contents: dict[str, Any]) -> None:
+    """All tables of a result."""
+    rows = contents["rows"]
+    for question in dict.fromkeys(row["question"] for row in rows):
+        _print_question(question, [row for row in rows if row["question"] == question])
+    print_ratios(rows)
+    if contents["device"] == "cpu":
+        print_targets(rows)
+    used = ", ".join(f"{name} {seconds:.0f}" for name, seconds in contents["seconds_by_question"].items())
+    print(f"seconds by question: {used}")
 
 
-def _absent(rows: list[Row]) -> dict[str, str]:
+def _print_question(question: str, rows: Sequence[dict[str, Any]]) -> None:
+    lines: list[list[str]] = []
+    previous = ""
+    absent = _absent(rows)
+    for row in (row for row in rows if row["method"] not in absent):
+        shape = f"{shape_of(row)}, {row['direction']}"
+        lines.append(["" if shape == previous else shape, row["method"], *_cells(row)])
+        previous = shape
+    columns = ["shape", "method", "median", "spread", "time/first", "ours/floor", "error", "peak MiB"]
+    print_table(question, columns, lines)
+    for method, reason in absent.items():
+        print(f"{method}: {reason}")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    if row["status"] != "ok":
+        return [row["status"], "", "", "", "", ""]
+
+    def number(name: str, form: str, factor: float = 1.0) -> str:
+        return "" if row[name] is None else format(row[name] * factor, form)
+
+    return [
+        duration(row["median"]),
+        f"{row['spread']:.0%}",
+        number("ratio", ".2f") + "x" * (row["ratio"] is not None),
+        number("over_floor", ".2f"),
+        number("error", ".1e"),
+        number("peak_bytes", ".1f", 2**-20),
+    ]
+
+
+def print_ratios(rows: Sequence[dict[str, Any]]) -> None:
+    """Against the best plain PyTorch wherever from N = 128 on; then, by name, those where it is faster."""
+    found = nothing_slower.ratios(rows)
+    if not found:
+        return
+    lines = [[str(x.shape), x.direction, x.method, f"{x.ratio:.2f}x"] for x in found]
+    columns = ["shape", "direction", "best plain PyTorch", "time/ours"]
+    print_table(f"Against the best plain PyTorch, {len(found)} shapes and directions", columns, lines)
+    slower = [x for x in found if x.ratio < 1]
+    print(f"the op is slower at {len(slower)} of them" + ":" * bool(slower))
+    for x in slower:
+        print(f"  {x.shape}, {x.direction}: {x.method} takes {x.ratio:.2f} of our time")
+
+
+def print_targets(rows: Sequence[dict[str, Any]]) -> None:
+    found = targets.targets(rows)
+    if not found:
+        return
+    lines = [
+        [
+            target.name,
+            f"{target.value:.2f} {target.unit}",
+            f"{'<=' if target.at_most else '>='} {target.wanted:g}",
+            "held" if target.held else "MISSED",
+        ]
+        for target in found
+    ]
+    held = sum(target.held for target in found)
+    print_table(f"{held} of {len(found)} figures held", ["figure", "measured", "wanted", ""], lines)
+
+
+def _absent(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Methods that did not run for one and the same reason at any shape: a line each is enough."""
     reasons: dict[str, set[str]] = {}
     for row in rows:
-        reasons.setdefault(row.method, set()).add(row.status)
+        reasons.setdefault(row["method"], set()).add(row["status"])
     return {
         method: next(iter(found))
         for method, found in reasons.items()
@@ -110,7 +159,9 @@ def commit() -> str:
     return head + "+" * bool(head and git("status", "--porcelain", "--untracked-files=no"))
 
 
-def summary(rows: list[Row], ceilings: Ceilings, device: str, quick: bool, seconds: float) -> dict[str, Any]:
+def summary(
+    rows: list[Row], ceilings: Ceilings, device: str, quick: bool, seconds: float, used: dict[str, float]
+) -> dict[str, Any]:
     return {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -120,6 +171,7 @@ def summary(rows: list[Row], ceilings: Ceilings, device: str, quick: bool, secon
         "device": device,
         "quick": quick,
         "seconds": round(seconds, 1),
+        "seconds_by_question": {name: round(x, 1) for name, x in used.items()},
         "ceilings": ceilings.to_json(),
         "rows": [row.to_json() for row in rows],
     }

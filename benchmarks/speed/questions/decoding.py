@@ -1,9 +1,9 @@
-"""The decode step, and a prefill that hands over to it."""
+"""One decode step of 256 sequences x 12 heads beside a copy of their states, and one of a single sequence."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,17 +11,17 @@ from torch import Tensor
 
 from rebased_cuda import RebasedState, rebased_attention, rebased_attention_step, reference
 
-from .harness import OURS, Prepared, Preparer, Row, Shape, measure, relative_error
+from ..harness import OURS, Method, Prepared, Row, Shape, relative_error
+from .run import Run
 
+SECONDS = (30.0, 20.0)
 HEADS, FEATURE_DIM, HEAD_DIM = 12, 16, 64
-PROMPT, STEPS = 4096, 64
 COPY = "copy of the state"
-REFERENCE = "PyTorch step"
+PYTORCH = "PyTorch step"
 BOUND = 1e-4
 
-Tell = Callable[[str], None]
 
-
+@functools.lru_cache(maxsize=1)
 def _inputs(shape: Shape, device: str) -> dict[str, Any]:
     """One token's q, k, v (B, H, width), the parameters, and a state of a few tokens."""
     generator = torch.Generator(device).manual_seed(0)
@@ -57,7 +57,8 @@ def _clone(state: RebasedState) -> RebasedState:
     return RebasedState(*(x.clone() for x in state))
 
 
-def _prepare_step(function: Callable[..., Tensor], given: dict[str, Any]) -> Prepared:
+def _prepare(function: Callable[..., Tensor], shape: Shape, device: str) -> Prepared:
+    given = _inputs(shape, device)
     q, k, v = given["token"]
     arguments, options = given["affine"], given["options"]
     own = _clone(given["state"])
@@ -77,8 +78,17 @@ def _prepare_step(function: Callable[..., Tensor], given: dict[str, Any]) -> Pre
     return Prepared(run, error, BOUND)
 
 
-def _prepare_copy(given: dict[str, Any]) -> Prepared:
+def prepare_ours(shape: Shape, device: str) -> Prepared:
+    return _prepare(rebased_attention_step, shape, device)
+
+
+def _prepare_plain(shape: Shape, device: str) -> Prepared:
+    return _prepare(_plain_step, shape, device)
+
+
+def _prepare_copy(shape: Shape, device: str) -> Prepared:
     """Reads the state once and writes it once: what a step cannot do without."""
+    given = _inputs(shape, device)
     target = _clone(given["state"])
 
     def run() -> None:
@@ -88,52 +98,21 @@ def _prepare_copy(given: dict[str, Any]) -> Prepared:
     return Prepared(run, lambda: 0.0, 0.0)
 
 
-def rows(device: str, sequences: int, feature_map: str, budget: float, tell: Tell) -> list[Row]:
-    """The step of `sequences` x 12 heads beside a copy of their states."""
+def compare(run: Run, sequences: int, feature_map: str) -> list[Row]:
+    """Over its floor: over the copy's time."""
     shape = Shape(sequences, HEADS, 1, feature_map)
-    given = _inputs(shape, device)
-    methods: dict[str, Preparer] = {
-        OURS: functools.partial(_prepare_step, rebased_attention_step, given),
-        COPY: functools.partial(_prepare_copy, given),
-        REFERENCE: functools.partial(_prepare_step, _plain_step, given),
-    }
-    result = measure("decoding", shape, "step", methods, device, budget, tell=tell)
-    copied = {row.method: row.median for row in result}[COPY]
-    if copied is not None:
-        for row in result:
-            if row.method == OURS and row.median is not None:
-                row.over_floor = row.median / copied
+    makers = {OURS: prepare_ours, COPY: _prepare_copy, PYTORCH: _prepare_plain}
+    methods = [
+        Method(name, shape, functools.partial(make, shape, run.device)) for name, make in makers.items()
+    ]
+    result = run.compare("decoding", "step", methods, floor=False)
+    by_name = {row.method: row for row in result}
+    if by_name[COPY].ratio is not None:
+        by_name[OURS].over_floor = 1 / by_name[COPY].ratio
     return result
 
 
-def hand_over(device: str, feature_map: str, budget: float, tell: Tell) -> list[Row]:
-    """A prompt read with return_state, then STEPS tokens one by one, against prefill alone."""
-    shape = Shape(1, HEADS, PROMPT, feature_map)
-    generator = torch.Generator(device).manual_seed(0)
-    widths = (FEATURE_DIM, FEATURE_DIM, HEAD_DIM)
-    total = PROMPT + STEPS
-    q, k, v = (torch.randn(1, HEADS, total, width, generator=generator, device=device) for width in widths)
-    options = {"feature_map": feature_map, "layer_norm": "token"}
-
-    def decoded(steps: int) -> Tensor:
-        with torch.no_grad():
-            prompt = (x[:, :, :PROMPT] for x in (q, k, v))
-            y, state = rebased_attention(*prompt, **options, return_state=True)
-            last = [
-                rebased_attention_step(*(x[:, :, PROMPT + i] for x in (q, k, v)), state, **options)
-                for i in range(steps)
-            ]
-        return torch.cat([y, torch.stack(last, 2)], 2) if steps else y
-
-    def prepared(steps: int) -> Prepared:
-        def error() -> float:
-            wide = (x.double()[:, :, : PROMPT + steps] for x in (q, k, v))
-            expected = reference.chunked(*wide, **options, chunk=256)
-            assert isinstance(expected, Tensor)
-            return relative_error(decoded(steps), expected)
-
-        return Prepared(functools.partial(decoded, steps), error, BOUND)
-
-    methods = {OURS: functools.partial(prepared, STEPS), "prefill alone": functools.partial(prepared, 0)}
-    direction = f"prefill + {STEPS} steps"
-    return measure("hand_over", shape, direction, methods, device, budget, tell=tell)
+def rows(run: Run) -> Iterator[Row]:
+    for feature_map in ("outer", "square"):
+        for sequences in (256, 1):
+            yield from compare(run, sequences, feature_map)

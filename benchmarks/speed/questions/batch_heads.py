@@ -1,0 +1,22 @@
+"""Against batch x heads, from 1 to 512, the total work about the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..harness import Row, Shape
+from .run import Run
+
+SECONDS = (60.0, 0.0)
+SIZES = ((1, 1, 16384), (1, 2, 8192), (4, 12, 1024), (64, 1, 512), (512, 1, 128))
+
+
+def rows(run: Run) -> Iterator[Row]:
+    if run.quick:
+        return
+    factor = 32 if run.device == "cuda" else 1
+    for feature_map in ("outer", "square"):
+        for batch, heads, seqlen in SIZES:
+            yield from run.ask(
+                "batch_heads", [Shape(batch, heads, seqlen * factor, feature_map, run.dtype)], run.few
+            )

@@ -1,0 +1,29 @@
+"""All four feature maps, and other widths, against `outer` at d = 16, dv = 64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .. import others
+from ..harness import DIRECTIONS, OURS, Row, Shape
+from .run import Run
+
+SECONDS = (40.0, 0.0)
+
+
+def rows(run: Run) -> Iterator[Row]:
+    if run.quick:
+        return
+    batch = 8 if run.device == "cuda" else 1
+    maps = [Shape(batch, 12, 4096, name, run.dtype) for name in ("outer", "square", "taylor", "elu")]
+    narrow = [Shape(batch, 12, 4096, "outer", run.dtype, feature_dim=d) for d in (8, 32)]
+    wide = [
+        Shape(batch, 12, 4096, "square", run.dtype, feature_dim=64),
+        Shape(batch, 12, 4096, "outer", run.dtype, head_dim=128),
+    ]
+    for direction in DIRECTIONS:
+        methods = [run.method(OURS, shape, direction) for shape in (*maps, *narrow, *wide)]
+        if run.device == "cuda":  # the one peer that has taylor
+            based = next(name for name, (_, names) in others.FLA.items() if "taylor" in names)
+            methods.append(run.method(based, maps[2], direction))
+        yield from run.compare("feature_maps", direction, methods)

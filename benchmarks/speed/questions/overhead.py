@@ -1,0 +1,47 @@
+"""What one call costs from Python where there is nothing to compute: one token, one head, batch 1."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from ..harness import OURS, Method, Prepared, Row, Shape, measure
+from . import decoding
+from .run import Run
+
+SECONDS = (6.0, 4.0)
+
+
+def _call(run: Callable[[], Any]) -> Prepared:
+    return Prepared(run, lambda: 0.0, 0.0)
+
+
+def _layer_norm(device: str) -> Prepared:
+    x = torch.randn(1, 1, 16, device=device)
+
+    def run() -> None:
+        with torch.no_grad():
+            F.layer_norm(x, (16,))
+
+    return _call(run)
+
+
+def rows(run: Run) -> Iterator[Row]:
+    """Of the host alone: on a GPU nothing waits for the kernels. torch's layer_norm is what any op costs."""
+    shape = Shape(1, 1, 1, "square")
+    step = functools.partial(decoding.prepare_ours, shape, run.device)
+    forward = run.method(OURS, shape, "forward").prepare
+    norm = functools.partial(_layer_norm, run.device)
+    yield from measure(
+        "overhead",
+        "step",
+        [Method(OURS, shape, step), Method("torch layer_norm", shape, norm)],
+        "cpu",
+        run.budget / 2,
+        tell=run.tell,
+    )
+    yield from measure("overhead", "forward", [Method(OURS, shape, forward)], "cpu", run.budget / 2)
