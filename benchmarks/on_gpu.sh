@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call: builds in place for the card at hand, runs the whole test suite on it,
-# the kernels' drivers by themselves and under compute-sanitizer, then the speed benchmarks. Leaves logs and JSON in the folder $OUT
-# (default benchmarks/results/<card>). Needs torch with CUDA, nvcc of the same major version, cmake, ninja and
-# pybind11; nothing is downloaded. Every step runs even if one before it failed; the exit code says whether any did.
+# the kernels' drivers by themselves and under compute-sanitizer, then the speed benchmarks, their plots, and the
+# predictions beside them. Leaves logs and JSON in the folder $OUT (default benchmarks/results/<card>). Needs torch
+# with CUDA, nvcc of the same major version, cmake, ninja and pybind11; nothing is downloaded. Every step runs even
+# if one before it failed; the exit code says whether any did.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -60,4 +61,6 @@ for tool in memcheck racecheck initcheck synccheck; do
 done
 step main_job "$PYTHON" -m rebased_cuda --device cuda --json
 step speed "$PYTHON" -m benchmarks.speed --device cuda --output "$OUT/speed.json"
+step plot "$PYTHON" -m benchmarks.speed plot "$OUT/speed.json"
+step predict "$PYTHON" -m benchmarks.speed.predict --json "$OUT/predictions.json" # beside what was just measured
 exit $failed

@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,20 @@ class Wavefronts:
 
 
 @dataclass(frozen=True)
+class KernelTraffic:
+    """Of one kernel, in the order of their first launches, per head and token."""
+
+    kernel: str
+    bytes: float
+    sector_bytes: float
+
+
+@dataclass(frozen=True)
 class Figures:
     name: str  # sweep, map, segments
     buffers: list[Buffer]
     shared: list[Wavefronts]
+    kernels: list[KernelTraffic] = field(default_factory=list)
 
     @property
     def bytes(self) -> float:
@@ -121,14 +131,19 @@ def read_figures(name: str, traced: dict[str, Any]) -> Figures:
         for buffer in traced["buffers"]
         if buffer["read_bytes"] or buffer["written_bytes"]
     ]
-    shared = []
+    shared, kernels = [], []
     for kernel in traced["kernels"]:
         lines = [line for line in kernel["lines"] if line["memory"] == "shared"]
         counted = sum(line["wavefronts"] for line in lines)
         ideal = sum(line["ideal_wavefronts"] for line in lines)
+        base_name = kernel["name"].split("<")[0].split("::")[-1]
         if lines:
-            shared.append(Wavefronts(kernel["name"].split("<")[0].split("::")[-1], counted, ideal))
-    return Figures(name, buffers, shared)
+            shared.append(Wavefronts(base_name, counted, ideal))
+        lines = [line for line in kernel["lines"] if line["memory"] == "global"]
+        moved = sum(line["bytes"] for line in lines)
+        sectors = sum(line["sectors"] for line in lines)
+        kernels.append(KernelTraffic(base_name, moved / TOKENS, 32 * sectors / TOKENS))
+    return Figures(name, buffers, shared, kernels)
 
 
 def tables(all_figures: Iterable[Figures]) -> str:

@@ -90,7 +90,11 @@ def _measure_all(arguments: argparse.Namespace) -> int:
     rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in limits.flops.items())
     print(f"matmul GFLOP/s: {rates}; copy {limits.copy_bytes / 1e9:.1f} GB/s (read + written)")
     _print_plan(arguments.only, arguments.quick)
-    run = questions.Run(device, arguments.quick, limits, _tell)
+
+    def tell(text: str) -> None:
+        _tell(f"{time.monotonic() - start:5.0f} s  {text}")
+
+    run = questions.Run(device, arguments.quick, limits, tell)
     path = arguments.output or report.default_path(device)
     rows: list[Row] = []
     for row in questions.ask(

@@ -296,23 +296,30 @@ def _fill(row: Row, times: list[float]) -> None:
     row.spread = (high - low) / 2 / row.median
 
 
-def floor_seconds(shape: Shape, direction: str, ceilings: Ceilings) -> float:
-    """The larger of the time of the products at sgemm's rate and that of the traffic at the copy's.
+def work(shape: Shape, direction: str, chunk: int) -> tuple[int, int]:
+    """FLOPs and bytes of one call at least: "forward", "backward" or both.
 
-    A chunk of C = 16 costs least: C (d + dv) + 4 F dv FLOPs a token and head forward, C (3 d + 2 dv) +
-    10 F dv backward. Traffic: inputs and outputs once, one float a row, backward in one pass.
+    FLOPs a token and head: C (d + dv) + 4 F dv forward, C (3 d + 2 dv) + 10 F dv backward. Bytes: inputs and
+    outputs once, one float a row, backward in one pass.
     """
-    chunk, d, dv = 16, shape.feature_dim, shape.head_dim
+    d, dv = shape.feature_dim, shape.head_dim
     features = num_features(shape.feature_map, d)
     element = torch.tensor([], dtype=shape.torch_dtype).element_size()
-    flops = chunk * (d + dv) + 4 * features * dv
-    traffic = element * (2 * d + 2 * dv) + 4
+    flops = traffic = 0
+    if direction != "backward":
+        flops += chunk * (d + dv) + 4 * features * dv
+        traffic += element * (2 * d + 2 * dv) + 4
     if direction != DIRECTIONS[0]:
         flops += chunk * (3 * d + 2 * dv) + 10 * features * dv
         traffic += element * (4 * d + 4 * dv) + 4
     tokens = shape.batch * shape.heads * shape.seqlen
-    rate = ceilings.flops[shape.dtype]
-    return max(tokens * flops / rate, tokens * traffic / ceilings.copy_bytes)
+    return tokens * flops, tokens * traffic
+
+
+def floor_seconds(shape: Shape, direction: str, ceilings: Ceilings) -> float:
+    """The larger of the products' at sgemm's rate and the traffic's at the copy's. C = 16 costs least."""
+    flops, traffic = work(shape, direction, chunk=16)
+    return max(flops / ceilings.flops[shape.dtype], traffic / ceilings.copy_bytes)
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:

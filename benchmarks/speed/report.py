@@ -25,7 +25,7 @@ except ImportError:  # the extra `bench`
     Console = Table = None  # type: ignore[assignment,misc]
 
 RESULTS = Path(__file__).parent.parent / "results"
-FILE_WIDTH = 150
+FILE_WIDTH = 170
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -38,7 +38,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
         return
     table = Table()
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index > 1 else "left")
+        table.add_column(column, justify="right" if index > 1 else "left", no_wrap=index < 2)
     for row in rows:
         table.add_row(*row)
     console = Console()

@@ -8,7 +8,7 @@ from .. import peers
 from ..harness import DIRECTIONS, OURS, Row, Shape
 from .run import Run
 
-SECONDS = (45.0, 8.0)
+SECONDS = (30.0, 8.0)
 
 
 def rows(run: Run) -> Iterator[Row]:

@@ -14,7 +14,7 @@ from ..harness import OURS, Method, Prepared, Row, Shape, relative_error
 from .decoding import BOUND, FEATURE_DIM, HEAD_DIM, HEADS
 from .run import Run
 
-SECONDS = (16.0, 10.0)
+SECONDS = (6.0, 4.0)
 PROMPT, STEPS = 4096, 64
 
 

@@ -11,7 +11,7 @@ from ..harness import DIRECTIONS, Row, Shape
 from ..worker import Worker
 from .run import Run
 
-SECONDS = (25.0, 12.0)
+SECONDS = (20.0, 10.0)
 
 
 def rows(run: Run) -> Iterator[Row]:

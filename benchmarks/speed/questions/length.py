@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .. import peers
 from ..harness import Row, Shape
 from .run import Run
 
@@ -18,6 +17,4 @@ def rows(run: Run) -> Iterator[Row]:
     long = [(1, 12, 32768)] if run.device == "cuda" else [(1, 1, 131072)]
     for feature_map in ("outer", "square"):
         for size in short[1:] if run.quick else short + long:
-            compiled = f"{peers.QUADRATIC}, compiled"
-            also = (compiled,) if size == short[1] and compiled in run.everybody else ()
-            yield from run.ask("length", [Shape(*size, feature_map, run.dtype)], (*run.few, *also))
+            yield from run.ask("length", [Shape(*size, feature_map, run.dtype)], run.few)

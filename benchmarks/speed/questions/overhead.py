@@ -13,7 +13,7 @@ from ..harness import OURS, Method, Prepared, Row, Shape, measure
 from . import decoding
 from .run import Run
 
-SECONDS = (6.0, 4.0)
+SECONDS = (2.0, 2.0)
 
 
 def _call(run: Callable[[], Any]) -> Prepared:

@@ -57,7 +57,7 @@ class Run:
     @property
     def budget(self) -> float:
         """Seconds of timing for one comparison; making ready, checking and compiling come on top."""
-        return 1.0 if self.quick else 3.0
+        return 1.0 if self.quick else 2.0
 
     def compare(
         self, question: str, direction: str, methods: Sequence[Method], floor: bool = True

@@ -10,7 +10,7 @@ import torch
 from ..harness import DIRECTIONS, OURS, Row, Shape
 from .run import Run
 
-SECONDS = (30.0, 15.0)
+SECONDS = (20.0, 10.0)
 
 
 def rows(run: Run) -> Iterator[Row]:

@@ -1,0 +1,405 @@
+"""PREDICTED times of the CUDA kernels, without a GPU: nothing that this prints was measured on one.
+
+    python -m benchmarks.speed.predict [--json benchmarks/results/predictions.json]
+
+bfloat16, d 16, "head" LayerNorm as the traffic was traced; with "token", as ReBased has it, the rows "token
+LayerNorm" come on top. From the files of benchmarks/results: registers (blocks per multiprocessor),
+instructions (per warp and chunk, upper bounds), traffic (bytes and sectors per kernel, traced at N 4096 in 1
+and in 4 segments), and the launch plan. gpu_model.py has the arithmetic. Where speed files of such a card lie
+in benchmarks/results, measurement is set against prediction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rebased_cuda import _C
+from rebased_cuda.state import num_features
+
+from .gpu_model import GPUS, RESOURCES, Gpu, Kernel, Time, Work, predict
+from .harness import DIRECTIONS, OURS, Shape, work
+from .report import RESULTS, duration, print_table
+
+REGISTERS, INSTRUCTIONS = "kernel_registers_sm80_sm90.json", "kernel_instructions_sm80_sm90.json"
+TRAFFIC, OUTPUT = "traffic.json", "predictions.json"
+ARCHITECTURE, CHUNK, COLUMNS = 90, 64, 64  # of both cards; tokens of a chunk, value columns of a block
+SIZES = {
+    "R1": (8, 12, 4096, 64),  # batch, heads, N, dv: a language model's batch
+    "R2": (1, 12, 131072, 64),  # long context
+    "M64": (512, 1, 2048, 64),  # the recall task
+    "M128": (512, 1, 2048, 128),
+}
+STEP = (256, 12)  # sequences, heads
+SWEEPS = ("forward", "backward")
+MAPS = ("outer", "square")
+
+
+class MissingFactsError(RuntimeError):
+    """A file of benchmarks/results lacks what this needs; the message says how to make it again."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The three files, as they are."""
+
+    registers: list[dict[str, Any]]
+    instructions: list[dict[str, Any]]
+    traffic: dict[str, dict[str, Any]]  # by "<sweep> <map> <segments>"
+    traced_tokens: int
+    commands: dict[str, str]  # by file
+
+    def kernel(self, base_name: str, feature_map: str) -> Kernel:
+        """The instance for bfloat16, d 16, one query head per kv head."""
+        compiled = [x for x in self.registers if _is_instance(x["name"], base_name, feature_map)]
+        counted = [x for x in self.instructions if _is_instance(x["name"], base_name, feature_map)]
+        if not compiled:
+            raise MissingFactsError(f"{base_name} for {feature_map} is not in {REGISTERS}")
+        facts = compiled[0]
+        per_chunk = counted[0] if counted else {"chunk_instructions": 0, "chunk_opcodes": {}}
+        return Kernel(
+            facts["name"],
+            facts["blocks"],
+            facts["threads"] // 32,
+            per_chunk["chunk_instructions"],
+            per_chunk["chunk_opcodes"].get("HMMA", 0),
+        )
+
+    def kernels(self, sweep: str, feature_map: str, segments: int) -> dict[str, dict[str, float]]:
+        """By name in launch order, bytes and sector bytes per head and token."""
+        run = self.traffic[f"{sweep} {feature_map} {segments}"]
+        if not run.get("kernels"):
+            raise MissingFactsError(f"{TRAFFIC} has no bytes per kernel: {self.commands[TRAFFIC]}")
+        return {kernel["kernel"]: kernel for kernel in run["kernels"]}
+
+    def state_share(self, sweep: str, feature_map: str) -> dict[str, float]:
+        """Of a kernel that only a sweep in segments has: what it moves per head and token for states.
+
+        All that these kernels move, less what the other buffers are asked for more than without segments.
+        """
+        whole, split = (self.traffic[f"{sweep} {feature_map} {segments}"] for segments in (1, 4))
+        names = self.kernels(sweep, feature_map, 1)
+        extra = [
+            kernel
+            for name, kernel in self.kernels(sweep, feature_map, 4).items()
+            if name not in names and self.kernel(name, feature_map).chunk_instructions
+        ]
+        fields = {"bytes": ("read", "written"), "sector_bytes": ("sectors_read", "sectors_written")}
+        result = {}
+        for amount, parts in fields.items():
+            tokens = [
+                sum(buffer[x] for buffer in run["buffers"] for x in parts if "states" not in buffer["name"])
+                for run in (split, whole)
+            ]
+            result[amount] = (sum(kernel[amount] for kernel in extra) - tokens[0] + tokens[1]) / len(extra)
+        return result
+
+
+def _is_instance(name: str, base_name: str, feature_map: str) -> bool:
+    """Whether tensor_core::forward_kernel<bfloat16, outer, false> is what serves the shapes here."""
+    match = re.fullmatch(r"(?:.*::)?(\w+)(?:<(.*)>)?", name)
+    if match is None or match[1] != base_name:
+        return False
+    arguments = {x.strip() for x in (match[2] or "").split(",")}
+    maps = {"outer", "square", "taylor", "elu"} & arguments
+    types = {"bfloat16", "float16", "float32", "float64"} & arguments
+    numbers = {x for x in arguments if x.isdigit()}  # feature dim; of the step kernel its query heads
+    sums = base_name.startswith("sum_")  # of gradients, always float32
+    return (
+        maps <= {feature_map}
+        and types <= ({"float32"} if sums else {"bfloat16"})
+        and "true" not in arguments
+        and numbers <= {"1" if base_name == "step_kernel" else "16"}
+    )
+
+
+def load(folder: Path = RESULTS) -> Facts:
+    files = {name: json.loads((folder / name).read_text()) for name in (REGISTERS, INSTRUCTIONS, TRAFFIC)}
+
+    def of_architecture(name: str) -> list[dict[str, Any]]:
+        return [x for x in files[name]["kernels"] if x["architecture"] == ARCHITECTURE]
+
+    return Facts(
+        of_architecture(REGISTERS),
+        of_architecture(INSTRUCTIONS),
+        {run["name"]: run for run in files[TRAFFIC]["runs"]},
+        files[TRAFFIC]["tokens"],
+        {name: contents["command"] for name, contents in files.items()},
+    )
+
+
+def shape_of(size: str, feature_map: str) -> Shape:
+    batch, heads, seqlen, head_dim = SIZES[size]
+    return Shape(batch, heads, seqlen, feature_map, "bfloat16", head_dim=head_dim)
+
+
+def segments_of(gpu: Gpu, shape: Shape, sweep: str) -> int:
+    plan = _C.plan(
+        sweep,
+        batch=shape.batch,
+        heads=shape.heads,
+        kv_heads=shape.heads,
+        seqlen=shape.seqlen,
+        feature_dim=shape.feature_dim,
+        head_dim=shape.head_dim,
+        dtype=shape.dtype,
+        feature_map=shape.feature_map,
+        layer_norm="head",
+        multiprocessors=int(gpu["multiprocessors"]),
+    )
+    if plan["path"] != "tensor_core":
+        raise MissingFactsError(f"{shape}: the plan takes the {plan['path']} path, whose work is not counted")
+    return int(plan["segments"])
+
+
+def launches(facts: Facts, shape: Shape, sweep: str, segments: int) -> Iterator[Work]:
+    """What a call launches. Traffic per head and token is the traced one, but for states: they come with
+    segments, of which the traced ones had 1024 tokens. A block has 64 value columns and reads q and k itself.
+    """
+    groups = -(-shape.head_dim // COLUMNS)
+    states = shape.batch * shape.heads * groups
+    tokens = states * shape.seqlen
+    whole = facts.kernels(sweep, shape.feature_map, 1)
+    names = whole if segments == 1 else facts.kernels(sweep, shape.feature_map, 4)
+    density = segments / shape.seqlen / (4 / facts.traced_tokens)
+    share = (segments - 1) / segments / (3 / 4)  # of the tokens, that a sweep over all segments but one reads
+    for name, moved in names.items():
+        kernel = facts.kernel(name, shape.feature_map)
+        blocks, chunks = states * segments, math.ceil(shape.seqlen / segments / CHUNK)
+        if name in whole:
+            amounts = [
+                whole[name][x] + (moved[x] - whole[name][x]) * density for x in ("bytes", "sector_bytes")
+            ]
+        elif kernel.chunk_instructions:
+            blocks = states * (segments - 1)
+            state = facts.state_share(sweep, shape.feature_map)
+            amounts = [(moved[x] - state[x]) * share + state[x] * density for x in ("bytes", "sector_bytes")]
+        else:
+            amounts = [moved[x] * density for x in ("bytes", "sector_bytes")]
+        yield Work(kernel, blocks, chunks, *(tokens * x for x in amounts))
+
+
+def token_norm(shape: Shape, sweep: str) -> Work:
+    """Of LayerNorm over all heads, by the sizes of its tensors: the statistics of q and k; backward also the
+    float32 gradients written instead of bfloat16 ones, read again with q and k, and written in bfloat16.
+    """
+    rows = shape.batch * shape.heads * shape.seqlen * shape.feature_dim
+    moved = rows * 2 * 2
+    if sweep == "backward":
+        moved += rows * 2 * ((4 - 2) + 4 + 2 + 2)
+    kernel = Kernel("token LayerNorm", 8, 4)
+    return Work(kernel, math.ceil(rows / 2048), 0, moved, moved, launches=2 if sweep == "forward" else 4)
+
+
+def step_work(facts: Facts, feature_map: str) -> Work:
+    """A state of F (dv + 1) floats read and written, by each of 256 x 12 blocks."""
+    states = STEP[0] * STEP[1]
+    moved = states * num_features(feature_map, 16) * (64 + 1) * 4 * 2
+    return Work(facts.kernel("step_kernel", feature_map), states, 0, moved, moved)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    gpu: str
+    shape: str  # R1 ...
+    sizes: dict[str, Any]
+    direction: str  # forward, backward, step
+    segments: int
+    floor: float
+    kernels: list[Time]
+    token_norm: float  # seconds on top with layer_norm="token"
+    works: list[Work]
+
+    @property
+    def predicted(self) -> float:
+        return sum(time.predicted for time in self.kernels)
+
+    @property
+    def at_most(self) -> float:
+        return sum(time.at_most for time in self.kernels)
+
+
+def floor(gpu: Gpu, shape: Shape, direction: str) -> float:
+    """The larger of the shape's products at the matmul's rate and its tensors at the copy's, once each."""
+    flops, moved = work(shape, direction, CHUNK)
+    return max(flops / gpu["matmul"], moved / gpu["copy"])
+
+
+def predictions(facts: Facts, gpu: Gpu) -> Iterator[Prediction]:
+    for size in SIZES:
+        for feature_map in MAPS:
+            for sweep in SWEEPS:
+                shape = shape_of(size, feature_map)
+                segments = segments_of(gpu, shape, sweep)
+                works = list(launches(facts, shape, sweep, segments))
+                times = [predict(gpu, x) for x in works]
+                norm = predict(gpu, token_norm(shape, sweep)).predicted
+                least = floor(gpu, shape, sweep)
+                yield Prediction(gpu.name, size, asdict(shape), sweep, segments, least, times, norm, works)
+    for feature_map in MAPS:
+        shape = Shape(*STEP, 1, feature_map, "bfloat16")
+        step = step_work(facts, feature_map)
+        least = step.bytes / gpu["copy"]
+        times = [predict(gpu, step)]
+        yield Prediction(gpu.name, "decode", asdict(shape), "step", 1, least, times, 0.0, [step])
+
+
+def measurements(folder: Path = RESULTS) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Card and row of everything measured on one of these cards."""
+    for path in sorted(folder.rglob("*.json")):
+        contents = json.loads(path.read_text())
+        if not isinstance(contents, dict) or contents.get("device") != "cuda" or "rows" not in contents:
+            continue
+        cards = " ".join(contents["machine"]["gpus"])
+        for gpu in GPUS:
+            if gpu.name in cards:
+                for row in contents["rows"]:
+                    if row["method"] == OURS and row["status"] == "ok":
+                        yield gpu.name, row
+
+
+def against_measured(made: list[Prediction], folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """Forward, and forward + backward, which is what is timed; with "token" LayerNorm, as it is timed."""
+    found = []
+    names = ("batch", "heads", "seqlen", "head_dim", "feature_map", "feature_dim", "dtype")
+    measured: dict[tuple[Any, ...], list[float]] = {}
+    for gpu, row in measurements(folder):
+        key = (gpu, row["direction"], *(row["shape"][name] for name in names))
+        measured.setdefault(key, []).append(row["median"])
+    for forward in made:
+        if forward.direction != "forward":
+            continue
+        same = [x for x in made if (x.gpu, x.sizes) == (forward.gpu, forward.sizes)]
+        for direction in DIRECTIONS:
+            parts = [forward] if direction == "forward" else same
+            times = measured.get((forward.gpu, direction, *(forward.sizes[name] for name in names)))
+            if times:
+                predicted = sum(x.predicted + x.token_norm for x in parts)
+                row = {"gpu": forward.gpu, "shape": forward.shape, "map": forward.sizes["feature_map"]}
+                row |= {"direction": direction, "predicted": predicted}
+                found.append(row | {"measured": statistics.median(times)})
+    return found
+
+
+def show(facts: Facts, made: list[Prediction], compared: list[dict[str, Any]]) -> None:
+    print("PREDICTIONS: no time below was measured on a GPU, except in a table that says measured")
+    for gpu in GPUS:
+        rows = [[x.name, f"{x.value:.4g}", x.unit, x.source] for x in gpu.inputs]
+        print_table(f"inputs, {gpu.name}", ("input", "value", "unit", "source"), rows)
+    rows = [[name, command] for name, command in facts.commands.items()]
+    rows.append(["launch plan", "rebased_cuda._C.plan"])
+    print_table("inputs, counted without a GPU", ("file", "made by"), rows)
+    rows = []
+    for x in made:
+        call = f"{x.gpu} {x.shape} {x.sizes['feature_map']} {x.direction}"
+        for time, launched in zip(x.kernels, x.works, strict=True):
+            kernel = launched.kernel
+            counted = f"{kernel.chunk_instructions}/{kernel.chunk_mma}" if kernel.chunk_instructions else ""
+            rows.append(
+                [
+                    call if launched is x.works[0] else "",
+                    kernel.name.split("::")[-1].split("<")[0].removesuffix("_kernel"),
+                    str(kernel.blocks_per_multiprocessor),
+                    str(launched.blocks),
+                    f"{launched.chunks:g}" if counted else "",
+                    counted,
+                    f"{launched.bytes / 1e6:.1f}/{launched.sector_bytes / 1e6:.1f}",
+                    *(f"{time.seconds_of[name] * 1e6:.1f}" for name in RESOURCES),
+                    f"{time.predicted * 1e6:.1f}",
+                    time.bound,
+                ]
+            )
+    columns = ("call", "kernel", "per SM", "blocks", "chunks", "instr/mma", "MB/sectors")
+    columns += (*RESOURCES, "PREDICTED", "bound by")
+    print_table("PREDICTED by kernel, microseconds; instructions and mma per warp and chunk", columns, rows)
+    rows = [
+        [
+            f"{x.gpu} {x.shape} {x.sizes['feature_map']} {x.direction}",
+            str(x.segments),
+            duration(x.floor),
+            duration(x.predicted),
+            duration(x.at_most),
+            f"{x.floor / x.predicted:.0%}",
+            duration(x.predicted + x.token_norm),
+        ]
+        for x in made
+    ]
+    columns = ("call", "segments", "floor", "PREDICTED", "at most", "floor/predicted", "with token LayerNorm")
+    print_table("PREDICTED by call, beside the floor (one pass, no segments)", columns, rows)
+    rows = [
+        [
+            f"{x['gpu']} {x['shape']} {x['map']} {x['direction']}",
+            duration(x["predicted"]),
+            duration(x["measured"]),
+            f"{x['measured'] / x['predicted']:.2f}x",
+        ]
+        for x in compared
+    ]
+    if rows:
+        print_table(
+            "PREDICTED against measured", ("call", "PREDICTED", "measured", "measured/predicted"), rows
+        )
+    else:
+        print("\nno speed file of these cards in benchmarks/results: no prediction has been checked yet")
+
+
+def to_json(facts: Facts, made: list[Prediction], compared: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "what": "predictions by benchmarks/speed/gpu_model.py; nothing was measured but what says so",
+        "command": "python -m benchmarks.speed.predict",
+        "counted_by": facts.commands,
+        "inputs": {gpu.name: [asdict(x) for x in gpu.inputs] for gpu in GPUS},
+        "predictions": [
+            {
+                "gpu": x.gpu,
+                "shape": x.shape,
+                "sizes": x.sizes,
+                "direction": x.direction,
+                "segments": x.segments,
+                "floor_seconds": x.floor,
+                "predicted_seconds": x.predicted,
+                "predicted_at_most_seconds": x.at_most,
+                "predicted_token_norm_seconds": x.token_norm,
+                "kernels": [
+                    {**asdict(launched), **asdict(time), "kernel": asdict(launched.kernel)}
+                    | {"predicted_seconds": time.predicted, "bound": time.bound}
+                    for time, launched in zip(x.kernels, x.works, strict=True)
+                ],
+            }
+            for x in made
+        ],
+        "predicted_against_measured": compared,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed.predict", description=__doc__, formatter_class=formatter
+    )
+    parser.add_argument("--json", type=Path, default=RESULTS / OUTPUT, help="where to write all of it")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder with the counted facts")
+    arguments = parser.parse_args(argv)
+    try:
+        facts = load(arguments.results)
+        made = [x for gpu in GPUS for x in predictions(facts, gpu)]
+    except MissingFactsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    compared = against_measured(made, arguments.results)
+    show(facts, made, compared)
+    arguments.json.write_text(json.dumps(to_json(facts, made, compared), indent=1) + "\n")
+    print(f"\n{arguments.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
