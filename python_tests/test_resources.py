@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +73,53 @@ def test_memory_is_linear_and_holds_no_features():
     )
     outputs = n * heads * 4 * (64 + 1 + 16 + 16 + 64 + 32)
     assert int(result.stdout) <= outputs + 32 * 2**20
+
+
+WORKING_MEMORY = """
+import ctypes, sys, torch
+from rebased_cuda.autograd import ops
+torch.set_num_threads(2)
+feature_map, layer_norm = sys.argv[1:]
+q, k, v, gradient = (torch.randn(1, 1, 131072, w) for w in (16, 16, 64, 64))
+options = (feature_map, layer_norm, 0.25, 1e-6, 1e-5, True)
+absent = (None,) * 7
+
+def resident(name):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+def grown(call):
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # resets VmHWM
+    before = resident("VmRSS")
+    outputs = call()
+    return outputs, resident("VmHWM") - before - sum(x.nbytes for x in outputs)
+
+def both(q, k, v, gradient):
+    (y, r, *_), forward = grown(lambda: ops.forward(q, k, v, *absent, *options, False))
+    grads = lambda: ops.backward(gradient, None, None, q, k, v, *absent, y, r, *options)
+    return forward, grown(grads)[1]
+
+both(*(x[:, :, :4096] for x in (q, k, v, gradient)))
+print(*both(q, k, v, gradient))
+"""
+
+
+@pytest.mark.skipif(EMULATED, reason="the native backend's workspace")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux' high-water mark")
+@pytest.mark.parametrize("layer_norm", ["token", "head"])
+@pytest.mark.parametrize(("feature_map", "features"), [("outer", 136), ("square", 16)])
+def test_working_memory_at_a_long_sequence(feature_map, features, layer_norm):
+    """Beyond inputs, outputs and saved tensors: 4 states and 2 MB a thread, one head of N = 131,072."""
+    result = subprocess.run(
+        [sys.executable, "-c", WORKING_MEMORY, feature_map, layer_norm],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    forward, backward = map(int, result.stdout.split())
+    assert max(forward, backward) <= 4 * features * (64 + 1) * 4 + 2 * (2 << 20)
 
 
 def test_import_is_cheap():

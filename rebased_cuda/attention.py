@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+import functools
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -110,6 +111,10 @@ def _options(
         raise TypeError(f"normalize: expected a bool, got {type(normalize).__name__}")
     scale, eps, layer_norm_eps = (float(value) for value in numbers.values())
     return feature_map, layer_norm or "none", scale, eps, layer_norm_eps, normalize
+
+
+# `typed` keeps True and 1 apart; what cannot be hashed raises a TypeError
+_cached_options = functools.lru_cache(maxsize=256, typed=True)(_options)
 
 
 def _check_state(
@@ -364,9 +369,62 @@ def rebased_attention_step(
         ValueError, TypeError: an argument is wrong; the state is untouched.
         RuntimeError: grad mode is on and an input requires grad: call it under torch.no_grad().
     """
+    tensors = (gamma_q, beta_q, gamma_k, beta_k, state_index)
+    options = (feature_map, layer_norm, scale, eps, layer_norm_eps, normalize)
+    if _is_plain(q, state):
+        # The operator checks its arguments itself, before it touches the state, and in a tenth of the time;
+        # what it refuses is checked again below, in words, or made to fit.
+        try:
+            return _run_step(q, k, v, state, tensors, _cached_options(*options, q.shape[-1]))
+        except (ValueError, TypeError, RuntimeError, IndexError) as error:
+            checked = _check_step(q, k, v, state, tensors, options)
+            if all(x is y for x, y in zip(checked[4], tensors, strict=True)):
+                raise error
+            return _run_step(*checked)
+    return _run_step(*_check_step(q, k, v, state, tensors, options))
+
+
+def _is_plain(q: Tensor, state: RebasedState) -> bool:
+    """Whether the operator can take the arguments of a step as they are, if they are right."""
+    return (
+        type(q) is Tensor
+        and (q.is_cpu or q.is_cuda)
+        and q.dim() == 3
+        and isinstance(state, tuple)
+        and len(state) == 2
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(q.device.type)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _run_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: tuple[Tensor, Tensor],
+    tensors: tuple[Tensor | None, ...],
+    options: tuple[str, str, float, float, float, bool],
+) -> Tensor:
+    y: Tensor = ops.step(q, k, v, *state, *tensors, *options)
+    # a C++ operator does not do it: without it a state saved for backward would be stale in silence
+    torch.autograd.graph.increment_version(state)
+    return y
+
+
+def _check_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: RebasedState,
+    tensors: tuple[Tensor | None, ...],
+    options: tuple[str, str | None, float | None, float, float, bool],
+) -> tuple[Any, ...]:
+    """The arguments of _run_step, checked and cast; `tensors` are the four parameters and state_index."""
+    gamma_q, beta_q, gamma_k, beta_k, state_index = tensors
     q, k, v = _autocast(q, k, v)
     _check_qkv(q, k, v, "")
-    options = _options(feature_map, layer_norm, scale, eps, layer_norm_eps, normalize, q.shape[2])
+    checked = _options(*options, q.shape[2])
     parameters = (
         _parameter("gamma_q", gamma_q, q.shape[1], q),
         _parameter("beta_q", beta_q, q.shape[1], q),
@@ -380,7 +438,7 @@ def rebased_attention_step(
             raise _fail("state_index", f"shape ({q.shape[0]},)", f"shape {tuple(state_index.shape)}")
         if isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], Tensor) and state[0].dim():
             slots = state[0].shape[0]
-    sizes = (slots, k.shape[1], num_features(feature_map, q.shape[2]), v.shape[2])
+    sizes = (slots, k.shape[1], num_features(options[0], q.shape[2]), v.shape[2])
     _check_state("state", state, sizes, "slots" if state_index is not None else "sequences", q)
     kv, state_k = state
     for name, x in (("state.kv", kv), ("state.k", state_k)):
@@ -393,7 +451,4 @@ def rebased_attention_step(
             "rebased_attention_step is for inference and has no gradients: call it under torch.no_grad(), or "
             "use rebased_attention with initial_state and return_state to train."
         )
-    y: Tensor = ops.step(q, k, v, kv, state_k, *parameters, state_index, *options)
-    # a C++ operator does not do it: without it a state saved for backward would be stale in silence
-    torch.autograd.graph.increment_version((kv, state_k))
-    return y
+    return q, k, v, (kv, state_k), (*parameters, state_index), checked

@@ -108,8 +108,9 @@ struct Options {
   bool normalize;
 };
 
-// q, k, v as (batch, heads, rows, width), the parameters and cu_seqlens, in layouts that backends understand.
-// Holds the copies for as long as the Problem points into them.
+// q, k, v as (batch, heads, rows, width), or (batch, heads, width) for one row, the parameters and
+// cu_seqlens, in layouts that backends understand. Holds the copies for as long as the Problem points into
+// them.
 class Inputs {
  public:
   Inputs(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& gamma_q,
@@ -123,7 +124,7 @@ class Inputs {
         gamma_k(as_contiguous(gamma_k)),
         beta_k(as_contiguous(beta_k)),
         cu_seqlens(as_contiguous(cu_seqlens)) {
-    require(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k, v: must have four dimensions");
+    require(k.dim() == q.dim() && v.dim() == q.dim(), "q, k, v: must have as many dimensions each");
     this->q = with_dense_rows(q);
     this->k = with_dense_rows(k);
     this->v = with_dense_rows(v);
@@ -134,10 +135,11 @@ class Inputs {
     AnyProblem p{};
     p.batch = q.size(0);
     p.heads = q.size(1);
-    p.seqlen = q.size(2);
-    p.feature_dim = q.size(3);
+    const int64_t last = q.dim() - 1;
+    p.seqlen = last == 3 ? q.size(2) : 1;
+    p.feature_dim = q.size(last);
     p.kv_heads = k.size(1);
-    p.head_dim = v.size(3);
+    p.head_dim = v.size(last);
     p.dtype = dtype_of(q);
     p.feature_map = feature_map_of(options.feature_map);
     p.layer_norm = layer_norm_of(options.layer_norm);
@@ -151,10 +153,12 @@ class Inputs {
     for (const OptionalTensor* tensor : {&gamma_q, &beta_q, &gamma_k, &beta_k, &cu_seqlens}) {
       if (*tensor) require_same_device(**tensor);
     }
-    require(k.size(0) == p.batch && v.size(0) == p.batch && k.size(2) == p.seqlen && v.size(2) == p.seqlen &&
-                k.size(3) == p.feature_dim && v.size(1) == p.kv_heads,
+    require(k.size(0) == p.batch && v.size(0) == p.batch &&
+                (last == 2 || (k.size(2) == p.seqlen && v.size(2) == p.seqlen)) &&
+                k.size(last) == p.feature_dim && v.size(1) == p.kv_heads,
             "k, v: sizes must match q");
-    require(p.kv_heads > 0 && p.heads % p.kv_heads == 0, "q: heads must be a multiple of kv heads");
+    require(p.kv_heads > 0 && p.heads > 0 && p.heads % p.kv_heads == 0,
+            "q: heads must be a multiple of kv heads");
     require(p.feature_dim >= 1 && p.feature_dim <= 128, "q: feature dim must be 1 to 128");
     require(p.head_dim >= 1 && p.head_dim <= 256, "v: head dim must be 1 to 256");
     p.q = const_rows(q);
@@ -201,10 +205,11 @@ class Inputs {
   static void check_sequences(const Problem& p) {
     int64_t previous = 0;
     for (int64_t s = 0; s <= p.num_sequences; ++s) {
-      require(p.cu_seqlens[s] >= previous && p.cu_seqlens[s] <= p.seqlen,
-              "cu_seqlens: must not decrease and must stay within 0 and the sequence length " +
-                  std::to_string(p.seqlen) + ", got " + std::to_string(p.cu_seqlens[s]) + " at index " +
-                  std::to_string(s));
+      require(p.cu_seqlens[s] >= previous && p.cu_seqlens[s] <= p.seqlen, [&] {
+        return "cu_seqlens: must not decrease and must stay within 0 and the sequence length " +
+               std::to_string(p.seqlen) + ", got " + std::to_string(p.cu_seqlens[s]) + " at index " +
+               std::to_string(s);
+      });
       previous = p.cu_seqlens[s];
     }
   }
@@ -213,12 +218,14 @@ class Inputs {
 void check_state(const Problem& p, const Tensor& kv, const Tensor& k, int64_t states) {
   const int64_t features = num_features(p.feature_map, p.feature_dim);
   const ScalarType type = accumulator_type(p.dtype);
-  require(kv.scalar_type() == type && k.scalar_type() == type && kv.dim() == 4 && k.dim() == 3 &&
-              kv.size(0) == states && kv.size(1) == p.kv_heads && kv.size(2) == features &&
-              kv.size(3) == p.head_dim && k.size(0) == states && k.size(1) == p.kv_heads &&
-              k.size(2) == features,
-          "state: must be kv (" + std::to_string(states) + ", kv_heads, " + std::to_string(features) +
-              ", head_dim) and k of the same without head_dim, float32 (float64 for float64)");
+  require(
+      kv.scalar_type() == type && k.scalar_type() == type && kv.dim() == 4 && k.dim() == 3 &&
+          kv.size(0) == states && kv.size(1) == p.kv_heads && kv.size(2) == features &&
+          kv.size(3) == p.head_dim && k.size(0) == states && k.size(1) == p.kv_heads && k.size(2) == features,
+      [&] {
+        return "state: must be kv (" + std::to_string(states) + ", kv_heads, " + std::to_string(features) +
+               ", head_dim) and k of the same without head_dim, float32 (float64 for float64)";
+      });
 }
 
 // The state's contiguous copies (both present or both absent), checked.
@@ -273,6 +280,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor
                                                    std::string layer_norm, double scale, double eps,
                                                    double layer_norm_eps, bool normalize, bool return_state) {
   const Backend backend(q);
+  require(q.dim() == 4, "q, k, v: must have four dimensions");
   const Inputs inputs(q, k, v, gamma_q, beta_q, gamma_k, beta_k, cu_seqlens);
   auto problem = inputs.problem<ForwardProblem>(
       {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, Backend::on_host);
@@ -304,6 +312,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Tensor& y, const Tensor& r, std::string feature_map, std::string layer_norm, double scale,
     double eps, double layer_norm_eps, bool normalize) {
   const Backend backend(q);
+  require(q.dim() == 4, "q, k, v: must have four dimensions");
   const Inputs inputs(q, k, v, gamma_q, beta_q, gamma_k, beta_k, cu_seqlens);
   auto problem = inputs.problem<BackwardProblem>(
       {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, Backend::on_host);
@@ -352,9 +361,8 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Tensor state_kv, 
             OptionalTensor state_index, std::string feature_map, std::string layer_norm, double scale,
             double eps, double layer_norm_eps, bool normalize) {
   const Backend backend(q);
-  require(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "q, k, v: must have three dimensions");
-  const Inputs inputs(torch::stable::unsqueeze(q, 2), torch::stable::unsqueeze(k, 2),
-                      torch::stable::unsqueeze(v, 2), gamma_q, beta_q, gamma_k, beta_k, std::nullopt);
+  require(q.dim() == 3, "q, k, v: must have three dimensions");
+  const Inputs inputs(q, k, v, gamma_q, beta_q, gamma_k, beta_k, std::nullopt);
   auto problem = inputs.problem<StepProblem>({feature_map, layer_norm, scale, eps, layer_norm_eps, normalize},
                                              Backend::on_host);
   problem.num_slots = state_kv.size(0);
@@ -369,9 +377,10 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Tensor state_kv, 
     problem.state_index = static_cast<const int64_t*>(state_index->const_data_ptr());
     for (int64_t b = 0; Backend::on_host && b < problem.batch; ++b) {
       const int64_t slot = problem.state_index[b];
-      require(slot >= -1 && slot < problem.num_slots,
-              "state_index: must lie in -1 (skip) to " + std::to_string(problem.num_slots - 1) + ", got " +
-                  std::to_string(slot) + " at index " + std::to_string(b));
+      require(slot >= -1 && slot < problem.num_slots, [&] {
+        return "state_index: must lie in -1 (skip) to " + std::to_string(problem.num_slots - 1) + ", got " +
+               std::to_string(slot) + " at index " + std::to_string(b);
+      });
     }
   } else {
     require(problem.num_slots == problem.batch,

@@ -25,8 +25,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument("rebased_cuda: " + message);
+// The message: a literal, or a function that makes one, so that a call which is right allocates nothing.
+inline void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(std::string("rebased_cuda: ") + message);
+}
+template <class Message>
+auto require(bool condition, const Message& message) -> decltype(message(), void()) {
+  if (!condition) require(false, message().c_str());
 }
 
 // A failed allocation should read "out of memory", not "API call failed".
@@ -64,13 +69,13 @@ inline FeatureMap feature_map_of(const std::string& name) {
   if (name == "outer") return FeatureMap::outer;
   if (name == "square") return FeatureMap::square;
   if (name == "taylor") return FeatureMap::taylor;
-  require(name == "elu", "feature_map: must be outer, square, taylor or elu, got " + name);
+  require(name == "elu", [&] { return "feature_map: must be outer, square, taylor or elu, got " + name; });
   return FeatureMap::elu;
 }
 inline LayerNorm layer_norm_of(const std::string& name) {
   if (name == "none") return LayerNorm::none;
   if (name == "token") return LayerNorm::token;
-  require(name == "head", "layer_norm: must be none, token or head, got " + name);
+  require(name == "head", [&] { return "layer_norm: must be none, token or head, got " + name; });
   return LayerNorm::head;
 }
 
@@ -88,7 +93,8 @@ inline OptionalTensor as_contiguous(const OptionalTensor& tensor) {
 }
 
 inline ConstRows const_rows(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  const int64_t row_stride = tensor.dim() == 4 ? tensor.stride(2) : 0;
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), row_stride};
 }
 inline MutableRows mutable_rows(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};

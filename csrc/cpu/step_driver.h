@@ -3,8 +3,8 @@
 //
 // The same as querying the new state, but the token's own sim is a square, not a sum of signed features,
 // which loses digits where q'.k' is near 0: first tokens have nothing else. The state is read once and
-// written once, row by row, each row queried while it is in registers. An item is one sequence and kv head;
-// its features (F of k', F of each query head) lie in the worker's scratch.
+// written once, row by row, each row queried while it is in registers. A head's
+// features (F of k', F of each query head) lie in the worker's scratch.
 #pragma once
 
 #include "cpu/plan.h"
@@ -37,32 +37,46 @@ StepScratch<T>::StepScratch(const StepProblem& p, const Sizes<T>& s, int64_t gro
   values = arena.take<T>(s.value_columns);
 }
 
-// q' or k' of one head of one sequence, scale included, repeated to 2 d entries.
+template <class T>
+struct Moments {
+  T mean, rstd;
+};
+
+// Of `heads` heads from `first` on together.
+template <class T, class E>
+inline Moments<T> moments(const E* first, int64_t heads, int64_t head_stride, int d, T eps) {
+  const T count = T(heads * d);
+  Vector<T> sum{}, squares{};
+  for (int64_t h = 0; h < heads; h++)
+    for (int e = 0; e < d; e += kWidth<T>) sum += read<T>(first + h * head_stride + e, d - e);
+  const T mean = horizontal_sum<T>(sum) / count;
+  for (int64_t h = 0; h < heads; h++)
+    for (int e = 0; e < d; e += kWidth<T>) {
+      const Vector<T> centered = read<T>(first + h * head_stride + e, d - e) - mean;
+      squares += lane_numbers<T>() < typename Simd<T>::Int(d - e) ? centered * centered : Vector<T>{};
+    }
+  return {mean, 1 / square_root(broadcast<T>(horizontal_sum<T>(squares) / count + eps))[0]};
+}
+// Of a token's q or k over all its heads, for LayerNorm::token.
+template <class T, class E>
+inline Moments<T> token_moments(const StepProblem& p, bool query, int64_t batch) {
+  const ConstRows& rows = query ? p.q : p.k;
+  if (p.layer_norm != LayerNorm::token) return {0, 1};
+  return moments<T>(static_cast<const E*>(rows.data) + batch * rows.batch_stride,
+                    query ? p.heads : p.kv_heads, rows.head_stride, int(p.feature_dim), T(p.layer_norm_eps));
+}
+
+// q' or k' of one head of one sequence, scale included, repeated to 2 d entries. token: its moments over all
+// heads.
 template <class T, class E>
 inline void prepare_token(const StepProblem& p, const Sizes<T>& s, bool query, int64_t batch, int64_t head,
-                          T* x) {
+                          Moments<T> token, T* x) {
   const ConstRows& rows = query ? p.q : p.k;
   const Affine& affine = query ? p.query_affine : p.key_affine;
   const int d = s.feature_dim;
-  const E* token = static_cast<const E*>(rows.data) + batch * rows.batch_stride;
-  const E* own = token + head * rows.head_stride;
-  T mean = 0, rstd = 1;
-  if (p.layer_norm != LayerNorm::none) {
-    const bool all = p.layer_norm == LayerNorm::token;
-    const int64_t heads = all ? (query ? p.heads : p.kv_heads) : 1;
-    const E* first = all ? token : own;
-    const T count = T(heads * d);
-    Vector<T> sum{}, squares{};
-    for (int64_t h = 0; h < heads; h++)
-      for (int e = 0; e < d; e += kWidth<T>) sum += read<T>(first + h * rows.head_stride + e, d - e);
-    mean = horizontal_sum<T>(sum) / count;
-    for (int64_t h = 0; h < heads; h++)
-      for (int e = 0; e < d; e += kWidth<T>) {
-        const Vector<T> centered = read<T>(first + h * rows.head_stride + e, d - e) - mean;
-        squares += lane_numbers<T>() < typename Simd<T>::Int(d - e) ? centered * centered : Vector<T>{};
-      }
-    rstd = 1 / square_root(broadcast<T>(horizontal_sum<T>(squares) / count + T(p.layer_norm_eps)))[0];
-  }
+  const E* own = static_cast<const E*>(rows.data) + batch * rows.batch_stride + head * rows.head_stride;
+  const auto [mean, rstd] =
+      p.layer_norm == LayerNorm::head ? moments<T>(own, 1, 0, d, T(p.layer_norm_eps)) : token;
   const T scale = query && s.polynomial ? T(p.scale) : T(1);
   const T* gamma =
       affine.gamma ? static_cast<const T*>(affine.gamma) + head * affine.gamma_head_stride : nullptr;
@@ -132,6 +146,10 @@ inline void step_columns(const StepScratch<T>& scratch, const Sizes<T>& s, int64
   const bool whole = count == NV * kWidth<T>;
   for (int f = 0; f < s.features; f++) {
     T* row = state + int64_t(f) * s.head_dim + column;
+    // the next head's row: a hardware prefetcher stops at the end of a page
+    const T* next = row + int64_t(s.features) * s.head_dim;
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; n++) __builtin_prefetch(next + n * kWidth<T>, 1, 2);
     const T key = scratch.key_features[f];
     Vector<T> entries[NV];
     if (whole) {
@@ -177,8 +195,8 @@ REBASED_INLINE void step_columns(const StepScratch<T>& scratch, const Sizes<T>& 
 }
 
 template <class T, class E>
-inline void step_item(const StepProblem& p, const Sizes<T>& s, const StepScratch<T>& scratch, int64_t batch,
-                      int64_t kv_head) {
+inline void step_head(const StepProblem& p, const Sizes<T>& s, const StepScratch<T>& scratch, int64_t batch,
+                      int64_t kv_head, Moments<T> query_moments, Moments<T> key_moments) {
   const int64_t group = p.heads / p.kv_heads;
   const int64_t slot = p.state_index ? p.state_index[batch] : batch;
   const auto output = [&](int64_t g) {
@@ -188,11 +206,11 @@ inline void step_item(const StepProblem& p, const Sizes<T>& s, const StepScratch
     for (int64_t g = 0; g < group; g++) __builtin_memset(output(g), 0, s.head_dim * sizeof(E));
     return;
   }
-  prepare_token<T, E>(p, s, false, batch, kv_head, scratch.key);
+  prepare_token<T, E>(p, s, false, batch, kv_head, key_moments, scratch.key);
   token_features(p, s, false, scratch.key, scratch.key_features, scratch.features);
   for (int64_t g = 0; g < group; g++) {
     T* const query_features = scratch.query_features + g * scratch.features;
-    prepare_token<T, E>(p, s, true, batch, kv_head * group + g, scratch.query);
+    prepare_token<T, E>(p, s, true, batch, kv_head * group + g, query_moments, scratch.query);
     token_features(p, s, true, scratch.query, query_features, scratch.features);
     scratch.own[g] = own_sim(s, scratch, query_features);
   }
@@ -234,19 +252,26 @@ inline int64_t run_step(const StepProblem& p, int threads, const Parallel* paral
   }
   const int64_t scratch_bytes = arena.used;
 
-  // a second thread pays from about this much state on
-  constexpr int64_t bytes_per_thread = 128 << 10;
-  const int64_t items = p.batch * p.kv_heads;
-  const int64_t useful = items * s.features * s.head_dim * int64_t(sizeof(T)) / bytes_per_thread;
+  // a second thread pays from about this much state on: waking it takes as long as 500 KB in the cache
+  constexpr int64_t bytes_per_thread = 512 << 10;
+  const int64_t useful =
+      p.batch * p.kv_heads * s.features * s.head_dim * int64_t(sizeof(T)) / bytes_per_thread;
   const int workers = int(larger<int64_t>(1, smaller<int64_t>(threads, useful)));
   if (!parallel) return workers * scratch_bytes;
+  // an item is a sequence, so that its LayerNorm is made once, or one of its heads where sequences are few
+  const bool whole = workers == 1 || p.batch >= 4 * workers;
+  const int64_t parts = whole ? 1 : p.kv_heads, heads = p.kv_heads / larger<int64_t>(parts, 1);
   const Parallel few{workers, parallel->run};
-  for_items(few, items, [&](int64_t item, int worker) {
+  for_items(few, p.batch * parts, [&](int64_t item, int worker) {
     Arena own{arena.base, worker * scratch_bytes};
     const StepScratch<T> scratch(p, s, group, own);
+    const int64_t batch = item / parts, first = item % parts * heads;
     with_element<T>(p.dtype, [&](auto element) {
       using E = typename decltype(element)::type;
-      step_item<T, E>(p, s, scratch, item / p.kv_heads, item % p.kv_heads);
+      const Moments<T> query = token_moments<T, E>(p, true, batch),
+                       key = token_moments<T, E>(p, false, batch);
+      for (int64_t head = first; head < first + heads; head++)
+        step_head<T, E>(p, s, scratch, batch, head, query, key);
     });
   });
   return 0;
