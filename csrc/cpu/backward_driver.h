@@ -67,7 +67,8 @@ inline int64_t run_backward_as(const BackwardProblem& p, int threads, const Para
   T* key_states = call.take_states(arena, most_items);
   T* query_states = call.take_states(arena, most_items);
   call.query_affine = arena.take<T>(most_items * group * 2 * s.feature_dim);
-  call.key_affine = arena.take<T>(most_items * 2 * s.feature_dim);
+  const int64_t key_affine_size = most_items * 2 * s.feature_dim;
+  call.key_affine = arena.take<T>(key_affine_size), call.shared_key_affine = arena.take<T>(key_affine_size);
   const int64_t shared = arena.used;
   {
     call.scratch(arena);
@@ -92,6 +93,7 @@ inline int64_t run_backward_as(const BackwardProblem& p, int threads, const Para
     call.sum_states(*parallel, key_states, p.initial_state, false);
     call.sum_states(*parallel, query_states, p.grad_final_state, true);
   }
+  for (int64_t i = 0; i < key_affine_size; i++) call.shared_key_affine[i] = 0;
   for_items(*parallel, schedule.items(), [&](int64_t number, int worker) {
     const Item item = schedule.item(number);
     const typename BackwardCall::Scratch scratch = scratch_of(worker);
@@ -110,6 +112,8 @@ inline int64_t run_backward_as(const BackwardProblem& p, int threads, const Para
     });
   });
   sum_affine(s, call.query_affine, schedule.heads(), p.kv_heads, group, p.query_affine, p.grad_query_affine);
+  for (int64_t i = 0; i < schedule.heads() * 2 * s.feature_dim; i++)
+    call.key_affine[i] += call.shared_key_affine[i];
   sum_affine(s, call.key_affine, schedule.heads(), p.kv_heads, 1, p.key_affine, p.grad_key_affine);
   if (p.layer_norm == LayerNorm::token) finish_token_gradients<T>(call, *parallel);
   call.zero_unowned_rows(p.grad_q, p.heads, p.feature_dim);

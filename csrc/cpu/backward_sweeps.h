@@ -25,13 +25,35 @@ struct BackwardSweeps : BackwardCall<T> {
                           scratch.row_slab, scratch.queue);
   }
 
+  // Three products with a state a token in the keys' sweep, two in the queries': where nothing else keeps a
+  // thread busy, the worker of the queries also takes the keys from this row on. The other then brings T past
+  // them, by the same sums in the same order.
+  int64_t shared_from(const Item& item) const {
+    const int64_t chunks = (item.end - item.begin + sizes.chunk - 1) / sizes.chunk;
+    if (!this->share_keys || item.quadratic) return item.end;
+    return smaller(item.begin + (chunks * 13 + 15) / 16 * sizes.chunk, item.end);
+  }
+
   template <class Start>
   void run(const Item& item, const BackwardScratch<T>& scratch, const Start& start_state) const {
-    const bool state_is_zero = start_state(item.part == 1);
-    if (item.part == 1)
-      sweep_queries(item, scratch, state_is_zero);
-    else
-      sweep_keys(item, scratch, state_is_zero);
+    const int64_t shared = shared_from(item), affine = item.number * 2 * sizes.feature_dim;
+    if (item.part == 1) {
+      sweep_queries(item, scratch, start_state(true));
+      if (shared < item.end)
+        sweep_keys(item, scratch, start_state(false), shared, item.end, this->shared_key_affine + affine);
+      return;
+    }
+    bool state_is_zero = start_state(false);
+    for (int64_t row = last_chunk(item.begin, item.end); row >= shared; row -= sizes.chunk) {
+      scratch.queue->clear();
+      add_queries(item, scratch, row, int(smaller<int64_t>(sizes.chunk, item.end - row)), -sizes.chunk,
+                  scratch.state);
+      state_is_zero = false;
+    }
+    sweep_keys(item, scratch, state_is_zero, item.begin, shared, this->key_affine + affine);
+  }
+  int64_t last_chunk(int64_t begin, int64_t end) const {
+    return begin + ((end - begin + sizes.chunk - 1) / sizes.chunk - 1) * sizes.chunk;
   }
 
   // dq of an item, from its start state S.
@@ -82,18 +104,18 @@ struct BackwardSweeps : BackwardCall<T> {
                        this->query_affine + item.number * group * 2 * s.feature_dim);
   }
 
-  // dk and dv of an item, from T and m of all that comes after it.
-  void sweep_keys(const Item& item, const BackwardScratch<T>& scratch, bool state_is_zero) const {
+  // dk and dv of rows [begin, item_end) of an item, from T and m of all that comes after them.
+  void sweep_keys(const Item& item, const BackwardScratch<T>& scratch, bool state_is_zero, int64_t begin,
+                  int64_t item_end, T* grad_affine) const {
     const BackwardProblem& p = problem;
     const Sizes<T>& s = sizes;
     const int64_t group = p.heads / p.kv_heads;
     const Tokens<T> keys = key_tokens(item);
-    const bool keep_state = item.first && p.grad_initial_state.kv;
+    const bool keep_state = item.first && begin == item.begin && p.grad_initial_state.kv;
     this->clear(scratch.grad_affine, 2 * s.feature_dim * kWidth<T>);
-    const int64_t chunks = (item.end - item.begin + s.chunk - 1) / s.chunk;
-    for (int64_t row = item.begin + (chunks - 1) * s.chunk; row >= item.begin; row -= s.chunk) {
+    for (int64_t row = last_chunk(begin, item_end); row >= begin; row -= s.chunk) {
       scratch.queue->clear();
-      const int rows = int(smaller<int64_t>(s.chunk, item.end - row));
+      const int rows = int(smaller<int64_t>(s.chunk, item_end - row));
       this->pack_tokens(keys, row, rows, Ahead{scratch.queue, -s.chunk}, scratch.keys, scratch.normalized,
                         scratch.inverse_deviation);
       this->pack_values(p.v, item.batch, item.kv_head, row, rows, Ahead{scratch.queue, -s.chunk},
@@ -122,7 +144,7 @@ struct BackwardSweeps : BackwardCall<T> {
           this->pack_gradients(scratch, item.batch, head, query, query_rows, next);
           for (int b = 0; b * kLanes<T> < rows; b++) this->meet_queries(scratch, b, query_rows, query == row);
         }
-        if (!item.quadratic && (row > item.begin || keep_state))
+        if (!item.quadratic && (row > begin || keep_state))
           add_queries_to_state(scratch, rows, scratch.state);
       }
       state_is_zero = false;
@@ -130,7 +152,7 @@ struct BackwardSweeps : BackwardCall<T> {
                           scratch.grad_affine);
       write_grad_values(scratch, item, row, rows);
     }
-    this->write_affine(scratch.grad_affine, 1, this->key_affine + item.number * 2 * s.feature_dim);
+    this->write_affine(scratch.grad_affine, 1, grad_affine);
     if (keep_state)
       export_state(s, scratch.state, p.grad_initial_state, item.sequence * p.kv_heads + item.kv_head);
   }
@@ -162,17 +184,21 @@ struct BackwardSweeps : BackwardCall<T> {
     }
   }
   void local_query_state(const Item& item, const BackwardScratch<T>& scratch, T* state) const {
-    const int64_t group = problem.heads / problem.kv_heads;
     this->clear(state, sizes.state_size);
-    const Ahead next{scratch.queue, sizes.chunk};
     for (int64_t row = item.begin; row < item.end; row += sizes.chunk) {
       scratch.queue->clear();
-      const int rows = int(smaller<int64_t>(sizes.chunk, item.end - row));
-      for (int64_t head = item.kv_head * group; head < (item.kv_head + 1) * group; head++) {
-        this->pack_tokens(query_tokens(item, head), row, rows, next, scratch.queries);
-        this->pack_gradients(scratch, item.batch, head, row, rows, next);
-        add_queries_to_state(scratch, rows, state);
-      }
+      add_queries(item, scratch, row, int(smaller<int64_t>(sizes.chunk, item.end - row)), sizes.chunk, state);
+    }
+  }
+  // T and m take in the queries of one chunk; the next one lies `ahead` rows on.
+  void add_queries(const Item& item, const BackwardScratch<T>& scratch, int64_t row, int rows, int64_t ahead,
+                   T* state) const {
+    const int64_t group = problem.heads / problem.kv_heads;
+    const Ahead next{scratch.queue, ahead};
+    for (int64_t head = item.kv_head * group; head < (item.kv_head + 1) * group; head++) {
+      this->pack_tokens(query_tokens(item, head), row, rows, next, scratch.queries);
+      this->pack_gradients(scratch, item.batch, head, row, rows, next);
+      add_queries_to_state(scratch, rows, state);
     }
   }
 };

@@ -16,6 +16,8 @@ struct GradientTargets {
   MutableRows query_target, key_target;
   bool accumulator_target;       // those are in T, not in the problem's dtype
   T *query_affine, *key_affine;  // [item][query head of the group or 1][2][feature_dim]
+  T* shared_key_affine;          // the same, of keys that the worker of the queries took
+  bool share_keys = false;       // whether it takes some
 
   GradientTargets(const BackwardProblem& p, Arena& arena) : query_target(p.grad_q), key_target(p.grad_k) {
     accumulator_target = p.layer_norm == LayerNorm::token && !is_accumulator<T>(p.dtype);
