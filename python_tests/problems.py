@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rebased_cuda import RebasedState, reference
+from rebased_cuda import RebasedState, build_info, reference
 from rebased_cuda.state import num_features
 
 MAPS = ("outer", "square", "taylor", "elu")
@@ -119,6 +119,18 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
         return 0.0
     difference = (value.double() - expected.double()).norm()
     return (difference / expected.double().norm().clamp_min(1e-300)).item()
+
+
+def rounds_operands(problem: Problem) -> bool:
+    """Whether products round their operands to the dtype: tensor cores, and bfloat16 on some CPUs."""
+    built = build_info()
+    if problem.device == "cuda" or built["cpu_backend"] == "emulated":
+        return True
+    return (
+        built["cpu_instruction_set"] == "avx512_bf16"
+        and problem.dtype == torch.bfloat16
+        and problem.feature_map in ("outer", "taylor")
+    )
 
 
 def plain_low_precision(

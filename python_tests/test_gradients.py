@@ -2,8 +2,16 @@
 
 import pytest
 import torch
-from conftest import EMULATED
-from problems import MAPS, NORMS, Problem, plain_low_precision, relative_error, run, run_reference
+from problems import (
+    MAPS,
+    NORMS,
+    Problem,
+    plain_low_precision,
+    relative_error,
+    rounds_operands,
+    run,
+    run_reference,
+)
 from test_attention import VARIANTS
 
 from rebased_cuda import RebasedState, rebased_attention, reference
@@ -79,13 +87,11 @@ def test_float32_bound(feature_map, layer_norm, device):
 def test_low_precision_gradients(feature_map, dtype, device):
     """Within 1.25 times the error of plain PyTorch of the same precision, median over seeds and inputs.
 
-    The native backend has float32 inside and is held against PyTorch with float32 inside; tensor cores round
-    their operands and are held against PyTorch that does.
+    PyTorch has float32 inside, or where this backend rounds the operands of its products, does so as well.
     """
-    rounds_operands = EMULATED or device == "cuda"
 
     def plain(*inputs, problem):
-        if rounds_operands:
+        if rounds_operands(problem):
             return plain_low_precision(*inputs, problem=problem)
         return reference.chunked(*inputs, **problem.options())
 

@@ -254,6 +254,22 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
     multiply_weights(c, weights);
   }
 
+  // The products with a state; bf16_backward.h has the same in bfloat16, from rounded copies of the state.
+  void round_state(const BackwardScratch<T>&) const {}
+  template <bool Weighted>
+  void add_to_state(const BackwardScratch<T>& scratch, const T* tokens, const T* token_weights,
+                    const T* values, int rows, T* state) const {
+    update_state<T, Weighted>(sizes, pairs, tokens, token_weights, values, rows, state, scratch.row_slab,
+                              scratch.queue);
+  }
+  // of block b, whose values or ghat stand transposed
+  template <bool Weighted>
+  void gradient_from_state(const BackwardScratch<T>& scratch, int b, const T* token_weights, const T* X,
+                           T* dX) const {
+    state_gradient<T, Weighted>(sizes, pairs, scratch.state,
+                                scratch.transposed + int64_t(b) * sizes.value_columns * kLanes<T>,
+                                token_weights, X, dX, scratch.queue);
+  }
   // dv of block b from the state: phi(k') T, starting the sum.
   void values_from_state(const BackwardScratch<T>& scratch, int b) const {
     const Sizes<T>& s = sizes;

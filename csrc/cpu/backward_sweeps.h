@@ -5,9 +5,9 @@
 
 namespace rebased::cpu::REBASED_ISA {
 
-template <class T>
-struct BackwardSweeps : BackwardCall<T> {
-  using Base = BackwardCall<T>;
+template <class T, class Base = BackwardCall<T>>
+struct BackwardSweeps : Base {
+  using Scratch = typename Base::Scratch;
   using Base::Base, Base::problem, Base::sizes, Base::pairs, Base::statistics, Base::token_block;
 
   Tokens<T> key_tokens(const Item& item) const {
@@ -16,13 +16,12 @@ struct BackwardSweeps : BackwardCall<T> {
   Tokens<T> query_tokens(const Item& item, int64_t head) const {
     return head_tokens<T>(problem, sizes, true, statistics, item.batch, head);
   }
-  void add_keys_to_state(const BackwardScratch<T>& scratch, int rows, T* state) const {
-    update_state<T, false>(sizes, pairs, scratch.keys, nullptr, scratch.values, rows, state, scratch.row_slab,
-                           scratch.queue);
+  void add_keys_to_state(const Scratch& scratch, int rows, T* state) const {
+    this->template add_to_state<false>(scratch, scratch.keys, nullptr, scratch.values, rows, state);
   }
-  void add_queries_to_state(const BackwardScratch<T>& scratch, int rows, T* state) const {
-    update_state<T, true>(sizes, pairs, scratch.queries, scratch.delta, scratch.gradients, rows, state,
-                          scratch.row_slab, scratch.queue);
+  void add_queries_to_state(const Scratch& scratch, int rows, T* state) const {
+    this->template add_to_state<true>(scratch, scratch.queries, scratch.delta, scratch.gradients, rows,
+                                      state);
   }
 
   // Three products with a state a token in the keys' sweep, two in the queries': where nothing else keeps a
@@ -35,7 +34,7 @@ struct BackwardSweeps : BackwardCall<T> {
   }
 
   template <class Start>
-  void run(const Item& item, const BackwardScratch<T>& scratch, const Start& start_state) const {
+  void run(const Item& item, const Scratch& scratch, const Start& start_state) const {
     const int64_t shared = shared_from(item), affine = item.number * 2 * sizes.feature_dim;
     if (item.part == 1) {
       sweep_queries(item, scratch, start_state(true));
@@ -57,12 +56,13 @@ struct BackwardSweeps : BackwardCall<T> {
   }
 
   // dq of an item, from its start state S.
-  void sweep_queries(const Item& item, const BackwardScratch<T>& scratch, bool state_is_zero) const {
+  void sweep_queries(const Item& item, const Scratch& scratch, bool state_is_zero) const {
     const BackwardProblem& p = problem;
     const Sizes<T>& s = sizes;
     const int64_t group = p.heads / p.kv_heads;
     const Tokens<T> keys = key_tokens(item);
     this->clear(scratch.grad_affine, group * 2 * s.feature_dim * kWidth<T>);
+    if (!item.quadratic && !state_is_zero) this->round_state(scratch);
     const Ahead next{scratch.queue, s.chunk};
     for (int64_t row = item.begin; row < item.end; row += s.chunk) {
       scratch.queue->clear();
@@ -81,10 +81,9 @@ struct BackwardSweeps : BackwardCall<T> {
         this->transpose_values(scratch.gradients, rows, scratch.transposed);
         this->clear(scratch.grad_tokens, s.blocks * token_block());
         for (int b = 0; b * kLanes<T> < rows && !item.quadratic && !state_is_zero; b++)
-          state_gradient<T, true>(s, pairs, scratch.state,
-                                  scratch.transposed + int64_t(b) * s.value_columns * kLanes<T>,
-                                  scratch.delta + b * kLanes<T>, scratch.queries + b * token_block(),
-                                  scratch.grad_tokens + b * token_block(), scratch.queue);
+          this->template gradient_from_state<true>(scratch, b, scratch.delta + b * kLanes<T>,
+                                                   scratch.queries + b * token_block(),
+                                                   scratch.grad_tokens + b * token_block());
         for (int64_t key = item.quadratic ? item.sequence_begin : row; key <= row; key += s.chunk) {
           const int key_rows = key == row ? rows : s.chunk;
           if (item.quadratic) {
@@ -105,7 +104,7 @@ struct BackwardSweeps : BackwardCall<T> {
   }
 
   // dk and dv of rows [begin, item_end) of an item, from T and m of all that comes after them.
-  void sweep_keys(const Item& item, const BackwardScratch<T>& scratch, bool state_is_zero, int64_t begin,
+  void sweep_keys(const Item& item, const Scratch& scratch, bool state_is_zero, int64_t begin,
                   int64_t item_end, T* grad_affine) const {
     const BackwardProblem& p = problem;
     const Sizes<T>& s = sizes;
@@ -113,6 +112,7 @@ struct BackwardSweeps : BackwardCall<T> {
     const Tokens<T> keys = key_tokens(item);
     const bool keep_state = item.first && begin == item.begin && p.grad_initial_state.kv;
     this->clear(scratch.grad_affine, 2 * s.feature_dim * kWidth<T>);
+    if (!item.quadratic && !state_is_zero) this->round_state(scratch);
     for (int64_t row = last_chunk(begin, item_end); row >= begin; row -= s.chunk) {
       scratch.queue->clear();
       const int rows = int(smaller<int64_t>(s.chunk, item_end - row));
@@ -128,9 +128,8 @@ struct BackwardSweeps : BackwardCall<T> {
       const bool with_state = !item.quadratic && !state_is_zero;
       if (!with_state) this->clear(scratch.grad_values, int64_t(s.chunk) * s.value_columns);
       for (int b = 0; b * kLanes<T> < rows && with_state; b++) {
-        state_gradient<T, false>(
-            s, pairs, scratch.state, scratch.transposed + int64_t(b) * s.value_columns * kLanes<T>, nullptr,
-            scratch.keys + b * token_block(), scratch.grad_tokens + b * token_block(), scratch.queue);
+        this->template gradient_from_state<false>(scratch, b, nullptr, scratch.keys + b * token_block(),
+                                                  scratch.grad_tokens + b * token_block());
         this->values_from_state(scratch, b);
       }
       for (int64_t g = 0; g < group; g++) {
@@ -157,7 +156,7 @@ struct BackwardSweeps : BackwardCall<T> {
       export_state(s, scratch.state, p.grad_initial_state, item.sequence * p.kv_heads + item.kv_head);
   }
 
-  void write_grad_values(const BackwardScratch<T>& scratch, const Item& item, int64_t row, int rows) const {
+  void write_grad_values(const Scratch& scratch, const Item& item, int64_t row, int rows) const {
     const BackwardProblem& p = problem;
     const char* head = head_rows<T>(p.grad_v, item.batch, item.kv_head, p.dtype);
     with_element<T>(p.dtype, [&](auto element) {
@@ -171,7 +170,7 @@ struct BackwardSweeps : BackwardCall<T> {
   }
 
   // What an item adds to S (keys) or to T and m (queries), from zero.
-  void local_key_state(const Item& item, const BackwardScratch<T>& scratch, T* state) const {
+  void local_key_state(const Item& item, const Scratch& scratch, T* state) const {
     const Tokens<T> keys = key_tokens(item);
     this->clear(state, sizes.state_size);
     const Ahead next{scratch.queue, sizes.chunk};
@@ -183,7 +182,7 @@ struct BackwardSweeps : BackwardCall<T> {
       add_keys_to_state(scratch, rows, state);
     }
   }
-  void local_query_state(const Item& item, const BackwardScratch<T>& scratch, T* state) const {
+  void local_query_state(const Item& item, const Scratch& scratch, T* state) const {
     this->clear(state, sizes.state_size);
     for (int64_t row = item.begin; row < item.end; row += sizes.chunk) {
       scratch.queue->clear();
@@ -191,7 +190,7 @@ struct BackwardSweeps : BackwardCall<T> {
     }
   }
   // T and m take in the queries of one chunk; the next one lies `ahead` rows on.
-  void add_queries(const Item& item, const BackwardScratch<T>& scratch, int64_t row, int rows, int64_t ahead,
+  void add_queries(const Item& item, const Scratch& scratch, int64_t row, int rows, int64_t ahead,
                    T* state) const {
     const int64_t group = problem.heads / problem.kv_heads;
     const Ahead next{scratch.queue, ahead};

@@ -76,6 +76,24 @@ inline void export_state(const Sizes<T>& s, const T* state, const MutableState& 
   for (int f = 0; f < s.features && s.first_column == 0; f++) k[f] = state[s.state_kv + f];
 }
 
+// dX += (d phi / d X)^T tile, tile the gradients of kRows features.
+template <class T, bool Weighted>
+REBASED_INLINE void add_feature_gradient(const FeaturePair<T>* pairs, const Tile<T, kVectors>& tile,
+                                         const T* X, T* dX) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; r++) {
+    const FeaturePair<T> pair = pairs[r];
+#pragma GCC unroll 2
+    for (int n = 0; n < kVectors; n++) {
+      const int lane = n * kWidth<T>;
+      const Vector<T> gradient = Weighted ? tile.sum[r][n] * pair.weight : tile.sum[r][n];
+      T *first = dX + pair.first * kLanes<T> + lane, *second = dX + pair.second * kLanes<T> + lane;
+      store(first, load(first) + gradient * load(X + pair.second * kLanes<T> + lane));
+      store(second, load(second) + gradient * load(X + pair.first * kLanes<T> + lane));
+    }
+  }
+}
+
 // dX += (d phi / d X)^T (state values^T + state_k token_weights^T) for a block: the part of the gradient of
 // q' or k' that comes through a state. values: [value_columns][kLanes], transposed. Weighted as above, for
 // states without weights.
@@ -97,18 +115,7 @@ inline void state_gradient(const Sizes<T>& s, const FeaturePair<T>* pairs, const
       tile.template multiply_rows<columns>(columns, state + int64_t(column) * s.feature_pad + f * columns,
                                            values + column * kLanes<T>);
     });
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; r++) {
-      const FeaturePair<T> pair = pairs[f + r];
-#pragma GCC unroll 2
-      for (int n = 0; n < kVectors; n++) {
-        const int lane = n * kWidth<T>;
-        const Vector<T> gradient = Weighted ? tile.sum[r][n] * pair.weight : tile.sum[r][n];
-        T *first = dX + pair.first * kLanes<T> + lane, *second = dX + pair.second * kLanes<T> + lane;
-        store(first, load(first) + gradient * load(X + pair.second * kLanes<T> + lane));
-        store(second, load(second) + gradient * load(X + pair.first * kLanes<T> + lane));
-      }
-    }
+    add_feature_gradient<T, Weighted>(pairs + f, tile, X, dX);
   }
 }
 

@@ -19,5 +19,6 @@ REBASED_DECLARE_ENTRIES(portable)
 #if defined(__x86_64__)
 REBASED_DECLARE_ENTRIES(avx2)
 REBASED_DECLARE_ENTRIES(avx512)
+REBASED_DECLARE_ENTRIES(avx512_bf16)  // defined: forward_float and backward_float
 #endif
 #undef REBASED_DECLARE_ENTRIES
