@@ -308,9 +308,7 @@ struct Run {
     return c.dtype == Dtype::bfloat16 && is_polynomial(c.map) &&
            !std::strcmp(cpu::instruction_set(), "avx512_bf16");
   }
-  double sums_limit(double limit_of_sums) const {
-    return rounds_operands() ? limit(false) : limit_of_sums;
-  }
+  double sums_limit(double limit_of_sums) const { return rounds_operands() ? limit(false) : limit_of_sums; }
 
   void check() {
     Results out = call(), again = call();
@@ -328,7 +326,8 @@ struct Run {
       const int64_t count = c.packed ? bounds[s + 1] - first : c.seqlen;
       Reference expected = reference(s, b, first, count, out);
       compare(c, "y", out.y.slice(b, first, count), expected.y, limit(false));
-      compare(c, "r", out.r.slice(b, first, count), expected.r, sums == c.dtype ? limit(false) : sums_limit(5e-6));
+      compare(c, "r", out.r.slice(b, first, count), expected.r,
+              sums == c.dtype ? limit(false) : sums_limit(5e-6));
       const struct {
         const char* what;
         Tensor& result;
@@ -359,7 +358,7 @@ struct Run {
       const Values result = parameters[i]->all();
       Values expected(result.size(), 0);
       for (size_t e = 0; e < gamma_sums[i].size(); ++e) expected[e % result.size()] += gamma_sums[i][e];
-      compare(c, names[i], result, expected, sums == Dtype::float64 ? 4e-12 : 4e-5, 0.1);
+      compare(c, names[i], result, expected, sums == Dtype::float64 ? 4e-12 : sums_limit(4e-5), 0.1);
     }
   }
   // Rows of no sequence: zero, r = 1.
