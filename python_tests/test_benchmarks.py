@@ -72,6 +72,17 @@ def test_rows_of_all_methods_and_their_ratios() -> None:
         assert rows[name].seconds == ()
 
 
+def misused() -> Prepared:
+    raise TypeError("unexpected keyword")
+
+
+def test_a_peer_may_fail_in_any_way_and_the_op_may_not() -> None:
+    rows = measure("q", "forward", methods_of({OURS: sleeper(0.001), "peer": misused}), "cpu", 0.01)
+    assert [row.status for row in rows] == ["ok", "failed: unexpected keyword"]
+    with pytest.raises(TypeError):
+        measure("q", "forward", methods_of({OURS: misused}), "cpu", 0.01)
+
+
 def test_slow_methods_sit_out_the_later_rounds_and_the_first_one_none() -> None:
     schedule = harness._rounds({"base": 0.5, "slow": 2.0, "quick": 1e-3}, 3.0, "base")
     assert schedule == [(3, ["base", "slow", "quick"]), (15, ["base", "quick"])]
@@ -376,7 +387,7 @@ def test_the_command_leaves_a_table_and_json(
     assert command.main(["--quick", "--only", "length", "--output", str(path)]) == 0
     contents = json.loads(path.read_text())
     assert len(contents["rows"]) == 2 * 2 * 6
-    assert {"commit", "machine", "ceilings", "version", "when"} <= set(contents)
+    assert {"commit", "machine", "ceilings", "version", "when", "peers"} <= set(contents)
     printed = capsys.readouterr().out
     assert "outer (1, 2, 256)" in printed
     assert f"{fla}: runs on a GPU only" in printed

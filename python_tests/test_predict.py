@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.speed import gpu_model, predict
+from benchmarks.speed import gpu_facts, gpu_model, predict
 from benchmarks.speed.gpu_model import Gpu, Input, Kernel, Work
 from benchmarks.speed.harness import OURS
 
@@ -98,7 +98,7 @@ def test_longer_segments_move_less_for_states(facts: predict.Facts) -> None:
 
 def test_the_instance_is_that_of_the_shapes() -> None:
     def chosen(*names: str) -> list[str]:
-        return [name for name in names if predict._is_instance(name, "forward_kernel", "outer")]
+        return [name for name in names if gpu_facts._is_instance(name, "forward_kernel", "outer")]
 
     right = [
         "tensor_core::forward_kernel<bfloat16, outer, false>",
@@ -108,8 +108,8 @@ def test_the_instance_is_that_of_the_shapes() -> None:
     wrong += ["forward_kernel<bfloat16, outer, true>", "forward_kernel<bfloat16, outer, 8, false>"]
     wrong += ["grad_q_kernel<bfloat16, outer, false>", "general_forward<bfloat16>"]
     assert chosen(*right, *wrong) == right
-    assert predict._is_instance("step_kernel<bfloat16, 1>", "step_kernel", "outer")
-    assert not predict._is_instance("step_kernel<bfloat16, 4>", "step_kernel", "outer")
+    assert gpu_facts._is_instance("step_kernel<bfloat16, 1>", "step_kernel", "outer")
+    assert not gpu_facts._is_instance("step_kernel<bfloat16, 4>", "step_kernel", "outer")
 
 
 def test_a_step_is_its_state_once_read_and_once_written(facts: predict.Facts) -> None:
@@ -163,7 +163,7 @@ def test_every_input_is_shown_and_all_is_called_a_prediction(
             assert x.name in printed
             assert f"{x.value:.4g}" in printed
             assert x.source in printed
-    for file in (predict.REGISTERS, predict.INSTRUCTIONS, predict.TRAFFIC):
+    for file in (gpu_facts.REGISTERS, gpu_facts.INSTRUCTIONS, gpu_facts.TRAFFIC):
         assert file in printed
         assert file in contents["counted_by"]
     assert len(contents["predictions"]) == 2 * (4 * 2 * 2 + 2)
@@ -178,7 +178,7 @@ def test_every_input_is_shown_and_all_is_called_a_prediction(
 
 
 def test_facts_that_are_missing_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in (predict.REGISTERS, predict.INSTRUCTIONS, predict.TRAFFIC):
+    for name in (gpu_facts.REGISTERS, gpu_facts.INSTRUCTIONS, gpu_facts.TRAFFIC):
         contents = json.loads((predict.RESULTS / name).read_text())
         for run in contents.get("runs", []):
             del run["kernels"]

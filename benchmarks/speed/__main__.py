@@ -109,8 +109,8 @@ def _measure_all(arguments: argparse.Namespace) -> int:
         print(file=sys.stderr)
     report.show(contents)
     print(f"\n{contents['seconds']:.0f} s; {path}")
-    wrong = [row for row in rows if row.status.startswith("wrong") and row.method == OURS]
-    return 1 if wrong else 0
+    ours = [row.status for row in rows if row.method == OURS]
+    return 1 if any(status.startswith(("wrong", "failed")) for status in ours) else 0
 
 
 def _print_plan(names: Sequence[str], quick: bool) -> None:

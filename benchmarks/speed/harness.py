@@ -252,7 +252,9 @@ def _ready(method: Method, row: Row, device: str, longest: float) -> _Ready | No
     except UnavailableError as error:
         row.status = str(error)
         return None
-    except (RuntimeError, torch.OutOfMemoryError) as error:  # a peer's failure is its own row
+    except Exception as error:  # a peer's failure, of whatever kind, is its own row
+        if method.name == OURS and not isinstance(error, RuntimeError):
+            raise
         row.status = f"failed: {' '.join(str(error).split())[:200]}"
         return None
     row.peak_bytes = None if prepared.elsewhere else peak.bytes

@@ -6,8 +6,10 @@ was no GPU. Each result is checked against the float64 reference before it is ti
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import importlib.metadata
 from collections.abc import Callable
 
 from torch import Tensor
@@ -28,6 +30,15 @@ FLA = {
     "fla chunk_linear_attn": ("fla.ops.linear_attn", ("outer", "square")),
 }
 NAMES = (FAST_TRANSFORMERS, *FLA)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages; those that are not installed are left out."""
+    found = {FAST_TRANSFORMERS: fast_transformers.VERSION} if fast_transformers.library().exists() else {}
+    for package in ("flash-linear-attention", "fla-core", "triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def function(name: str, shape: Shape, device: str, build: bool) -> Function:

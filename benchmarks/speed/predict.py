@@ -2,11 +2,9 @@
 
     python -m benchmarks.speed.predict [--json benchmarks/results/predictions.json]
 
-bfloat16, d 16, "head" LayerNorm as the traffic was traced; with "token", as ReBased has it, the rows "token
-LayerNorm" come on top. From the files of benchmarks/results: registers (blocks per multiprocessor),
-instructions (per warp and chunk, upper bounds), traffic (bytes and sectors per kernel, traced at N 4096 in 1
-and in 4 segments), and the launch plan. gpu_model.py has the arithmetic. Where speed files of such a card lie
-in benchmarks/results, measurement is set against prediction.
+bfloat16, d 16, "head" LayerNorm as the traffic was traced; the last column is for "token", as ReBased has it.
+gpu_facts.py has what is counted, gpu_model.py the arithmetic; the launch plan is the op's own. Where speed
+files of such a card lie in benchmarks/results, measurement is set against prediction.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import statistics
 import sys
 from collections.abc import Iterator
@@ -25,13 +22,13 @@ from typing import Any
 from rebased_cuda import _C
 from rebased_cuda.state import num_features
 
+from .gpu_facts import Facts, MissingFactsError, load
 from .gpu_model import GPUS, RESOURCES, Gpu, Kernel, Time, Work, predict
 from .harness import DIRECTIONS, OURS, Shape, work
 from .report import RESULTS, duration, print_table
 
-REGISTERS, INSTRUCTIONS = "kernel_registers_sm80_sm90.json", "kernel_instructions_sm80_sm90.json"
-TRAFFIC, OUTPUT = "traffic.json", "predictions.json"
-ARCHITECTURE, CHUNK, COLUMNS = 90, 64, 64  # of both cards; tokens of a chunk, value columns of a block
+OUTPUT = "predictions.json"
+CHUNK, COLUMNS = 64, 64  # tokens of a chunk, value columns of a block
 SIZES = {
     "R1": (8, 12, 4096, 64),  # batch, heads, N, dv: a language model's batch
     "R2": (1, 12, 131072, 64),  # long context
@@ -41,99 +38,6 @@ SIZES = {
 STEP = (256, 12)  # sequences, heads
 SWEEPS = ("forward", "backward")
 MAPS = ("outer", "square")
-
-
-class MissingFactsError(RuntimeError):
-    """A file of benchmarks/results lacks what this needs; the message says how to make it again."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """The three files, as they are."""
-
-    registers: list[dict[str, Any]]
-    instructions: list[dict[str, Any]]
-    traffic: dict[str, dict[str, Any]]  # by "<sweep> <map> <segments>"
-    traced_tokens: int
-    commands: dict[str, str]  # by file
-
-    def kernel(self, base_name: str, feature_map: str) -> Kernel:
-        """The instance for bfloat16, d 16, one query head per kv head."""
-        compiled = [x for x in self.registers if _is_instance(x["name"], base_name, feature_map)]
-        counted = [x for x in self.instructions if _is_instance(x["name"], base_name, feature_map)]
-        if not compiled:
-            raise MissingFactsError(f"{base_name} for {feature_map} is not in {REGISTERS}")
-        facts = compiled[0]
-        per_chunk = counted[0] if counted else {"chunk_instructions": 0, "chunk_opcodes": {}}
-        return Kernel(
-            facts["name"],
-            facts["blocks"],
-            facts["threads"] // 32,
-            per_chunk["chunk_instructions"],
-            per_chunk["chunk_opcodes"].get("HMMA", 0),
-        )
-
-    def kernels(self, sweep: str, feature_map: str, segments: int) -> dict[str, dict[str, float]]:
-        """By name in launch order, bytes and sector bytes per head and token."""
-        run = self.traffic[f"{sweep} {feature_map} {segments}"]
-        if not run.get("kernels"):
-            raise MissingFactsError(f"{TRAFFIC} has no bytes per kernel: {self.commands[TRAFFIC]}")
-        return {kernel["kernel"]: kernel for kernel in run["kernels"]}
-
-    def state_share(self, sweep: str, feature_map: str) -> dict[str, float]:
-        """Of a kernel that only a sweep in segments has: what it moves per head and token for states.
-
-        All that these kernels move, less what the other buffers are asked for more than without segments.
-        """
-        whole, split = (self.traffic[f"{sweep} {feature_map} {segments}"] for segments in (1, 4))
-        names = self.kernels(sweep, feature_map, 1)
-        extra = [
-            kernel
-            for name, kernel in self.kernels(sweep, feature_map, 4).items()
-            if name not in names and self.kernel(name, feature_map).chunk_instructions
-        ]
-        fields = {"bytes": ("read", "written"), "sector_bytes": ("sectors_read", "sectors_written")}
-        result = {}
-        for amount, parts in fields.items():
-            tokens = [
-                sum(buffer[x] for buffer in run["buffers"] for x in parts if "states" not in buffer["name"])
-                for run in (split, whole)
-            ]
-            result[amount] = (sum(kernel[amount] for kernel in extra) - tokens[0] + tokens[1]) / len(extra)
-        return result
-
-
-def _is_instance(name: str, base_name: str, feature_map: str) -> bool:
-    """Whether tensor_core::forward_kernel<bfloat16, outer, false> is what serves the shapes here."""
-    match = re.fullmatch(r"(?:.*::)?(\w+)(?:<(.*)>)?", name)
-    if match is None or match[1] != base_name:
-        return False
-    arguments = {x.strip() for x in (match[2] or "").split(",")}
-    maps = {"outer", "square", "taylor", "elu"} & arguments
-    types = {"bfloat16", "float16", "float32", "float64"} & arguments
-    numbers = {x for x in arguments if x.isdigit()}  # feature dim; of the step kernel its query heads
-    sums = base_name.startswith("sum_")  # of gradients, always float32
-    return (
-        maps <= {feature_map}
-        and types <= ({"float32"} if sums else {"bfloat16"})
-        and "true" not in arguments
-        and numbers <= {"1" if base_name == "step_kernel" else "16"}
-    )
-
-
-def load(folder: Path = RESULTS) -> Facts:
-    files = {name: json.loads((folder / name).read_text()) for name in (REGISTERS, INSTRUCTIONS, TRAFFIC)}
-
-    def of_architecture(name: str) -> list[dict[str, Any]]:
-        return [x for x in files[name]["kernels"] if x["architecture"] == ARCHITECTURE]
-
-    return Facts(
-        of_architecture(REGISTERS),
-        of_architecture(INSTRUCTIONS),
-        {run["name"]: run for run in files[TRAFFIC]["runs"]},
-        files[TRAFFIC]["tokens"],
-        {name: contents["command"] for name, contents in files.items()},
-    )
 
 
 def shape_of(size: str, feature_map: str) -> Shape:

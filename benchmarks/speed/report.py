@@ -13,7 +13,7 @@ from typing import Any
 import rebased_cuda
 from rebased_cuda import _measure
 
-from . import targets
+from . import others, targets
 from .ceilings import Ceilings
 from .harness import OURS, Row, Shape
 from .questions import nothing_slower
@@ -168,6 +168,7 @@ def summary(
         "version": rebased_cuda.__version__,
         "build": rebased_cuda.build_info(),
         "machine": _measure.machine(),
+        "peers": others.versions(),
         "device": device,
         "quick": quick,
         "seconds": round(seconds, 1),

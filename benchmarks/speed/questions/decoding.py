@@ -14,7 +14,7 @@ from rebased_cuda import RebasedState, rebased_attention, rebased_attention_step
 from ..harness import OURS, Method, Prepared, Row, Shape, relative_error
 from .run import Run
 
-SECONDS = (8.0, 6.0)
+SECONDS = (6.0, 5.0)
 HEADS, FEATURE_DIM, HEAD_DIM = 12, 16, 64
 COPY = "copy of the state"
 PYTORCH = "PyTorch step"

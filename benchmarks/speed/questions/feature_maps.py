@@ -8,7 +8,7 @@ from .. import others
 from ..harness import DIRECTIONS, OURS, Row, Shape
 from .run import Run
 
-SECONDS = (40.0, 0.0)
+SECONDS = (30.0, 0.0)
 
 
 def rows(run: Run) -> Iterator[Row]:

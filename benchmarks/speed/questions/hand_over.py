@@ -14,7 +14,7 @@ from ..harness import OURS, Method, Prepared, Row, Shape, relative_error
 from .decoding import BOUND, FEATURE_DIM, HEAD_DIM, HEADS
 from .run import Run
 
-SECONDS = (6.0, 4.0)
+SECONDS = (5.0, 4.0)
 PROMPT, STEPS = 4096, 64
 
 

@@ -11,7 +11,7 @@ from ..harness import DIRECTIONS, Row, Shape
 from ..worker import Worker
 from .run import Run
 
-SECONDS = (20.0, 10.0)
+SECONDS = (12.0, 8.0)
 
 
 def rows(run: Run) -> Iterator[Row]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ..harness import Row, Shape
 from .run import Run
 
-SECONDS = (60.0, 10.0)
+SECONDS = (55.0, 12.0)
 
 
 def rows(run: Run) -> Iterator[Row]:
