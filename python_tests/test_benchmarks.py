@@ -142,6 +142,13 @@ def test_floor(shape: Shape, direction: str, milliseconds: float) -> None:
     assert harness.floor_seconds(shape, direction, CEILINGS) * 1e3 == pytest.approx(milliseconds, rel=0.02)
 
 
+def test_floor_of_a_short_sequence_is_without_a_state() -> None:
+    short = harness.floor_seconds(Shape(1, 12, 128), DIRECTIONS[0], CEILINGS)
+    assert short == pytest.approx(12 * 128 * 128 * (16 + 64) / 190e9)
+    both = harness.floor_seconds(Shape(1, 12, 128), DIRECTIONS[1], CEILINGS)
+    assert both == pytest.approx(12 * 128 * 128 * (16 + 64 + 3 * 16 + 2 * 64) / 190e9)
+
+
 def test_floor_of_a_slow_memory_is_the_copy() -> None:
     shape = Shape(1, 12, 4096, "square")
     slow = Ceilings(CEILINGS.flops, 1e9)

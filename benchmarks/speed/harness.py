@@ -301,18 +301,18 @@ def _fill(row: Row, times: list[float]) -> None:
 def work(shape: Shape, direction: str, chunk: int) -> tuple[int, int]:
     """FLOPs and bytes of one call at least: "forward", "backward" or both.
 
-    FLOPs a token and head: C (d + dv) + 4 F dv forward, C (3 d + 2 dv) + 10 F dv backward. Bytes: inputs and
-    outputs once, one float a row, backward in one pass.
+    FLOPs a token and head: C (d + dv) + 4 F dv forward, C (3 d + 2 dv) + 10 F dv backward; where less,
+    without a state and with N for C. Bytes: inputs and outputs once, one float a row, backward in one pass.
     """
     d, dv = shape.feature_dim, shape.head_dim
     features = num_features(shape.feature_map, d)
     element = torch.tensor([], dtype=shape.torch_dtype).element_size()
     flops = traffic = 0
     if direction != "backward":
-        flops += chunk * (d + dv) + 4 * features * dv
+        flops += min(chunk * (d + dv) + 4 * features * dv, shape.seqlen * (d + dv))
         traffic += element * (2 * d + 2 * dv) + 4
     if direction != DIRECTIONS[0]:
-        flops += chunk * (3 * d + 2 * dv) + 10 * features * dv
+        flops += min(chunk * (3 * d + 2 * dv) + 10 * features * dv, shape.seqlen * (3 * d + 2 * dv))
         traffic += element * (4 * d + 4 * dv) + 4
     tokens = shape.batch * shape.heads * shape.seqlen
     return tokens * flops, tokens * traffic
