@@ -117,7 +117,7 @@ def _print_plan(names: Sequence[str], quick: bool) -> None:
     """How long each question may take at most, but for the comparison that it is in the middle of."""
     asked = {name: questions.QUESTIONS[name] for name in names}
     total = sum(question.seconds[quick] for question in asked.values())
-    print(f"{len(asked)} questions in about {total:.0f} s:")
+    print(f"{len(asked)} questions in at most about {total:.0f} s, less where peers were compiled before:")
     for name, question in asked.items():
         print(f"  {question.seconds[quick]:4.0f} s  {name}: {question.about}")
 

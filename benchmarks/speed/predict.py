@@ -67,6 +67,7 @@ def segments_of(gpu: Gpu, shape: Shape, sweep: str) -> int:
 def launches(facts: Facts, shape: Shape, sweep: str, segments: int) -> Iterator[Work]:
     """What a call launches. Traffic per head and token is the traced one, but for states: they come with
     segments, of which the traced ones had 1024 tokens. A block has 64 value columns and reads q and k itself.
+    A kernel that only a call of more than the 4 traced segments has is not in the traffic and left out.
     """
     groups = -(-shape.head_dim // COLUMNS)
     states = shape.batch * shape.heads * groups
