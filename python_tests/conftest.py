@@ -15,14 +15,18 @@ EMULATED = rebased_cuda.build_info()["cpu_backend"] == "emulated"
 # The same whatever CPU tensors run on: the native run has them.
 collect_ignore = (
     [
+        "test_attention_maps.py",
         "test_benchmarks.py",
         "test_build.py",
         "test_emulator.py",
         "test_kernel_reports.py",
+        "test_learning.py",
         "test_main.py",
+        "test_mqar.py",
         "test_ptx.py",
         "test_reference.py",
         "test_traffic.py",
+        "test_training.py",
     ]
     if EMULATED
     else []

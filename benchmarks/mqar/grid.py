@@ -1,0 +1,132 @@
+"""Many runs, shared between processes, done once each whatever happens to a process.
+
+A folder holds `results.jsonl`, a line for each finished run, and while a run lasts its checkpoint and lock.
+Every process takes the first run that is neither finished nor locked; a lock goes with its process, and the
+checkpoint stays for whoever takes the run next. So the same command given twice shares the work, and given
+again after a kill goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.training import append_json_line, claim, read_json_lines
+
+from .cell import CHECKPOINT_SECONDS, Cell, Progress, result, train
+
+try:
+    from tqdm import tqdm
+except ImportError:  # the extra `bench`
+    tqdm = None
+
+RESULTS = "results.jsonl"
+
+
+def finished(folder: Path, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    """The lines of those of the cells that are done, by name."""
+    wanted = {cell.name for cell in cells}
+    return {line["cell"]: line for line in read_json_lines(folder / RESULTS) if line["cell"] in wanted}
+
+
+def run(
+    folder: Path,
+    cells: Sequence[Cell],
+    device: torch.device,
+    workers: Sequence[str] = (),
+    jobs: int = 1,
+    every: float = CHECKPOINT_SECONDS,
+) -> list[dict[str, Any]]:
+    """Runs what is not finished and returns all lines, in the cells' order.
+
+    Args:
+        workers: the command of a further process that calls `work` on the same cells; jobs - 1 are started.
+    """
+    helpers = [subprocess.Popen(workers) for _ in range(jobs - 1)] if len(cells) > 1 else []
+    bar = _Bar(folder, cells)
+    try:
+        while len(finished(folder, cells)) < len(cells):
+            if not work(folder, cells, device, every, bar):
+                time.sleep(0.5)  # the rest is in other hands
+                bar.show(None)
+    finally:
+        bar.close()
+        for helper in helpers:
+            helper.terminate()
+            helper.wait()
+    lines = finished(folder, cells)
+    return [lines[cell.name] for cell in cells]
+
+
+def work(
+    folder: Path,
+    cells: Sequence[Cell],
+    device: torch.device,
+    every: float = CHECKPOINT_SECONDS,
+    bar: _Bar | None = None,
+    parent: int | None = None,
+) -> int:
+    """Takes runs until none is free; how many were done. With `parent`, ends when that process has."""
+
+    def tell(progress: Progress) -> None:
+        if parent is not None and os.getppid() != parent:
+            sys.exit("the process that started this one is gone")
+        if bar is not None:
+            bar.show(progress)
+
+    done = 0
+    before = finished(folder, cells)
+    for cell in cells:
+        if cell.name in before:
+            continue
+        lock, checkpoint = folder / f"{cell.name}.lock", folder / f"{cell.name}.pt"
+        with claim(lock) as mine:
+            if not mine or cell.name in finished(folder, [cell]):
+                continue
+            if bar is not None:
+                bar.name = cell.name
+            model, progress = train(cell, device, checkpoint, every, tell)
+            append_json_line(folder / RESULTS, result(cell, model, progress, device))
+            checkpoint.unlink(missing_ok=True)
+            lock.unlink()
+        done += 1
+    return done
+
+
+class _Bar:
+    """Finished runs of all, and the present run's step: a bar on a terminal, else a line per finished run."""
+
+    def __init__(self, folder: Path, cells: Sequence[Cell]) -> None:
+        self.folder, self.cells, self.name = folder, cells, ""
+        self.shown, self.size, self.count = 0.0, -1, -1
+        self.bar = None if tqdm is None else tqdm(total=len(cells), unit="run", disable=None)
+
+    def show(self, progress: Progress | None) -> None:
+        if time.monotonic() - self.shown < 0.5:
+            return
+        self.shown = time.monotonic()
+        path = self.folder / RESULTS
+        size = path.stat().st_size if path.exists() else 0
+        count = self.count if size == self.size else len(finished(self.folder, self.cells))
+        self.size = size
+        if self.bar is not None and not self.bar.disable:
+            self.bar.n = count
+            if progress is not None:
+                told = f"step {progress.step}, loss {progress.loss:.3f}, accuracy {progress.accuracy:.3f}"
+                self.bar.set_postfix_str(f"{self.name}: {told}", refresh=False)
+            self.bar.refresh()
+        elif count != self.count:
+            print(f"{count} of {len(self.cells)} runs", file=sys.stderr, flush=True)
+        self.count = count
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.n = len(finished(self.folder, self.cells))
+            self.bar.close()

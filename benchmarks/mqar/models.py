@@ -1,0 +1,169 @@
+"""The models of the recall task: embedding, two blocks, tied output. Sizes are those of the paper's Table 4.
+
+    x = token + position;   twice: x = x + mixer(LN(x)), x = x + LN(x);   logits = LN(x) embedding^T
+
+The second residual is what is left of a block without an MLP. In the hybrid the first mixer is a gated short
+convolution of 3 tokens and the second the one under test; RWKV and Mamba stand in both blocks, and a Mamba
+block is x + mixer(RMSNorm(x)) alone. All this is the authors' arrangement.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rebased_cuda import GatedShortConvolution, ReBasedAttention
+
+from .data import IGNORED
+from .mixers import RWKV, Hyena, PreviousToken, SoftmaxAttention, mamba_block
+
+HEADS, FEATURE_DIM = 12, 16  # of the linear mixers
+INITIAL_STD = 0.02
+
+# The rows of the paper's Table 1: what happens to q and k before the feature map.
+NO_NORM: dict[str, Any] = {"layer_norm": None, "use_gamma": False, "use_beta": False}
+ABLATION: dict[str, dict[str, Any]] = {
+    "x2": NO_NORM,
+    "norm": {"layer_norm": "token", "use_gamma": False, "use_beta": False},
+    "gamma": {"layer_norm": None, "use_gamma": True, "use_beta": False},
+    "gamma-beta": {"layer_norm": None, "use_gamma": True, "use_beta": True},
+    "rebased": {"layer_norm": "token", "use_gamma": True, "use_beta": True},
+}
+SQUARE = "-square"  # ending of a name: elementwise squares instead of all products of two
+LINEAR: dict[str, dict[str, Any]] = {
+    "based": NO_NORM | {"feature_map": "taylor"},
+    "linear": NO_NORM | {"feature_map": "elu"},
+    **{name: options | {"feature_map": "outer"} for name, options in ABLATION.items()},
+    **{name + SQUARE: options | {"feature_map": "square"} for name, options in ABLATION.items()},
+}
+MIXERS = (*LINEAR, "softmax", "hyena", "rwkv", "mamba")
+FIRST_LAYERS = ("convolution", "shift")
+
+
+class Block(nn.Module):
+    """x -> x + mixer(LN(x)) -> that + LN(that)."""
+
+    def __init__(self, width: int, mixer: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.mixer = mixer
+        self.second_norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mixer(self.norm(x))
+        return x + self.second_norm(x)
+
+
+class RecallModel(nn.Module):
+    """Tokens (B, N) -> what the output embedding is applied to, (B, N, width).
+
+    Args:
+        mixer: a name in MIXERS.
+        width: of the residual stream; the linear mixers' 12 heads have a head dim of width // 12.
+        vocabulary, positions: sizes of the two learned embeddings; positions bounds N.
+        first: "convolution" (the hybrid) or "shift" (fixed weights: the token before); RWKV and Mamba, which
+            stand in both blocks, have no first layer to choose.
+        tied: True is the authors' model: the output is the token embedding's transpose, and all weights start
+            at a standard deviation of 0.02. False gives the output a matrix of its own and starts from
+            torch's defaults: small models then learn in hundreds of steps what takes the other thousands.
+
+    Raises:
+        ValueError: an unknown mixer or first layer.
+    """
+
+    def __init__(
+        self,
+        mixer: str,
+        width: int,
+        vocabulary: int,
+        positions: int,
+        first: str = "convolution",
+        tied: bool = True,
+    ) -> None:
+        super().__init__()
+        if mixer not in MIXERS:
+            raise ValueError(f"mixer: expected one of {', '.join(MIXERS)}, got {mixer!r}")
+        if first not in FIRST_LAYERS:
+            raise ValueError(f"first: expected one of {', '.join(FIRST_LAYERS)}, got {first!r}")
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(positions, width)
+        nn.init.normal_(self.positions.weight, std=INITIAL_STD)
+        self.blocks = nn.ModuleList(_block(mixer, width, positions, first, layer) for layer in range(2))
+        self.norm = nn.LayerNorm(width)
+        self.output = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.output.weight = self.tokens.weight
+            for part in (self.tokens, *self.blocks):
+                _initialise(part)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+
+    def asked(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (queries, vocabulary) and targets (queries,), of the positions that have a target."""
+        asked = targets != IGNORED
+        return self.output(self(inputs)[asked]), targets[asked]
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy in nats per query."""
+        return F.cross_entropy(*self.asked(inputs, targets))
+
+    @torch.no_grad()
+    def correct(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Whether each query is answered rightly: (queries,)."""
+        logits, targets = self.asked(inputs, targets)
+        return logits.argmax(-1) == targets
+
+    def norm_parameters(self) -> dict[str, list[float]]:
+        """Mean and standard deviation of gamma and beta of the second mixer's q and k, those that it has."""
+        mixer = self.blocks[1].mixer if isinstance(self.blocks[1], Block) else None
+        if not isinstance(mixer, ReBasedAttention):
+            return {}
+        held = {
+            "gamma_q": mixer.ln_q.weight,
+            "beta_q": mixer.ln_q.bias,
+            "gamma_k": mixer.ln_k.weight,
+            "beta_k": mixer.ln_k.bias,
+        }
+        return {
+            name: [float(x.detach().mean()), float(x.detach().std())]
+            for name, x in held.items()
+            if x is not None
+        }
+
+
+def _block(mixer: str, width: int, positions: int, first: str, layer: int) -> nn.Module:
+    if mixer == "mamba":
+        return mamba_block(width, layer, 2)
+    if mixer == "rwkv":
+        made: nn.Module = RWKV(width, layer, 2)
+    elif layer == 0:
+        made = GatedShortConvolution(width, 3) if first == "convolution" else PreviousToken()
+    elif mixer == "softmax":
+        made = SoftmaxAttention(width)
+    elif mixer == "hyena":
+        made = Hyena(width, positions)
+    else:
+        made = ReBasedAttention(width, HEADS, FEATURE_DIM, **LINEAR[mixer])
+    return Block(width, made)
+
+
+def _initialise(module: nn.Module) -> None:
+    """The authors' start, except where a mixer knows how it wants to start."""
+    if isinstance(module, (Hyena, RWKV)) or type(module).__name__ == "MambaBlock":
+        return
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=INITIAL_STD)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    for child in module.children():
+        _initialise(child)

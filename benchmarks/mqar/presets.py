@@ -1,0 +1,112 @@
+"""The paper's experiments as lists of runs, at full size (a GPU) and small (2 CPU cores, minutes).
+
+Small is another task, not the paper's with fewer steps: a vocabulary of 64, 32 or 64 tokens, 8 or 16 pairs,
+new examples in every batch, an output matrix of its own and torch's initial weights (`tied` False), since the
+authors' start learns nothing in the steps that a CPU has time for. Accuracies compare with each other, not
+with the paper's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+from .cell import Cell
+from .models import ABLATION, SQUARE
+
+LEARNING_RATES = (5e-4, 1e-3, 3e-3, 1e-2)
+SEEDS = range(5)
+PAIRS = {128: 16, 256: 64, 512: 128, 1024: 256, 2048: 512}  # Table 5
+FIGURE1 = ("rebased", "based", "softmax", "hyena", "rwkv", "mamba")
+TABLE1 = ("based", *ABLATION, *(name + SQUARE for name in ABLATION))
+
+SMALL: dict[str, Any] = {
+    "vocabulary": 64,
+    "learning_rate": 3e-3,
+    "batch": 64,
+    "examples": None,
+    "test_examples": 512,
+    "evaluate_every": 100,
+    "tied": False,
+}
+
+
+def product(settings: dict[str, Any], **varied: Iterable[Any]) -> list[Cell]:
+    """A run for every combination; the seed varies slowest, so that a half-finished grid has all its rows."""
+    names = sorted(varied, key=lambda name: name != "seed")
+    values = itertools.product(*(list(varied[name]) for name in names))
+    return [Cell(**settings | dict(zip(names, chosen, strict=True))) for chosen in values]
+
+
+def full_batch(seqlen: int) -> dict[str, Any]:
+    """512 examples a step, as many at once as the authors' scripts put on a GPU."""
+    return {"batch": 512, "micro_batch": None if seqlen < 512 else 256 * 512 // seqlen}
+
+
+def figure1(small: bool) -> list[Cell]:
+    """Accuracy against width, for lengths with a quarter as many pairs (an eighth at 128)."""
+    if small:
+        mixers = (*FIGURE1[:3], "linear", *FIGURE1[3:])
+        lengths = [
+            product(
+                SMALL | {"seqlen": n, "pairs": n // 4, "batch": 2048 // n, "steps": 600},
+                mixer=mixers,
+                width=(24, 48),
+            )
+            for n in (32, 64)
+        ]
+    else:
+        lengths = [
+            product(
+                {"seqlen": n, "pairs": pairs} | full_batch(n),
+                mixer=(*FIGURE1, "linear"),
+                width=(64, 128, 256, 512),
+                learning_rate=LEARNING_RATES,
+                seed=SEEDS,
+            )
+            for n, pairs in PAIRS.items()
+        ]
+    return [cell for cells in lengths for cell in cells]
+
+
+def table1(small: bool) -> list[Cell]:
+    """The ablation, and Figure 3: what happens to q and k before the feature map, which squares are taken."""
+    if small:
+        return product(
+            SMALL | {"seqlen": 32, "pairs": 8, "width": 48, "steps": 700}, mixer=TABLE1, seed=SEEDS
+        )
+    lengths = [
+        product(
+            {"seqlen": n, "pairs": 32} | full_batch(n),
+            mixer=TABLE1,
+            width=(16, 24, 32, 48),
+            learning_rate=LEARNING_RATES,
+            seed=SEEDS,
+        )
+        for n in (256, 2048)
+    ]
+    return [cell for cells in lengths for cell in cells]
+
+
+def figure4(small: bool) -> list[Cell]:
+    """Every learning rate of the grid, for the expected best of k tries."""
+    mixers = ("rebased", "based", "x2", "gamma-beta")
+    if small:
+        return product(
+            SMALL | {"seqlen": 32, "pairs": 8, "steps": 400},
+            mixer=mixers[:3],
+            width=(24, 48),
+            learning_rate=LEARNING_RATES,
+            seed=range(2),
+        )
+    return product(
+        {"seqlen": 2048, "pairs": 32} | full_batch(2048),
+        mixer=mixers,
+        width=(16, 24, 32, 48),
+        learning_rate=LEARNING_RATES,
+        seed=SEEDS,
+    )
+
+
+PRESETS = {"figure1": figure1, "table1": table1, "figure4": figure4}

@@ -1,0 +1,193 @@
+"""Tables in Markdown, beside the paper's numbers, and the pictures' data, from finished runs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .models import ABLATION, SQUARE
+
+Line = Mapping[str, Any]
+
+TITLES = {
+    "rebased": "ReBased, (gamma norm(x) + beta)²",
+    "based": "Based",
+    "linear": "Linear Transformer",
+    "softmax": "Attention",
+    "hyena": "Hyena",
+    "rwkv": "RWKV",
+    "mamba": "Mamba",
+    "x2": "x²",
+    "norm": "norm(x)²",
+    "gamma": "(gamma x)²",
+    "gamma-beta": "(gamma x + beta)²",
+}
+# Table 1: accuracy and its deviation over 5 seeds, for lengths 256 and 2048 and widths 16, 24, 32, 48.
+PAPER_LENGTHS, PAPER_WIDTHS = (256, 2048), (16, 24, 32, 48)
+PAPER_TABLE1: dict[str, tuple[tuple[tuple[float, float], ...], ...]] = {
+    "based": (
+        ((0.06, 0.02), (0.45, 0.15), (0.82, 0.06), (0.99, 0.00)),
+        ((0.02, 0.02), (0.40, 0.18), (0.66, 0.08), (0.99, 0.01)),
+    ),
+    "x2": (
+        ((0.05, 0.05), (0.47, 0.08), (0.64, 0.42), (0.99, 0.00)),
+        ((0.03, 0.03), (0.33, 0.21), (0.46, 0.42), (0.93, 0.09)),
+    ),
+    "norm": (
+        ((0.09, 0.04), (0.39, 0.24), (0.84, 0.09), (0.97, 0.02)),
+        ((0.05, 0.05), (0.56, 0.10), (0.72, 0.17), (0.99, 0.00)),
+    ),
+    "gamma": (
+        ((0.02, 0.02), (0.35, 0.22), (0.71, 0.09), (0.98, 0.03)),
+        ((0.02, 0.03), (0.26, 0.45), (0.65, 0.37), (0.99, 0.01)),
+    ),
+    "gamma-beta": (
+        ((0.06, 0.01), (0.51, 0.08), (0.89, 0.03), (0.99, 0.00)),
+        ((0.06, 0.03), (0.50, 0.08), (0.85, 0.04), (0.99, 0.01)),
+    ),
+    "rebased": (
+        ((0.09, 0.05), (0.59, 0.06), (0.86, 0.08), (0.99, 0.00)),
+        ((0.04, 0.03), (0.58, 0.01), (0.83, 0.04), (0.99, 0.00)),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracies of a model's seeds at the learning rate that is best on average."""
+
+    accuracies: tuple[float, ...]
+    learning_rate: float
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def deviation(self) -> float:
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else math.nan
+
+    def __str__(self) -> str:
+        if len(self.accuracies) == 1:
+            return f"{self.mean:.2f}"
+        return f"{self.mean:.2f} ± {self.deviation:.2f}"
+
+
+Key = tuple[str, int, int]  # mixer, length, width
+
+
+def by_rate(lines: Iterable[Line]) -> dict[Key, dict[float, list[float]]]:
+    """Accuracies of the seeds, of each model at each learning rate."""
+    found: dict[Key, dict[float, list[float]]] = {}
+    for line in lines:
+        key = (line["mixer"], line["seqlen"], line["width"])
+        found.setdefault(key, {}).setdefault(line["learning_rate"], []).append(line["accuracy"])
+    return found
+
+
+def scores(lines: Iterable[Line]) -> dict[Key, Score]:
+    def best(rates: dict[float, list[float]]) -> Score:
+        rate = max(rates, key=lambda rate: statistics.fmean(rates[rate]))
+        return Score(tuple(rates[rate]), rate)
+
+    return {key: best(rates) for key, rates in by_rate(lines).items()}
+
+
+def expected_best(accuracies: Sequence[float], tries: int) -> float:
+    """Expected maximum of `tries` draws, with replacement, from the accuracies found (Dodge et al. 2019).
+
+    The share of draws whose maximum is at most the i-th smallest of n values is (i / n)^tries.
+    """
+    ordered, n = sorted(accuracies), len(accuracies)
+    return sum(x * (((i + 1) / n) ** tries - (i / n) ** tries) for i, x in enumerate(ordered))
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(columns) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, rule, *rows))
+
+
+def table1(lines: Sequence[Line]) -> str:
+    """The paper's rows and ours, for both kinds of square (Based has its own map)."""
+    ours = scores(lines)
+    sizes = sorted({key[1:] for key in ours})
+    columns = ["q and k", *(f"paper, N = {n}, mean" for n in PAPER_LENGTHS)]
+    for n, width in sizes:
+        if n in PAPER_LENGTHS and width in PAPER_WIDTHS:
+            columns.append(f"paper, N = {n}, width {width}")
+        columns += [f"`outer`, N = {n}, width {width}", f"`square`, N = {n}, width {width}"]
+    rows = []
+    for mixer in ("based", *ABLATION):
+        paper = PAPER_TABLE1[mixer]
+        cells = [TITLES[mixer], *(f"{statistics.fmean(x for x, _ in row):.2f}" for row in paper)]
+        for n, width in sizes:
+            if n in PAPER_LENGTHS and width in PAPER_WIDTHS:
+                mean, deviation = paper[PAPER_LENGTHS.index(n)][PAPER_WIDTHS.index(width)]
+                cells.append(f"{mean:.2f} ± {deviation:.2f}")
+            for name in (mixer, mixer + SQUARE):
+                cells.append(str(ours.get((name, n, width), "")))
+        rows.append(cells)
+    return markdown(columns, rows)
+
+
+def figure1(lines: Sequence[Line]) -> str:
+    ours = scores(lines)
+    sizes = sorted({key[1:] for key in ours})
+    mixers = list(dict.fromkeys(key[0] for key in ours))
+    columns = ["mixer", *(f"N = {n}, width {width}" for n, width in sizes)]
+    return markdown(
+        columns,
+        ([TITLES[mixer], *(str(ours.get((mixer, n, width), "")) for n, width in sizes)] for mixer in mixers),
+    )
+
+
+def figure4(lines: Sequence[Line]) -> str:
+    """Expected best accuracy of 1, 2, ... learning rates, each the mean of its seeds."""
+    curves = expectation(lines)
+    tries = max((len(curve) for curve in curves.values()), default=0)
+    columns = ["mixer", "N", "width", *(f"{k} {'try' if k == 1 else 'tries'}" for k in range(1, tries + 1))]
+    return markdown(
+        columns,
+        (
+            [TITLES[mixer], str(n), str(width), *(f"{x:.2f}" for x in curve)]
+            for (mixer, n, width), curve in curves.items()
+        ),
+    )
+
+
+def expectation(lines: Iterable[Line]) -> dict[Key, list[float]]:
+    curves = {}
+    for key, rates in by_rate(lines).items():
+        means = [statistics.fmean(accuracies) for accuracies in rates.values()]
+        curves[key] = [expected_best(means, k) for k in range(1, len(means) + 1)]
+    return curves
+
+
+def runs(lines: Sequence[Line]) -> str:
+    """Each run on its own line."""
+    names = ("mixer", "seqlen", "width", "learning_rate", "seed", "accuracy", "steps_done", "seconds")
+    return markdown(names, ([str(line[name]) for name in names] for line in lines))
+
+
+TABLES = {"table1": table1, "figure1": figure1, "figure4": figure4}
+
+
+def show(command: str, lines: Sequence[Line], folder: Path) -> None:
+    """Prints the table, leaves it in the folder, and draws the pictures where matplotlib is installed."""
+    table = TABLES.get(command, runs)(lines)
+    print(table)
+    path = folder / f"{command}.md"
+    path.write_text(table + "\n")
+    made = [path]
+    try:
+        from . import plots
+    except ImportError:
+        print("no pictures: matplotlib is not installed (pip install '.[bench]')")
+    else:
+        made += plots.draw(command, lines, folder)
+    seconds = sum(line["seconds"] for line in lines)
+    print(f"\n{len(lines)} runs, {seconds / 60:.1f} minutes of training; {', '.join(map(str, made))}")
