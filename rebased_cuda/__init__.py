@@ -2,7 +2,8 @@
 
 `rebased_attention` is the op, `rebased_attention_step` its one-token decode step, `RebasedState` what a
 sequence leaves behind; `ReBasedAttention` and `GatedShortConvolution` are layers; `rebased_cuda.reference` is
-the same maths in plain torch, the judge of every backend. `build_info()` says what this build contains.
+the same maths in plain torch, the judge of every backend, and `attention_matrix` its matrix of who attends to
+whom. `build_info()` says what this build contains.
 """
 
 import torch  # before _C: loads the libtorch_cpu that _C's symbols are found in
@@ -10,6 +11,7 @@ import torch  # before _C: loads the libtorch_cpu that _C's symbols are found in
 from ._load import build_info
 from .attention import rebased_attention, rebased_attention_step
 from .layers import GatedShortConvolution, ReBasedAttention
+from .reference import attention_matrix
 from .state import RebasedState
 
 __version__ = "0.1.0"
@@ -17,6 +19,7 @@ __all__ = [
     "GatedShortConvolution",
     "ReBasedAttention",
     "RebasedState",
+    "attention_matrix",
     "build_info",
     "rebased_attention",
     "rebased_attention_step",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import MAX_FEATURE_DIM, MAX_HEAD_DIM, rebased_attention, rebased_attention_step
+from .reference import attention_matrix
 from .state import RebasedState, num_features
 
 
@@ -149,6 +150,15 @@ class ReBasedAttention(nn.Module):
         y = rebased_attention_step(*self._heads(x_t), state, **self._options())
         output: Tensor = self.proj_o(y.flatten(1))
         return output
+
+    def attention_matrix(self, x: Tensor) -> Tensor:
+        """Where each token of x (B, N, hidden_size) attends: (B, num_heads, N, N), in O(N^2).
+
+        See `rebased_cuda.attention_matrix`; times v it is what proj_o is applied to.
+        """
+        _check_shape("x", x, ("B", "N", self.hidden_size))
+        q, k, _ = self._sequences(x)
+        return attention_matrix(q, k, **self._options())
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (..., num_heads, feature_dim), k, v (..., num_kv_heads, ...) of x (..., hidden_size)."""

@@ -140,7 +140,25 @@ def attention_matrix(
     layer_norm_eps: float = 1e-5,
     normalize: bool = True,
 ) -> Tensor:
-    """A (B, Hq, N, N) of y = A v: sim(i, j) for j <= i, over its row's sum + eps if `normalize`."""
+    """The matrix A of `rebased_attention`: y = A v, for looking at where a model attends.
+
+    A(i, j) = sim(i, j) / (sum_{j<=i} sim(i, j) + eps) for j <= i, and 0 above the diagonal. This is the
+    quadratic form: it takes O(N^2) time and memory, in plain torch on any device, with gradients.
+
+    Args:
+        q: (B, Hq, N, d), in a dtype of `rebased_attention`.
+        k: (B, Hkv, N, d); query head h reads kv head h // (Hq / Hkv).
+        gamma_q, beta_q, gamma_k, beta_k, feature_map, layer_norm, scale, eps, layer_norm_eps: as in
+            `rebased_attention`, with its defaults.
+        normalize: False leaves out the division, as there: A(i, j) = sim(i, j).
+
+    Returns:
+        A (B, Hq, N, N), float32, or float64 for float64 inputs. With `normalize` a row sums to 1, short of
+        eps.
+
+    Raises:
+        ValueError: feature_map or layer_norm is not one of those there are.
+    """
     q = normalise(*_widen(q, gamma_q, beta_q), layer_norm, layer_norm_eps)
     k = normalise(*_widen(k, gamma_k, beta_k), layer_norm, layer_norm_eps)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)

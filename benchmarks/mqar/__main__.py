@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-import torch
 
 import benchmarks.mqar
 from benchmarks.training import choose_device
 
-from . import grid, presets, report
-from .cell import CHECKPOINT_SECONDS, Cell
+from . import presets, report
+from .cell import Cell
+from .command import RUNS, add_options, execute
 from .models import FIRST_LAYERS, MIXERS
 
-RUNS = Path("benchmarks/runs")
 VARIED = ("mixer", "width", "learning_rate", "seed")
-PARENT = "REBASED_BENCHMARK_PARENT"  # the process that a further worker belongs to
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -36,12 +31,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             "--small", action="store_true", help="minutes on 2 CPU cores; without it, days on a GPU"
         )
     for command in commands.choices.values():
-        command.add_argument("--output", type=Path, help=f"folder; default {RUNS}/ and the command's name")
-        command.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
-        command.add_argument("--jobs", type=int, help="processes; default: one per core on a CPU, 1 on a GPU")
-        command.add_argument(
-            "--checkpoint-every", type=float, default=CHECKPOINT_SECONDS, help="seconds; default %(default)s"
-        )
+        add_options(command)
     return parser.parse_args(argv)
 
 
@@ -79,34 +69,22 @@ def _cells(arguments: argparse.Namespace) -> list[Cell]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["table3"]:
+        from benchmarks.attention_maps import __main__ as attention_maps
+
+        return attention_maps.main(argv[1:])
     arguments = _arguments(argv)
     small = getattr(arguments, "small", False)
     folder = arguments.output or RUNS / (arguments.command + "-small" * small)
-    device = choose_device(arguments.device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = arguments.jobs or (1 if device.type == "cuda" else cores)
-    if arguments.command == "table3":
-        from benchmarks.attention_maps import __main__ as attention_maps
-
-        return attention_maps.main([*["--small"] * small, "--output", str(folder), "--device", device.type])
     if arguments.command == "steps":
         from . import steps
 
-        steps.report(folder, device, small)
+        steps.report(folder, choose_device(arguments.device), small)
         return 0
-    cells = _cells(arguments)
-    jobs = min(jobs, len(cells))
-    torch.set_num_threads(max(cores // jobs, 1))
-    if PARENT in os.environ:
-        grid.work(folder, cells, device, arguments.checkpoint_every, parent=int(os.environ[PARENT]))
-        return 0
-    os.environ[PARENT] = str(os.getpid())  # for the workers
-    try:
-        command = [sys.executable, "-m", "benchmarks.mqar", *(sys.argv[1:] if argv is None else argv)]
-        lines = grid.run(folder, cells, device, command, jobs, arguments.checkpoint_every)
-    finally:
-        del os.environ[PARENT]
-    report.show(arguments.command, lines, folder)
+    lines = execute("benchmarks.mqar", argv, arguments, folder, _cells(arguments))
+    if lines is not None:
+        report.show(arguments.command, lines, folder)
     return 0
 
 

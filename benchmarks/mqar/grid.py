@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from benchmarks.training import append_json_line, claim, read_json_lines
 
 from .cell import CHECKPOINT_SECONDS, Cell, Progress, result, train
+from .models import RecallModel
 
 try:
     from tqdm import tqdm
@@ -28,6 +29,11 @@ except ImportError:  # the extra `bench`
     tqdm = None
 
 RESULTS = "results.jsonl"
+Judge = Callable[[Cell, RecallModel, torch.device], dict[str, Any]]
+
+
+def no_judge(cell: Cell, model: RecallModel, device: torch.device) -> dict[str, Any]:
+    return {}
 
 
 def finished(folder: Path, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
@@ -40,20 +46,23 @@ def run(
     folder: Path,
     cells: Sequence[Cell],
     device: torch.device,
+    every: float = CHECKPOINT_SECONDS,
+    judge: Judge = no_judge,
     workers: Sequence[str] = (),
     jobs: int = 1,
-    every: float = CHECKPOINT_SECONDS,
 ) -> list[dict[str, Any]]:
     """Runs what is not finished and returns all lines, in the cells' order.
 
     Args:
+        every: seconds between checkpoints.
+        judge: what to find out about a trained model, added to its line.
         workers: the command of a further process that calls `work` on the same cells; jobs - 1 are started.
     """
     helpers = [subprocess.Popen(workers) for _ in range(jobs - 1)] if len(cells) > 1 else []
     bar = _Bar(folder, cells)
     try:
         while len(finished(folder, cells)) < len(cells):
-            if not work(folder, cells, device, every, bar):
+            if not work(folder, cells, device, every, judge, bar):
                 time.sleep(0.5)  # the rest is in other hands
                 bar.show(None)
     finally:
@@ -70,6 +79,7 @@ def work(
     cells: Sequence[Cell],
     device: torch.device,
     every: float = CHECKPOINT_SECONDS,
+    judge: Judge = no_judge,
     bar: _Bar | None = None,
     parent: int | None = None,
 ) -> int:
@@ -93,7 +103,8 @@ def work(
             if bar is not None:
                 bar.name = cell.name
             model, progress = train(cell, device, checkpoint, every, tell)
-            append_json_line(folder / RESULTS, result(cell, model, progress, device))
+            line = result(cell, model, progress, device)
+            append_json_line(folder / RESULTS, line | judge(cell, model, device))
             checkpoint.unlink(missing_ok=True)
             lock.unlink()
         done += 1

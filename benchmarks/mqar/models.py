@@ -123,6 +123,18 @@ class RecallModel(nn.Module):
         logits, targets = self.asked(inputs, targets)
         return logits.argmax(-1) == targets
 
+    @torch.no_grad()
+    def attention(self, tokens: Tensor) -> Tensor:
+        """The second mixer's attention (B, heads, N, N) to every token, by every token; rows sum to 1.
+
+        Raises:
+            ValueError: the mixer has no such matrix.
+        """
+        mixer = self.blocks[1].mixer
+        if not isinstance(mixer, (ReBasedAttention, SoftmaxAttention)):
+            raise ValueError(f"{type(mixer).__name__} has no attention matrix")
+        return mixer.attention_matrix(self.blocks[1].norm(self.blocks[0](self.embed(tokens))))
+
     def norm_parameters(self) -> dict[str, list[float]]:
         """Mean and standard deviation of gamma and beta of the second mixer's q and k, those that it has."""
         mixer = self.blocks[1].mixer if isinstance(self.blocks[1], Block) else None

@@ -1,0 +1,57 @@
+"""What the commands that work through a list of runs share: their options, and the processes they start."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.training import choose_device
+
+from . import grid
+from .cell import CHECKPOINT_SECONDS, Cell
+
+RUNS = Path("benchmarks/runs")
+PARENT = "REBASED_BENCHMARK_PARENT"  # the process that a further worker belongs to
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, help=f"folder; default {RUNS}/ and the command's name")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
+    parser.add_argument("--jobs", type=int, help="processes; default: one per core on a CPU, 1 on a GPU")
+    parser.add_argument(
+        "--checkpoint-every", type=float, default=CHECKPOINT_SECONDS, help="seconds; default %(default)s"
+    )
+
+
+def execute(
+    module: str,
+    argv: Sequence[str],
+    arguments: argparse.Namespace,
+    folder: Path,
+    cells: Sequence[Cell],
+    judge: grid.Judge = grid.no_judge,
+) -> list[dict[str, Any]] | None:
+    """All lines of the cells; None in a process that only helped.
+
+    Args:
+        module, argv: the command line that got here, for further processes.
+    """
+    device = choose_device(arguments.device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = min(arguments.jobs or (1 if device.type == "cuda" else cores), len(cells))
+    torch.set_num_threads(max(cores // jobs, 1))
+    every = arguments.checkpoint_every
+    if PARENT in os.environ:
+        grid.work(folder, cells, device, every, judge, parent=int(os.environ[PARENT]))
+        return None
+    os.environ[PARENT] = str(os.getpid())
+    try:
+        return grid.run(folder, cells, device, every, judge, [sys.executable, "-m", module, *argv], jobs)
+    finally:
+        del os.environ[PARENT]
