@@ -1,0 +1,250 @@
+"""`python -m benchmarks.language_model`: see the package's docstring."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import benchmarks.language_model
+from benchmarks.speed.report import commit, duration, print_table
+from benchmarks.training import append_json_line, choose_device, claim
+from rebased_cuda import _measure
+
+from . import compare, generate, parallel, speed, text
+from .model import MIXERS, ModelConfiguration
+from .train import PRECISIONS, Trainer, TrainingConfiguration, run
+
+OUTPUT = Path("output") / "language_model"
+# Table 6 of the paper, and what a laptop trains in about two minutes. Attention has two thirds of the layers,
+# as in the paper (12 and 18).
+FULL = {"vocabulary": 50304, "width": 768, "layers": 18, "heads": 12, "context": 4096}
+SMALL = {"vocabulary": 2048, "width": 128, "layers": 4, "heads": 4, "context": 512}
+SMALL_TRAINING = {"steps": 1600, "batch": 2, "learning_rate": 6e-3, "warmup": 100, "checkpoint_every": 200}
+VALIDATION_ROWS = {"full": 256, "small": 64}
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.language_model",
+        description=benchmarks.language_model.__doc__,
+        formatter_class=formatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--text", type=Path, help="folder of text or code; default: the standard library")
+    common.add_argument("--output", type=Path, default=OUTPUT, help="checkpoints, tokens, results")
+    common.add_argument("--device", help="cpu or cuda; default: a GPU if this build has kernels for it")
+    common.add_argument("--small", action="store_true", help="a size for two CPU cores and two minutes")
+    common.add_argument("--vocabulary", type=int)
+    common.add_argument("--width", type=int)
+    common.add_argument("--layers", type=int, help="of ReBased and Based; attention has two thirds of them")
+    common.add_argument("--heads", type=int)
+    for field in fields(TrainingConfiguration):
+        name = "--" + field.name.replace("_", "-")
+        if field.name == "precision":
+            common.add_argument(name, choices=list(PRECISIONS))
+        elif field.type == "bool":
+            common.add_argument(name, action="store_true", default=None)
+        else:
+            common.add_argument(name, type={"int": int, "float": float}[str(field.type)])
+
+    train = commands.add_parser("train", parents=[common], help="one run; killed, the same line resumes it")
+    train.add_argument("--mixer", choices=MIXERS, default="rebased")
+    train.add_argument("--name", help="folder of the run below --output; default: mixer and seed")
+    train.add_argument("--parallel", choices=list(parallel.STRATEGIES), default="none", help="with torchrun")
+
+    several = commands.add_parser("compare", parents=[common], help="every mixer with several seeds")
+    several.add_argument("--seeds", type=int, default=3)
+    several.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
+    several.add_argument("--json", type=Path, help="also writes the table's figures there")
+
+    timing = commands.add_parser("speed", parents=[common], help="seconds a training step, native and plain")
+    timing.add_argument("--rounds", type=int, default=5)
+    timing.add_argument("--json", type=Path)
+
+    decode = commands.add_parser("generate", help="decodes with the recurrent step")
+    decode.add_argument("checkpoint", type=Path)
+    decode.add_argument("--prompt", default="def ")
+    decode.add_argument("--tokens", type=int, default=256)
+    decode.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    decode.add_argument("--check", type=int, default=0, metavar="N", help="recomputes the first N tokens")
+    decode.add_argument("--device")
+    return parser.parse_args(argv)
+
+
+def _model(arguments: argparse.Namespace, mixer: str) -> ModelConfiguration:
+    preset = SMALL if arguments.small else FULL
+    sizes = {
+        name: default if getattr(arguments, name) is None else getattr(arguments, name)
+        for name, default in preset.items()
+    }
+    if mixer == "attention":
+        sizes["layers"] = max(sizes["layers"] * 2 // 3, 1)
+    return ModelConfiguration(mixer, **sizes)
+
+
+def _training(arguments: argparse.Namespace, context: int) -> TrainingConfiguration:
+    preset: dict[str, Any] = dict(SMALL_TRAINING) if arguments.small else {}
+    given = {field.name: getattr(arguments, field.name) for field in fields(TrainingConfiguration)}
+    preset |= {name: value for name, value in given.items() if value is not None}
+    return TrainingConfiguration(**{**preset, "context": context})
+
+
+def _text(arguments: argparse.Namespace, vocabulary: int) -> text.Text:
+    return text.load(arguments.text or text.default_folder(), vocabulary, arguments.output)
+
+
+def _say(line: str, rank: int = 0) -> None:
+    if rank == 0:
+        print(line, flush=True)
+
+
+def _run(arguments: argparse.Namespace, mixer: str, folder: Path, strategy: str) -> dict[str, Any]:
+    """One run to its end: its record, with sizes, perplexities and time."""
+    model = _model(arguments, mixer)
+    training = _training(arguments, model.context)
+    data = _text(arguments, model.vocabulary)
+    with parallel.processes(strategy, choose_device(arguments.device)) as processes:
+        trainer = Trainer(model, training, data.training, processes)
+        parameters = sum(x.numel() for x in trainer.model.parameters())
+        _say(
+            f"{mixer}, seed {training.seed}: {parameters:,} parameters, {training.steps} steps of "
+            f"{training.batch} x {training.context} tokens; {len(data.training):,} tokens to train on "
+            f"({data.training_bytes / 1e6:.1f} MB), {len(data.held_out):,} held out",
+            processes.rank,
+        )
+        rows = text.windows(
+            data.held_out, training.context, VALIDATION_ROWS["small" if arguments.small else "full"]
+        )
+        tokenizer = data.tokenizer.to_str()
+        perplexity, seconds = run(trainer, folder / "checkpoint.pt", rows, tokenizer=tokenizer)
+        record = {
+            "mixer": mixer,
+            "seed": training.seed,
+            "parameters": parameters,
+            **asdict(perplexity),
+            "final_loss": sum(trainer.losses[-20:]) / len(trainer.losses[-20:]),
+            "seconds_per_step": seconds,
+            "processes": processes.world,
+            "model": asdict(model),
+            "training": asdict(training),
+        }
+        _say(
+            f"held-out perplexity {perplexity.all:.2f}; AR tokens ({perplexity.recall_share:.0%}) "
+            f"{perplexity.recall:.2f}, others {perplexity.other:.2f}; {duration(seconds)} a step",
+            processes.rank,
+        )
+    return record
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    seed = arguments.seed or 0
+    folder = arguments.output / (arguments.name or f"{arguments.mixer}-{seed}")
+    _run(arguments, arguments.mixer, folder, arguments.parallel)
+    _say(f"{folder / 'checkpoint.pt'}")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    """Finished runs are skipped, one that was cut short goes on; several processes may share the list."""
+    folder = arguments.output / ("compare-small" if arguments.small else "compare")
+    lines = folder / "results.jsonl"
+    wanted = [(mixer, seed) for seed in range(arguments.seeds) for mixer in arguments.mixers]
+    for mixer, seed in wanted:
+        with claim(folder / f"{mixer}-{seed}" / "claim") as free:
+            if not free or (mixer, seed) in compare.results(lines):
+                continue
+            arguments.seed = seed
+            append_json_line(lines, _run(arguments, mixer, folder / f"{mixer}-{seed}", "none"))
+    records = [record for key, record in compare.results(lines).items() if key in wanted]
+    print_table("held-out perplexity, mean ± deviation over seeds", compare.HEADER, compare.table(records))
+    _say(compare.statement(records))
+    if arguments.json:
+        _write(arguments.json, {"runs": records, "statement": compare.statement(records)})
+    return 0
+
+
+def _speed(arguments: argparse.Namespace) -> int:
+    model = _model(arguments, "rebased")
+    training = _training(arguments, model.context)
+    data = _text(arguments, model.vocabulary)
+    device = choose_device(arguments.device)
+    timings = []
+    for timing in speed.measure(model, training, data.training, device, arguments.rounds):
+        timings.append(timing)
+        _say(f"N {timing.seqlen}: native {duration(timing.native)}, plain {duration(timing.plain)} a step")
+    rows = [
+        [
+            str(timing.seqlen),
+            str(timing.batch),
+            duration(timing.native),
+            duration(timing.plain),
+            f"{timing.ratio:.2f}x",
+            timing.plain_name,
+            duration(timing.reference),
+            f"{timing.reference_ratio:.2f}x",
+        ]
+        for timing in timings
+    ]
+    columns = ["N", "rows", "native", "plain", "over native", "", "reference", "over native"]
+    print_table("seconds per training step", columns, rows)
+    if arguments.json:
+        _write(arguments.json, {"model": asdict(model), "timings": [asdict(timing) for timing in timings]})
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    device = choose_device(arguments.device)
+    model, tokenizer = generate.load_model(arguments.checkpoint, device)
+    prompt = torch.tensor(tokenizer.encode(arguments.prompt).ids, device=device)
+    if not len(prompt):
+        print("--prompt: expected at least one token", file=sys.stderr)
+        return 1
+    generation = generate.by_step(model, prompt, arguments.tokens, arguments.temperature)
+    print(arguments.prompt + tokenizer.decode(generation.tokens.tolist()))
+    steps = arguments.tokens - 1
+    first, last = generation.state_bytes
+    before, after = generation.process_bytes
+    _say(
+        f"\n{model.configuration.mixer}: {steps} steps, {steps / generation.seconds:.0f} tokens/s; "
+        f"state {first / 2**20:.2f} MiB after the first step, {last / 2**20:.2f} after the last; "
+        f"process {before / 2**20:.0f} and {after / 2**20:.0f} MiB"
+    )
+    if arguments.check:
+        count = min(arguments.check, arguments.tokens)
+        same = generate.by_recomputing(model, prompt, count) == generation.tokens[:count]
+        _say(f"{int(same.sum())} of {count} tokens equal those of recomputing the whole sequence")
+        return 0 if bool(same.all()) else 1
+    return 0
+
+
+def _write(path: Path, contents: dict[str, Any]) -> None:
+    head = {
+        "when": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "commit": commit(),
+        "machine": _measure.machine(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(head | contents, indent=1) + "\n")
+
+
+COMMANDS = {"train": _train, "compare": _compare, "speed": _speed, "generate": _generate}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    return COMMANDS[arguments.command](arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
