@@ -27,7 +27,7 @@ OUTPUT = Path("output") / "language_model"
 # as in the paper (12 and 18).
 FULL = {"vocabulary": 50304, "width": 768, "layers": 18, "heads": 12, "context": 4096}
 SMALL = {"vocabulary": 2048, "width": 128, "layers": 4, "heads": 4, "context": 512}
-SMALL_TRAINING = {"steps": 1600, "batch": 2, "learning_rate": 6e-3, "warmup": 100, "checkpoint_every": 200}
+SMALL_TRAINING = {"steps": 1400, "batch": 2, "learning_rate": 6e-3, "warmup": 100, "checkpoint_every": 200}
 VALIDATION_ROWS = {"full": 256, "small": 64}
 
 
