@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -148,7 +149,8 @@ def test_perplexity_of_a_known_model() -> None:
             return torch.tensor([0.25, 0.5, 0.25]).log().expand(*tokens.shape, 3)
 
     rows = torch.tensor([[1, 1, 1, 0, 2]])  # bigrams 11, 11 (AR), 10, 02
-    result = perplexity(Always(), rows, 1, torch.autocast("cpu", enabled=False))
+    one = parallel.OneProcess(torch.device("cpu"))
+    result = perplexity(Always(), rows, 1, torch.autocast("cpu", enabled=False), one)
     assert result.recall == pytest.approx(2)
     assert result.other == pytest.approx(32 ** (1 / 3))
     assert result.all == pytest.approx(64 ** (1 / 4))
@@ -359,16 +361,25 @@ def test_killed_runs_have_the_losses_of_whole_ones(tmp_path: Path) -> None:
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def perplexities(printed: str) -> list[float]:
+    """Over all, AR and other tokens, as a run said them, once."""
+    (found,) = re.findall(r"perplexity (\S+); AR tokens \(\S+\) (\S+), others (\S+);", printed)
+    return [float(value) for value in found]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "context"])
 def test_two_processes_have_the_losses_of_one(tmp_path: Path, strategy: str) -> None:
+    if strategy == "context":
+        pytest.importorskip("rebased_cuda.context_parallel")
     (tmp_path / "text").mkdir()
     sources(tmp_path / "text")
     options = ("--checkpoint-every", "30", "--clip", "0.5")
-    finish(command_line(tmp_path, "--name", "one", *options))
+    said = finish(command_line(tmp_path, "--name", "one", *options))
     more = ("--activation-checkpointing", "--parallel", strategy)
-    finish([*TORCHRUN, *command_line(tmp_path, "--name", "two", *options, *more)])
+    said_by_two = finish([*TORCHRUN, *command_line(tmp_path, "--name", "two", *options, *more)])
     one, two = (losses_of(tmp_path / "output" / name / "checkpoint.pt") for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-4)
+    assert perplexities(said_by_two) == pytest.approx(perplexities(said), abs=0.02)
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .parallel import OneProcess
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -38,22 +40,24 @@ def recall_tokens(rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, rows: Tensor, batch: int, autocast: torch.autocast) -> Perplexity:
+def perplexity(
+    model: nn.Module, rows: Tensor, batch: int, autocast: torch.autocast, processes: OneProcess
+) -> Perplexity:
     """Of `model` on rows (count, N + 1) on the model's device, `batch` rows at a time."""
     training = model.training
     model.eval()
-    losses, recall = [], []
+    sums = torch.zeros(2, 2, dtype=torch.float64, device=rows.device)  # (loss, tokens) of (others, AR)
     for some in rows.split(batch):
+        part = processes.columns(some)
+        is_recall = processes.columns(F.pad(recall_tokens(some), (1, 0)))[:, 1:]
         with autocast:
-            logits = model(some[:, :-1])
-        losses.append(F.cross_entropy(logits.float().mT, some[:, 1:], reduction="none"))
-        recall.append(recall_tokens(some))
+            logits = model(part[:, :-1])
+        losses = F.cross_entropy(logits.float().mT, part[:, 1:], reduction="none").double()
+        for kind, chosen in enumerate((losses[~is_recall], losses[is_recall])):
+            sums[0, kind] += chosen.sum()
+            sums[1, kind] += chosen.numel()
     model.train(training)
-    loss, is_recall = torch.cat(losses).double(), torch.cat(recall)
-
-    def of(chosen: Tensor) -> float:
-        return math.exp(float(chosen.mean())) if chosen.numel() else math.nan
-
-    return Perplexity(
-        of(loss), of(loss[is_recall]), of(loss[~is_recall]), float(is_recall.double().mean()), loss.numel()
-    )
+    losses, tokens = processes.total(sums)
+    other, recall = (losses / tokens).exp().tolist()
+    everything = math.exp(losses.sum() / tokens.sum())
+    return Perplexity(everything, recall, other, float(tokens[1] / tokens.sum()), rows[:, 1:].numel())

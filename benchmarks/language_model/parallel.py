@@ -42,9 +42,13 @@ class OneProcess:
         """Of a batch (rows, N + 1), what this process trains on."""
         return rows
 
-    def average(self, loss: Tensor) -> Tensor:
-        """The batch's mean loss of the parts' mean losses."""
-        return loss
+    def columns(self, rows: Tensor) -> Tensor:
+        """Of held-out rows (rows, N + 1), what this process computes: all, unless columns are shared out."""
+        return rows
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of all processes' x."""
+        return x
 
 
 class DataParallel(OneProcess):
@@ -62,10 +66,10 @@ class DataParallel(OneProcess):
             raise ValueError(f"batch: expected a multiple of {self.world} processes, got {len(rows)} rows")
         return rows.chunk(self.world)[self.rank]
 
-    def average(self, loss: Tensor) -> Tensor:
-        total = loss.clone()
+    def total(self, x: Tensor) -> Tensor:
+        total = x.clone()
         distributed.all_reduce(total)
-        return total / self.world
+        return total
 
 
 class ShardedDataParallel(DataParallel):
@@ -77,7 +81,35 @@ class ShardedDataParallel(DataParallel):
         return fully_shard(model)
 
 
-STRATEGIES = {"none": OneProcess, "ddp": DataParallel, "fsdp": ShardedDataParallel}
+class ContextParallel(DataParallel):
+    """Every process has the whole model and a run of each row's tokens; gradients are averaged as in DDP."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        from rebased_cuda.context_parallel import context_parallelize
+
+        if model.positions is not None:
+            raise ValueError("parallel: context wants the mixer rebased or based, attention reads whole rows")
+        # a group of its own: the layers' exchanges must not wait for the gradients'
+        return super().wrap(context_parallelize(model, distributed.new_group()))
+
+    def part(self, rows: Tensor) -> Tensor:
+        return self.columns(rows)
+
+    def columns(self, rows: Tensor) -> Tensor:
+        seqlen, rest = divmod(rows.shape[1] - 1, self.world)
+        if rest:
+            raise ValueError(
+                f"context: expected a multiple of {self.world} processes, got {rows.shape[1] - 1} tokens"
+            )
+        return rows[:, self.rank * seqlen : (self.rank + 1) * seqlen + 1]
+
+
+STRATEGIES = {
+    "none": OneProcess,
+    "ddp": DataParallel,
+    "fsdp": ShardedDataParallel,
+    "context": ContextParallel,
+}
 
 
 @contextmanager

@@ -124,7 +124,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), configuration.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.losses.append(float(self.processes.average(total)))
+        self.losses.append(float(self.processes.total(total)) / self.processes.world)
         return self.losses[-1]
 
     def save(self, path: Path, **extra: Any) -> None:
@@ -188,4 +188,4 @@ def run(trainer: Trainer, path: Path, held_out: Tensor, **extra: Any) -> tuple[P
     seconds = (time.perf_counter() - start) / (trainer.done - begun) if trainer.done > begun else None
     rows = max(configuration.batch // configuration.accumulate // trainer.processes.world, 1)
     held_out = held_out.to(trainer.processes.device)
-    return perplexity(trainer.model, held_out, rows, trainer.autocast()), seconds
+    return perplexity(trainer.model, held_out, rows, trainer.autocast(), trainer.processes), seconds
