@@ -22,7 +22,7 @@ from . import compare, generate, parallel, speed, text
 from .model import MIXERS, ModelConfiguration
 from .train import PRECISIONS, Trainer, TrainingConfiguration, run
 
-OUTPUT = Path("output") / "language_model"
+OUTPUT = Path(__file__).parent.parent / "runs" / "language_model"
 # Table 6 of the paper, and what a laptop trains in about two minutes. Attention has two thirds of the layers,
 # as in the paper (12 and 18).
 FULL = {"vocabulary": 50304, "width": 768, "layers": 18, "heads": 12, "context": 4096}
