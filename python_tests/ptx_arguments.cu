@@ -12,14 +12,16 @@ namespace {
 
 using namespace rebased;
 
+constexpr int64_t feature_dim = 16;
+
 template <class Pointer>
 RowsOf<Pointer> rows(uint64_t address, int64_t heads, int64_t seqlen, int64_t width) {
   return {reinterpret_cast<Pointer>(address), heads * seqlen * width, seqlen * width, width};
 }
 
 Affine affine(uint64_t gamma, uint64_t beta) {
-  return {reinterpret_cast<const void*>(gamma), reinterpret_cast<const void*>(beta), tensor_core::feature_dim,
-          tensor_core::feature_dim};
+  return {reinterpret_cast<const void*>(gamma), reinterpret_cast<const void*>(beta), feature_dim,
+          feature_dim};
 }
 
 }  // namespace
@@ -33,7 +35,7 @@ int main() {
       query_gamma >> query_beta >> key_gamma >> key_beta >> y >> r >> final_kv >> final_k;
   if (!std::cin) return 1;
   problem.batch = problem.num_sequences = 1;
-  problem.feature_dim = tensor_core::feature_dim;
+  problem.feature_dim = feature_dim;
   problem.dtype = static_cast<Dtype>(dtype);
   problem.feature_map = static_cast<FeatureMap>(feature_map);
   problem.layer_norm = static_cast<LayerNorm>(layer_norm);

@@ -82,6 +82,8 @@ TENSOR_CORE_VARIANTS = {
     "not_normalised": {"normalize": False},
     "scale_zero": {"scale": 0.0, "feature_map": "taylor"},
 }
+# The paths' feature maps and feature dims
+TENSOR_CORE_MAPS = [*((feature_map, 16) for feature_map in MAPS), ("outer", 8)]
 # relative L2 of outputs and gradients; those of gamma and beta sum terms of both signs over all tokens
 LIMIT = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 PARAMETER_LIMIT = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -91,11 +93,13 @@ PARAMETER_LIMIT = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
 @pytest.mark.parametrize("variant", TENSOR_CORE_VARIANTS)
 @pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize("dtype", list(LIMIT), ids=str)
-@pytest.mark.parametrize("feature_map", MAPS)
-def test_tensor_core_path(feature_map, dtype, segments, variant, override, kernel_device):
+@pytest.mark.parametrize(("feature_map", "dim"), TENSOR_CORE_MAPS)
+def test_tensor_core_path(feature_map, dim, dtype, segments, variant, override, kernel_device):
     norm = NORMS[(MAPS.index(feature_map) + segments + list(TENSOR_CORE_VARIANTS).index(variant)) % 3]
-    problem = Problem(feature_map, norm, 2, 2, 2, 250, 16, 64, dtype=dtype, device=kernel_device, eps=1e-1)
+    problem = Problem(feature_map, norm, 2, 2, 2, 250, dim, 64, dtype=dtype, device=kernel_device, eps=1e-1)
     problem = problem.but(**TENSOR_CORE_VARIANTS[variant])
+    if dim != 16 and problem.feature_map != "outer":
+        pytest.skip("a variant of another map")
     inputs = problem.inputs(requires_grad=True)
     override(path="tensor_core", segments=segments)
     got = _results(rebased_attention, inputs, problem)
@@ -185,13 +189,13 @@ def test_blocks_that_sum_segments_give_the_bits_of_a_scan(feature_map, head_dim,
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("feature_map", MAPS)
-def test_tensor_core_error_is_that_of_the_precision(feature_map, dtype, override, kernel_device):
+@pytest.mark.parametrize(("feature_map", "dim"), TENSOR_CORE_MAPS)
+def test_tensor_core_error_is_that_of_the_precision(feature_map, dim, dtype, override, kernel_device):
     """At most 1.25 times the error of plain PyTorch with operands of that precision, median of 20 seeds."""
     override(path="tensor_core", segments=1)
     ratios = []
     for seed in range(20):
-        problem = Problem(feature_map, "head", 1, 1, 1, 300, 16, 64, dtype=dtype, eps=1e-2, seed=seed)
+        problem = Problem(feature_map, "head", 1, 1, 1, 300, dim, 64, dtype=dtype, eps=1e-2, seed=seed)
         inputs = problem.but(device=kernel_device).inputs()
         expected = run_reference(inputs, problem.but(device=kernel_device), reference.chunked)[0]
         y = run(rebased_attention, inputs, problem.but(device=kernel_device))[0]
@@ -202,12 +206,12 @@ def test_tensor_core_error_is_that_of_the_precision(feature_map, dtype, override
 
 @needs_kernels
 @pytest.mark.parametrize("segments", [1, 4])
-@pytest.mark.parametrize("feature_map", MAPS)
-def test_bfloat16_error_does_not_grow_with_length(feature_map, segments, override, kernel_device):
+@pytest.mark.parametrize(("feature_map", "dim"), TENSOR_CORE_MAPS)
+def test_bfloat16_error_does_not_grow_with_length(feature_map, dim, segments, override, kernel_device):
     override(path="tensor_core", segments=segments)
     seqlen = 4096 if kernel_device == "cpu" else 65536
     problem = Problem(
-        feature_map, "head", 1, 1, 1, seqlen, 16, 64, dtype=torch.bfloat16, device=kernel_device
+        feature_map, "head", 1, 1, 1, seqlen, dim, 64, dtype=torch.bfloat16, device=kernel_device
     )
     inputs = problem.inputs()
     y = run(rebased_attention, inputs, problem)[0]
@@ -234,7 +238,10 @@ from problems import MAPS, Problem, run
 from rebased_cuda import rebased_attention
 sums = []
 for feature_map in MAPS:
-    for dtype, sizes in ((torch.float32, (5, 7)), (torch.float32, (16, 80)), (torch.bfloat16, (16, 64))):
+    cases = [(torch.float32, (5, 7)), (torch.float32, (16, 80)), (torch.bfloat16, (16, 64))]
+    if feature_map == "outer":
+        cases += [(torch.bfloat16, (8, 64))]
+    for dtype, sizes in cases:
         problem = Problem(feature_map, "token", 1, 2, 1, 130, *sizes, dtype=dtype, with_state=True)
         inputs = problem.inputs(requires_grad=True)
         outputs = run(rebased_attention, inputs, problem)
@@ -269,7 +276,17 @@ def test_plan_takes_tensor_cores_for_16_bit_types():
     for dtype in ("bfloat16", "float16"):
         assert _C.plan("forward", dtype=dtype)["path"] == "tensor_core"
         assert _C.plan("backward", dtype=dtype, head_dim=128)["path"] == "tensor_core"
-    for changes in ({"dtype": "float32"}, {"feature_dim": 8}, {"head_dim": 40}, {"feature_dim": 17}):
+        for direction in ("forward", "backward"):
+            for head_dim in (16, 64, 208):
+                plan = _C.plan(direction, dtype=dtype, feature_dim=8, head_dim=head_dim)
+                assert plan["path"] == "tensor_core"
+    others = (
+        {"dtype": "float32"},
+        {"head_dim": 40},
+        {"feature_dim": 17},
+        *({"feature_dim": 8, "feature_map": feature_map} for feature_map in MAPS if feature_map != "outer"),
+    )
+    for changes in others:
         assert _C.plan("forward", **changes)["path"] != "tensor_core"
 
 

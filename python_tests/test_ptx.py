@@ -262,7 +262,7 @@ def forward(
 
 
 def one_head_kernel(ptx: str) -> Kernel:
-    """forward_kernel<T, map, false>, the instance for one query head per kv head."""
+    """forward_kernel<T, S, false>, the instance for one query head per kv head."""
     (kernel,) = (k for name, k in parse_kernels(ptx).items() if re.search(r"14forward_kernelI.*Lb0E", name))
     return kernel
 
@@ -320,7 +320,7 @@ def test_products_per_chunk(feature_map):
     except toolchain.ToolMissingError as error:
         pytest.skip(str(error))
     (counted,) = (
-        f for f in figures if f.name == f"tensor_core::forward_kernel<bfloat16, {feature_map}, false>"
+        f for f in figures if f.name == f"tensor_core::forward_kernel<bfloat16, {feature_map}, 16, false>"
     )
     assert not errors
     assert counted.chunk_opcodes["HMMA"] == ran

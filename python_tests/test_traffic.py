@@ -56,17 +56,18 @@ def test_few_segments_are_summed_without_a_scan(figures, feature_map):
 @pytest.mark.slow
 @needs_emulator
 @pytest.mark.parametrize("sweep", ["forward", "backward"])
-@pytest.mark.parametrize("feature_map", ["outer", "square"])
+@pytest.mark.parametrize("feature_map", traffic.FLOORS)
 def test_one_pass_moves_every_tensor_once_a_sweep(figures, sweep, feature_map):
     moved = {b.name: (b.read, b.written) for b in figures[f"{sweep} {feature_map} 1"].buffers}
-    sizes = {"q": 32, "k": 32, "v": 128}
+    row = traffic.FLOORS[feature_map].row
+    sizes = {"q": row, "k": row, "v": 128}
     sweeps = 1 if sweep == "forward" else 2
     expected = {name: (sweeps * size, 0) for name, size in sizes.items()}
     if sweep == "forward":
         expected |= {"y": (0, 128), "r": (0, 4)}
     else:
         expected |= {"y": (128, 0), "grad y": (256, 0), "r": (8, 0), "delta": (4, 4)}
-        expected |= {"grad q": (0, 32), "grad k": (0, 32), "grad v": (0, 128)}
+        expected |= {"grad q": (0, row), "grad k": (0, row), "grad v": (0, 128)}
     assert {name: moved[name] for name in expected} == expected
     few = [name for name in moved if name not in expected]
     assert sum(sum(moved[name]) for name in few) < 1, "gamma, beta and their gradients' partial sums"
@@ -84,7 +85,8 @@ def test_committed_figures(figures):
 
 
 def test_floors():
-    assert (traffic.FORWARD, traffic.BACKWARD, traffic.BACKWARD + traffic.REVERSE_SUMS) == (324, 976, 1195)
+    floor = traffic.Floor()
+    assert (floor.forward, floor.backward, floor.backward + floor.reverse_sums) == (324, 976, 1195)
 
 
 def test_problems_are_found():

@@ -6,30 +6,34 @@
 
 namespace rebased::cuda::tensor_core {
 
-template <class T, FeatureMap map>
+template <class T, class S>
 void print(const char* type, const char* name) {
-  using Tiles = SweepTiles<T, map>;
+  using Tiles = SweepTiles<T, S>;
   for (const bool grouped : {false, true}) {
     const long long reverse = Tiles::bytes(true, grouped);
-    const long long forward = Tiles::bytes(false, false) + (grouped ? 4 : 1) * warps * affine_size * 4;
+    const long long forward = Tiles::bytes(false, false) + (grouped ? 4 : 1) * warps * S::affine_size * 4;
     const char* const flag = grouped ? "true" : "false";
-    std::printf("%lld tensor_core::grad_kv_kernel<%s, %s, %s>\n", reverse, type, name, flag);
-    std::printf("%lld tensor_core::grad_q_kernel<%s, %s, %s>\n", forward, type, name, flag);
+    std::printf("%lld tensor_core::grad_kv_kernel<%s, %s, %d, %s>\n", reverse, type, name, S::feature_dim,
+                flag);
+    std::printf("%lld tensor_core::grad_q_kernel<%s, %s, %d, %s>\n", forward, type, name, S::feature_dim,
+                flag);
   }
 }
 
-template <FeatureMap map>
+template <FeatureMap map, int dim>
 void print_types(const char* name) {
-  print<bfloat16_t, map>("bfloat16", name);
-  print<half_t, map>("float16", name);
+  print<bfloat16_t, Slabs<map, dim>>("bfloat16", name);
+  print<half_t, Slabs<map, dim>>("float16", name);
 }
 
 }  // namespace rebased::cuda::tensor_core
 
 int main() {
   using rebased::FeatureMap;
-  rebased::cuda::tensor_core::print_types<FeatureMap::outer>("outer");
-  rebased::cuda::tensor_core::print_types<FeatureMap::square>("square");
-  rebased::cuda::tensor_core::print_types<FeatureMap::taylor>("taylor");
-  rebased::cuda::tensor_core::print_types<FeatureMap::elu>("elu");
+  using rebased::cuda::tensor_core::print_types;
+  print_types<FeatureMap::outer, 8>("outer");
+  print_types<FeatureMap::outer, 16>("outer");
+  print_types<FeatureMap::square, 16>("square");
+  print_types<FeatureMap::taylor, 16>("taylor");
+  print_types<FeatureMap::elu, 16>("elu");
 }

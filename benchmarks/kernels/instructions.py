@@ -46,6 +46,7 @@ ROW_TILES = Nest(
 HALVES = Nest(2)  # of the chunk, in add_chunk
 OWN_TOKENS = Nest(2.5)  # the column tiles that a warp's row tile looks at: 1, 2, 3 and 4 for the four warps
 OFFSETS = Nest(8)  # circulant offsets 0..7 of a warp's row tile
+OFFSET_PAIRS = Nest(2)  # of d = 8: offsets 0..3, two at a time
 
 # By kernel, in the order of the code; for the polynomial maps where these have a loop more.
 LOOPS = {
@@ -56,8 +57,14 @@ LOOPS = {
     "grad_q_kernel": (OWN_TOKENS, HALVES),
 }
 POLYNOMIAL_LOOPS = {
-    "grad_kv_kernel": (ROW_TILES, OFFSETS, OWN_TOKENS, HALVES),
-    "grad_q_kernel": (OFFSETS, OWN_TOKENS, HALVES),
+    16: {
+        "grad_kv_kernel": (ROW_TILES, OFFSETS, OWN_TOKENS, HALVES),
+        "grad_q_kernel": (OFFSETS, OWN_TOKENS, HALVES),
+    },
+    8: {
+        "grad_kv_kernel": (ROW_TILES, OFFSET_PAIRS, OWN_TOKENS, HALVES),
+        "grad_q_kernel": (OFFSET_PAIRS, OWN_TOKENS, HALVES),
+    },
 }
 
 # Global accesses per chunk and thread narrower than 16 bytes, by direction and bytes; of all branches.
@@ -73,7 +80,7 @@ NARROW_ACCESSES = {
 
 
 def base_name(name: str) -> str:
-    """grad_q_kernel of tensor_core::grad_q_kernel<bfloat16, outer>."""
+    """grad_q_kernel of tensor_core::grad_q_kernel<bfloat16, outer, 16, false>."""
     return re.sub(r"<.*", "", name).split("::")[-1]
 
 
@@ -105,8 +112,9 @@ def chunk_loop(function: Function) -> Loop | None:
 
 def loops_of(name: str) -> tuple[Nest, ...] | None:
     base = base_name(name)
-    polynomial = POLYNOMIAL_LOOPS.get(base) if re.search(r"\b(outer|taylor)\b", name) else None
-    return polynomial or LOOPS.get(base)
+    polynomial = re.search(r"\b(?:outer|taylor), (\d+)\b", name)
+    special = POLYNOMIAL_LOOPS[int(polynomial[1])].get(base) if polynomial else None
+    return special or LOOPS.get(base)
 
 
 def per_chunk(function: Function, loop: Loop, nests: tuple[Nest, ...], runs: float = 1) -> Counter[str]:

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Kernel:
-    name: str  # tensor_core::forward_kernel<bfloat16, outer>
+    name: str  # tensor_core::forward_kernel<bfloat16, outer, 16, false>
     symbol: str
     source: str  # the instance's file name without suffix
     architecture: int
@@ -117,10 +117,11 @@ def _feature_maps() -> list[str]:
 
 @functools.cache
 def readable_name(symbol: str) -> str:
-    """_ZN7rebased4cuda11tensor_core14forward_kernelI... -> tensor_core::forward_kernel<bfloat16, outer>."""
+    """_ZN7rebased4cuda11tensor_core14forward_kernelI... -> tensor_core::forward_kernel<bfloat16, outer, 16>."""
     name = run(["c++filt", symbol]).strip()
     name = re.sub(r"\(rebased::FeatureMap\)(\d+)", lambda match: _feature_maps()[int(match.group(1))], name)
     name = re.sub(r"^void |rebased::|cuda::", "", name)
+    name = re.sub(r"tensor_core::Slabs<(\w+), (\d+)>", r"\1, \2", name)
     name = name.replace("bfloat16_t", "bfloat16").replace("half_t", "float16").replace("double", "float64")
     name = re.sub(r"\bfloat\b", "float32", name)
     depth = 0

@@ -23,7 +23,7 @@ from benchmarks.kernels.toolchain import (
 )
 
 CHECKED_ARCHITECTURES = (80, 90)
-OUTER_FORWARD = "tensor_core::forward_kernel<bfloat16, outer, false>"  # one query head per kv head
+OUTER_FORWARD = "tensor_core::forward_kernel<bfloat16, outer, 16, false>"  # one query head per kv head
 OUTER_FORWARD_BLOCKS = 3
 
 

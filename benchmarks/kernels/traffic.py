@@ -1,7 +1,8 @@
 """Global and shared-memory accesses of the tensor-core kernels, counted while they run on the emulator.
 
-bfloat16, d = 16, dv = 64, one head of 4096 tokens, "head" LayerNorm with gamma and beta; in one pass, and
-split in 4 segments. The figures are per head and token, and exact. Bytes are what threads ask for. Sectors
+bfloat16, d = 16 (outer8: d = 8), dv = 64, one head of 4096 tokens, "head" LayerNorm with gamma and beta;
+in one pass, and split in 4 segments. The figures are per head and token, and exact. Bytes are what threads
+ask for. Sectors
 are 32 bytes each, counted for every access of a warp: what L2 serves where L1 does not help, so two accesses
 to the halves of a sector count it twice. The limits hold for both. Needs g++, cmake and ninja on x86-64; no
 GPU and no nvcc.
@@ -24,12 +25,31 @@ ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 4096
 COMMAND = "python -m benchmarks.kernels.traffic"
 
-# What a call has to move per head and token: q, k of 32 bytes; v, y, grad y, grad v of 128; r, delta of 4.
-FORWARD = 32 + 32 + 128 + 128 + 4
-GRAD_KV = (32 + 32 + 128 + 128 + 128 + 4) + (32 + 128 + 4)  # q, k, v, y, grad y, r; grad k, grad v, delta
-GRAD_Q = (32 + 32 + 128 + 128 + 4 + 4) + 32  # q, k, v, grad y, r, delta; grad q
-BACKWARD = GRAD_KV + GRAD_Q
-REVERSE_SUMS = (32 + 128 + 128 + 4) * 3 // 4  # all segments but one read q, y, grad y, r once more
+
+@dataclass(frozen=True)
+class Floor:
+    """What a call has to move per head and token: v, y, grad y, grad v of 128 bytes; r, delta of 4."""
+
+    row: int = 32  # bytes of q, k
+
+    @property
+    def forward(self) -> int:
+        return 2 * self.row + 128 + 128 + 4
+
+    @property
+    def backward(self) -> int:
+        grad_kv = (2 * self.row + 3 * 128 + 4) + (
+            self.row + 128 + 4
+        )  # q, k, v, y, grad y, r; grad k, grad v, delta
+        grad_q = (2 * self.row + 2 * 128 + 4 + 4) + self.row  # q, k, v, grad y, r, delta; grad q
+        return grad_kv + grad_q
+
+    @property
+    def reverse_sums(self) -> int:
+        return (self.row + 128 + 128 + 4) * 3 // 4  # all segments but one read q, y, grad y, r once more
+
+
+FLOORS = {"outer": Floor(), "square": Floor(), "outer8": Floor(row=16)}
 
 # The most that the traffic may be, as a multiple of the floor.
 LIMITS = {
@@ -41,6 +61,10 @@ LIMITS = {
     "backward square 1": 1.15,
     "backward outer 4": 1.15,
     "backward square 4": 1.15,
+    "forward outer8 1": 1.10,
+    "forward outer8 4": 1.68,
+    "backward outer8 1": 1.15,
+    "backward outer8 4": 1.15,
 }
 
 
@@ -91,11 +115,12 @@ class Figures:
     @property
     def floor(self) -> float:
         """Of a backward in segments: with the states, as they were moved."""
-        sweep, _, segments = self.name.split()
+        sweep, feature_map, segments = self.name.split()
+        floor = FLOORS[feature_map]
         if sweep == "forward":
-            return FORWARD
+            return floor.forward
         states = sum(buffer.read + buffer.written for buffer in self.buffers if "states" in buffer.name)
-        return BACKWARD if segments == "1" else BACKWARD + REVERSE_SUMS + states
+        return floor.backward + (0 if segments == "1" else floor.reverse_sums + states)
 
     @property
     def ratio(self) -> float:

@@ -1,5 +1,5 @@
-// Host side of the tensor-core backward for one element type and map: workspace, and which kernels run in
-// which order.
+// Host side of the tensor-core backward for one element type, map and feature dim: workspace, and which
+// kernels run in which order.
 #pragma once
 
 #include "cuda/layer_norm.cuh"
@@ -20,9 +20,9 @@ struct BackwardWorkspace {
 // something.
 inline BackwardWorkspace backward_workspace(const BackwardProblem& problem, int segments, void* workspace) {
   const int64_t groups = column_groups(problem), states = problem.num_sequences * problem.kv_heads;
-  const int64_t rows = problem.batch * problem.seqlen;
+  const int64_t rows = problem.batch * problem.seqlen, feature_dim = problem.feature_dim;
   const bool partial = groups > 1 || problem.layer_norm == LayerNorm::token;
-  const int64_t slots = slot_count(problem, segments) * (slot_bytes(problem.feature_map) / 4);
+  const int64_t slots = slot_count(problem, segments) * slot_floats(problem);
   BackwardWorkspace result{};
   const auto take = [&](bool present, int64_t floats) {
     if (!present) return static_cast<float*>(nullptr);
@@ -38,8 +38,9 @@ inline BackwardWorkspace backward_workspace(const BackwardProblem& problem, int 
   buffers.query_gradient = take(partial, groups * rows * problem.heads * feature_dim);
   buffers.key_gradient = take(partial, groups * rows * problem.kv_heads * feature_dim);
   const int64_t blocks = problem.num_sequences * segments * groups;
-  buffers.query_affine = take(has_affine(problem.grad_query_affine), blocks * problem.heads * affine_size);
-  buffers.key_affine = take(has_affine(problem.grad_key_affine), blocks * problem.kv_heads * affine_size);
+  buffers.query_affine =
+      take(has_affine(problem.grad_query_affine), blocks * problem.heads * 2 * feature_dim);
+  buffers.key_affine = take(has_affine(problem.grad_key_affine), blocks * problem.kv_heads * 2 * feature_dim);
   buffers.initial_sums = take(problem.grad_initial_state.kv && groups > 1,
                               groups * states * num_features(problem.feature_map, feature_dim));
   if (!buffers.initial_sums) buffers.initial_sums = static_cast<float*>(problem.grad_initial_state.k);
@@ -47,7 +48,7 @@ inline BackwardWorkspace backward_workspace(const BackwardProblem& problem, int 
 }
 
 // From the partial gradients of q' or k' to grad q or grad k.
-template <class T>
+template <class T, class S>
 const char* launch_finish(const BackwardProblem& problem, const Launch& launch, float* partial,
                           const ConstRows& x, const Affine& affine, const float* statistics,
                           const MutableRows& grad_x, int64_t heads, void* stream) {
@@ -55,16 +56,17 @@ const char* launch_finish(const BackwardProblem& problem, const Launch& launch, 
   const char* error = "";
   const int groups = static_cast<int>(column_groups(problem));
   if (groups > 1) {
-    error = LAUNCH(
-        finish_gradient_kernel<T>, dim3(static_cast<unsigned>((rows + finish_threads - 1) / finish_threads)),
-        dim3(finish_threads), 0, stream, partial, groups, x, affine, grad_x, heads, rows, problem.seqlen,
-        problem.layer_norm, problem.layer_norm_eps, launch.bounds, problem.num_sequences);
+    error = LAUNCH((finish_gradient_kernel<T, S::feature_dim>),
+                   dim3(static_cast<unsigned>((rows + finish_threads - 1) / finish_threads)),
+                   dim3(finish_threads), 0, stream, partial, groups, x, affine, grad_x, heads, rows,
+                   problem.seqlen, problem.layer_norm, problem.layer_norm_eps, launch.bounds,
+                   problem.num_sequences);
   }
   if (*error || problem.layer_norm != LayerNorm::token) return error;
   return LAUNCH(token_norm_backward<T>,
                 dim3(static_cast<unsigned>((tokens + rows_per_block - 1) / rows_per_block)),
                 dim3(row_threads), 0, stream, x, affine, statistics, partial, grad_x, heads, tokens,
-                problem.seqlen, feature_dim, launch.bounds, problem.num_sequences);
+                problem.seqlen, S::feature_dim, launch.bounds, problem.num_sequences);
 }
 
 // grad gamma and grad beta from the blocks' sums.
@@ -75,14 +77,14 @@ inline const char* launch_affine_sums(const BackwardProblem& problem, int segmen
     if (!target) return "";
     return LAUNCH(sum_affine_gradients<float>, dim3(static_cast<unsigned>(head_stride ? heads : 1)),
                   dim3(affine_threads), 0, stream, sums, problem.num_sequences, heads,
-                  segments * column_groups(problem), feature_dim, which, head_stride,
-                  static_cast<float*>(target));
+                  segments * column_groups(problem), static_cast<int>(problem.feature_dim), which,
+                  head_stride, static_cast<float*>(target));
   };
   const char* error = sum(0, affine.gamma_head_stride, gradient.gamma);
   return *error ? error : sum(1, affine.beta_head_stride, gradient.beta);
 }
 
-template <class T, FeatureMap map>
+template <class T, class S>
 const char* launch_backward(const BackwardProblem& problem, const Launch& launch, void* stream) {
   const BackwardWorkspace workspace = backward_workspace(problem, launch.segments, launch.workspace);
   const BackwardBuffers& buffers = workspace.buffers;
@@ -98,35 +100,35 @@ const char* launch_backward(const BackwardProblem& problem, const Launch& launch
     if (!*error) error = launch_next();
   };
   if (launch.segments > 1) {
-    then([&] { return LAUNCH((reverse_segment_kernel<T, map>), grid, block, 0, stream, reverse); });
+    then([&] { return LAUNCH((reverse_segment_kernel<T, S>), grid, block, 0, stream, reverse); });
   }
   if (scan_reverse) {
     then([&] {
-      return launch_scan<map>(problem, workspace.reverse_slots, launch.segments, problem.grad_final_state,
-                              true, stream);
+      return launch_scan<S>(problem, workspace.reverse_slots, launch.segments, problem.grad_final_state, true,
+                            stream);
     });
   }
   then([&] {
-    const int64_t bytes = SweepTiles<T, map>::bytes(true, grouped);
-    const auto kernel = grouped ? grad_kv_kernel<T, map, true> : grad_kv_kernel<T, map, false>;
+    const int64_t bytes = SweepTiles<T, S>::bytes(true, grouped);
+    const auto kernel = grouped ? grad_kv_kernel<T, S, true> : grad_kv_kernel<T, S, false>;
     return LAUNCH(kernel, grid, block, static_cast<size_t>(bytes), stream, reverse, buffers);
   });
   then([&] {
-    return launch_segment_states<T, map>(problem, launch, problem.initial_state, workspace.slots, stream);
+    return launch_segment_states<T, S>(problem, launch, problem.initial_state, workspace.slots, stream);
   });
   then([&] {
-    const int64_t bytes = SweepTiles<T, map>::bytes(false, false) + group_size * warps * affine_size * 4;
-    const auto kernel = grouped ? grad_q_kernel<T, map, true> : grad_q_kernel<T, map, false>;
+    const int64_t bytes = SweepTiles<T, S>::bytes(false, false) + group_size * warps * S::affine_size * 4;
+    const auto kernel = grouped ? grad_q_kernel<T, S, true> : grad_q_kernel<T, S, false>;
     return LAUNCH(kernel, grid, block, static_cast<size_t>(bytes), stream, forward, buffers);
   });
   if (buffers.query_gradient) {
     then([&] {
-      return launch_finish<T>(problem, launch, buffers.query_gradient, problem.q, problem.query_affine,
-                              launch.query_statistics, problem.grad_q, problem.heads, stream);
+      return launch_finish<T, S>(problem, launch, buffers.query_gradient, problem.q, problem.query_affine,
+                                 launch.query_statistics, problem.grad_q, problem.heads, stream);
     });
     then([&] {
-      return launch_finish<T>(problem, launch, buffers.key_gradient, problem.k, problem.key_affine,
-                              launch.key_statistics, problem.grad_k, problem.kv_heads, stream);
+      return launch_finish<T, S>(problem, launch, buffers.key_gradient, problem.k, problem.key_affine,
+                                 launch.key_statistics, problem.grad_k, problem.kv_heads, stream);
     });
   }
   if (buffers.query_affine) {
@@ -143,8 +145,7 @@ const char* launch_backward(const BackwardProblem& problem, const Launch& launch
   }
   if (problem.grad_initial_state.kv && column_groups(problem) > 1) {
     then([&] {
-      const int64_t count =
-          problem.num_sequences * problem.kv_heads * num_features(problem.feature_map, feature_dim);
+      const int64_t count = problem.num_sequences * problem.kv_heads * S::public_features;
       return LAUNCH(sum_groups_kernel<float>,
                     dim3(static_cast<unsigned>((count + finish_threads - 1) / finish_threads)),
                     dim3(finish_threads), 0, stream, buffers.initial_sums, column_groups(problem), count,

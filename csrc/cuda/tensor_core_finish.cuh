@@ -8,11 +8,11 @@ namespace rebased::REBASED_BACKEND::tensor_core {
 
 constexpr int finish_threads = 128;
 
-// partial (groups, rows, 16), of all rows of (batch, heads, seqlen): the sum over the groups, in order. For
+// partial (groups, rows, d), of all rows of (batch, heads, seqlen): the sum over the groups, in order. For
 // "token" LayerNorm it is left in group 0, whose next kernel goes on; else it goes through affine and
 // LayerNorm to grad x, as finish_rows does. A thread per row; rows outside bounds[0] .. bounds[num_sequences]
 // are left alone.
-template <class T>
+template <class T, int feature_dim>
 KERNEL void LAUNCH_BOUNDS(finish_threads, 1)
     finish_gradient_kernel(float* partial, int groups, ConstRows x, Affine affine, MutableRows grad_x,
                            int64_t heads, int64_t rows, int64_t seqlen, LayerNorm layer_norm,
@@ -36,7 +36,9 @@ KERNEL void LAUNCH_BOUNDS(finish_threads, 1)
   const T* const source =
       static_cast<const T*>(x.data) + batch * x.batch_stride + head * x.head_stride + row * x.row_stride;
   float value[feature_dim];
-  unpack_row<T>(value, load_constant<uint4>(source), load_constant<uint4>(source + 8));
+  UNROLL for (int i = 0; i < feature_dim / 8; ++i) {
+    unpack_unit<T>(value, i, load_constant<uint4>(source + 8 * i));
+  }
   const float2 statistics = row_statistics(value, layer_norm, {}, layer_norm_eps);
   const float* const gamma = static_cast<const float*>(affine.gamma);
   float sum = 0, product = 0;

@@ -1,4 +1,4 @@
-// Forward on tensor cores, for 16-bit q, k, v of 16 features.
+// Forward on tensor cores, for 16-bit q, k, v of 8 or 16 features.
 //
 // A block walks one segment of one sequence for one kv head, all its query heads, and 64 value columns:
 //   y_i = (sum_{j in chunk, j <= i} sim(i, j) v_j + phi(q'_i) S) / (the same with v = 1, + eps)
@@ -15,22 +15,20 @@
 namespace rebased::REBASED_BACKEND::tensor_core {
 
 // The denominator's part of earlier chunks for a row tile, in a C fragment whose columns are all alike.
-template <class T, FeatureMap map>
-DEVICE void denominator(float (&sum)[4], const uint32_t (&rows)[4], const State<map>& state, Range range) {
-  const Sums sums = state.sums();
-  using S = Slabs<map>;
+template <class T, class S>
+DEVICE void denominator(float (&sum)[4], const uint32_t (&rows)[4], const State<S>& state, Range range) {
+  const Sums<S::units> sums = state.sums();
   if constexpr (S::polynomial) {
-    float partial[2] = {};                // of rows g and g + 8: this lane's columns
-    UNROLL for (int n = 0; n < 2; ++n) {  // (q' Z) q', features 8 n..
+    float partial[2] = {};                       // of rows g and g + 8: this lane's columns
+    UNROLL for (int n = 0; n < S::units; ++n) {  // (q' Z) q', features 8 n..
       float product[4] = {};
-      multiply_sums<T>(product, rows, {sums.k[0][2 * n], sums.k[0][2 * n + 1]},
-                       {sums.k[1][2 * n], sums.k[1][2 * n + 1]}, range);
+      multiply_sums<T>(product, rows, sums.k, 2 * n, range);
       const float2 first = unpack<T>(rows[2 * n]), second = unpack<T>(rows[2 * n + 1]);
       partial[0] += product[0] * first.x + product[1] * first.y;
       partial[1] += product[2] * second.x + product[3] * second.y;
     }
     UNROLL for (int j = 0; j < 4; ++j) sum[j] = 0;
-    if constexpr (S::taylor) multiply_sums<T>(sum, rows, state.linear[0], state.linear[1], range);
+    if constexpr (S::taylor) multiply_sums<T>(sum, rows, state.linear, 0, range);
     UNROLL for (int half = 0; half < 2; ++half) {
       const float product = S::diagonal_weight * quad_sum(partial[half]);
       sum[2 * half] += product;
@@ -38,7 +36,7 @@ DEVICE void denominator(float (&sum)[4], const uint32_t (&rows)[4], const State<
     }
   } else {
     UNROLL for (int j = 0; j < 4; ++j) sum[j] = 0;
-    multiply_sums<T>(sum, rows, {sums.k[0][0], sums.k[0][1]}, {sums.k[1][0], sums.k[1][1]}, range);
+    multiply_sums<T>(sum, rows, sums.k, 0, range);
   }
   UNROLL for (int j = 0; j < 4; ++j) {
     sum[j] *= range.grow;
@@ -54,23 +52,24 @@ struct ForwardOrigins : Origins<T> {
 
 // Blocks per multiprocessor that registers must suffice for. With three a thread has 168; taylor's state and
 // the bookkeeping of several query heads need more.
-constexpr int forward_blocks(FeatureMap map, bool grouped) {
-  return map == FeatureMap::taylor || grouped ? 2 : 3;
+template <class S>
+constexpr int forward_blocks(bool grouped) {
+  return S::map == FeatureMap::taylor || grouped ? 2 : 3;
 }
 
-template <class T, FeatureMap map, bool grouped>
-KERNEL void LAUNCH_BOUNDS(threads, forward_blocks(map, grouped))
+template <class T, class S, bool grouped>
+KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(grouped))
     forward_kernel(Arguments<ForwardProblem> arguments) {
   const ForwardProblem& problem = arguments.problem;
   const Launch& launch = arguments.launch;
   SHARED_MEMORY(T, value_tiles, 2 * chunk * columns);
-  SHARED_MEMORY(T, query_tiles, 2 * Slabs<map>::feature_tile);
-  SHARED_MEMORY(T, key_tiles, 2 * Slabs<map>::feature_tile);
-  SHARED_MEMORY(T, row_elements, threads * feature_dim);
+  SHARED_MEMORY(T, query_tiles, 2 * S::feature_tile);
+  SHARED_MEMORY(T, key_tiles, 2 * S::feature_tile);
+  SHARED_MEMORY(T, row_elements, threads * S::feature_dim);
   SHARED_MEMORY(float2, row_statistics, threads);
   SHARED_MEMORY(T, staging, warps * tile * tile);
-  SHARED_MEMORY(float, affine, affine_floats);
-  SHARED_MEMORY(float4, sums, sums_size);
+  SHARED_MEMORY(float, affine, S::affine_floats);
+  SHARED_MEMORY(float4, sums, S::sums_size);
   SHARED_MEMORY(float, warp_maxima, warps);
   SHARED_MEMORY(ForwardOrigins<T>, origins, 1);
   const RowTile<T> row_tile{row_elements, row_statistics};
@@ -87,9 +86,9 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks(map, grouped))
   sync_threads();
   const Span& span = origins->span;
   const int rows_end = span.rows, columns_left = static_cast<int>(problem.head_dim) - first_column();
-  load_affine(affine, arguments, span.kv_head);
+  load_affine<S>(affine, arguments, span.kv_head);
 
-  State<map> state(sums);
+  State<S> state(sums);
   start_state(state, arguments, span, false, lane);
 
   // threads 0..63 hold a row of q each, threads 64..127 one of k
@@ -98,11 +97,11 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks(map, grouped))
 
   const auto copy = [&](int stage, int first, int head) {
     if (is_key) {
-      copy_rows(row_tile, origins->k, row_stride(problem.k), origins->key_statistics, first + token,
-                rows_end);
+      copy_rows<T, S>(row_tile, origins->k, row_stride(problem.k), origins->key_statistics, first + token,
+                      rows_end);
     } else {
-      copy_rows(row_tile, origins->q + head * problem.q.head_stride, row_stride(problem.q),
-                origins->query_statistics, first + token, rows_end);
+      copy_rows<T, S>(row_tile, origins->q + head * problem.q.head_stride, row_stride(problem.q),
+                      origins->query_statistics, first + token, rows_end);
     }
     copy_values(value_tiles + stage * chunk * columns, origins->v, row_stride(problem.v), first, rows_end,
                 columns_left);
@@ -114,14 +113,14 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks(map, grouped))
   int head = 0;
   for (int first = 0; first < rows_end;) {
     const int stage = (first / chunk * group_size + head) & 1;
-    T* const queries = query_tiles + stage * Slabs<map>::feature_tile;
-    T* const keys = key_tiles + stage * Slabs<map>::feature_tile;
+    T* const queries = query_tiles + stage * S::feature_tile;
+    T* const keys = key_tiles + stage * S::feature_tile;
     const T* const chunk_values = value_tiles + stage * chunk * columns;
     copy_async_wait<0>();
     sync_warp();
-    store_row<T, map>(is_key ? keys : queries, token, row_tile, first + token < rows_end,
-                      affine + (is_key ? group_size : head) * affine_size, problem.layer_norm,
-                      arguments.layer_norm_eps);
+    store_row<T, S>(is_key ? keys : queries, token, row_tile, first + token < rows_end,
+                    affine + (is_key ? group_size : head) * S::affine_size, problem.layer_norm,
+                    arguments.layer_norm_eps);
     const bool last_head = head + 1 == group_size;
     const int next_head = last_head ? 0 : head + 1, next = last_head ? first + chunk : first;
     sync_threads();  // the step's tiles are there, and those of the step before are free
@@ -133,15 +132,15 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks(map, grouped))
     NO_UNROLL for (int begin = 0; begin < chunk; begin += tile * tile_pair) {
       float out[tile_pair][2][4] = {}, sum[tile_pair][4];
       uint32_t rows[tile_pair][4];
-      UNROLL for (int i = 0; i < tile_pair; ++i) load_rows(rows[i], queries, begin + tile * i, 0, lane);
+      UNROLL for (int i = 0; i < tile_pair; ++i) load_rows<T, S>(rows[i], queries, begin + tile * i, lane);
       UNROLL for (int i = 0; i < tile_pair; ++i)
-          denominator<T, map>(sum[i], rows[i], state, sums_range<T>(state));
-      multiply_state<T, map>(out, rows, queries, begin, state, own_range<T>(warp_maxima, lane), lane);
+          denominator<T, S>(sum[i], rows[i], state, sums_range<T>(state));
+      multiply_state<T, S>(out, rows, queries, begin, state, own_range<T>(warp_maxima, lane), lane);
       NO_UNROLL for (int before = 0; before < begin; before += tile) {
-        attend<T, map, false>(out, sum, rows, keys, chunk_values, before, -1, nullptr, lane);
+        attend<T, S, false>(out, sum, rows, keys, chunk_values, before, -1, nullptr, lane);
       }
       UNROLL for (int i = 0; i < tile_pair; ++i) {
-        attend<T, map, false>(out, sum, rows, keys, chunk_values, begin + tile * i, i, nullptr, lane);
+        attend<T, S, false>(out, sum, rows, keys, chunk_values, begin + tile * i, i, nullptr, lane);
       }
       UNROLL for (int i = 0; i < tile_pair; ++i) {
         const int tile_row = first + begin + tile * i;
@@ -162,7 +161,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks(map, grouped))
       }
     }
     if (last_head) {
-      add_chunk<T, map, false>(state, keys, chunk_values, {}, lane);
+      add_chunk<T, S, false>(state, keys, chunk_values, {}, lane);
       state.count += static_cast<float>(minimum(rows_end - first, chunk));
     }
     head = next_head;
@@ -171,7 +170,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks(map, grouped))
 
   if (problem.final_state.kv && span.segment + 1 == launch.segments) {
     const int64_t index = span.sequence * problem.kv_heads + span.kv_head;
-    const int64_t features = num_features(map, feature_dim);
+    const int64_t features = S::public_features;
     float* const kv =
         static_cast<float*>(problem.final_state.kv) + index * features * problem.head_dim + span.first_column;
     float* const k = static_cast<float*>(problem.final_state.k) + index * features;
@@ -180,17 +179,17 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks(map, grouped))
 }
 
 // The sums of each segment but the last by themselves, into its slot.
-template <class T, FeatureMap map>
-KERNEL void LAUNCH_BOUNDS(threads, forward_blocks(map, false))
+template <class T, class S>
+KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(false))
     segment_state_kernel(Arguments<Problem> arguments) {
   const Problem& problem = arguments.problem;
   const Launch& launch = arguments.launch;
   SHARED_MEMORY(T, value_tiles, 2 * chunk * columns);
-  SHARED_MEMORY(T, key_tiles, 2 * Slabs<map>::feature_tile);
-  SHARED_MEMORY(T, row_elements, threads * feature_dim);
+  SHARED_MEMORY(T, key_tiles, 2 * S::feature_tile);
+  SHARED_MEMORY(T, row_elements, threads * S::feature_dim);
   SHARED_MEMORY(float2, row_statistics, threads);
-  SHARED_MEMORY(float, affine, affine_floats);
-  SHARED_MEMORY(float4, sums, sums_size);
+  SHARED_MEMORY(float, affine, S::affine_floats);
+  SHARED_MEMORY(float4, sums, S::sums_size);
   SHARED_MEMORY(Origins<T>, origins, 1);
   const RowTile<T> row_tile{row_elements, row_statistics};
   const Lane lane;
@@ -199,16 +198,16 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks(map, false))
   const Span& span = origins->span;
   if (span.segment + 1 == launch.segments) return;
   const int rows_end = span.rows, columns_left = static_cast<int>(problem.head_dim) - first_column();
-  load_affine(affine, arguments, span.kv_head);
-  const float* const key_affine = affine + arguments.group_size * affine_size;
+  load_affine<S>(affine, arguments, span.kv_head);
+  const float* const key_affine = affine + arguments.group_size * S::affine_size;
 
-  State<map> state(sums);
+  State<S> state(sums);
   state.clear();
   const int token = static_cast<int>(threadIdx.x);  // threads 64..127 hold no row
   const auto copy = [&](int stage, int first) {
     if (token < chunk) {
-      copy_rows(row_tile, origins->k, row_stride(problem.k), origins->key_statistics, first + token,
-                rows_end);
+      copy_rows<T, S>(row_tile, origins->k, row_stride(problem.k), origins->key_statistics, first + token,
+                      rows_end);
     }
     copy_values(value_tiles + stage * chunk * columns, origins->v, row_stride(problem.v), first, rows_end,
                 columns_left);
@@ -219,19 +218,19 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks(map, false))
   if (rows_end > 0) copy(0, 0);
   int stage = 0;
   for (int first = 0; first < rows_end; first += chunk, stage ^= 1) {
-    T* const keys = key_tiles + stage * Slabs<map>::feature_tile;
+    T* const keys = key_tiles + stage * S::feature_tile;
     copy_async_wait<0>();
     sync_warp();
     if (token < chunk) {
-      store_row<T, map>(keys, token, row_tile, first + token < rows_end, key_affine, problem.layer_norm,
-                        arguments.layer_norm_eps);
+      store_row<T, S>(keys, token, row_tile, first + token < rows_end, key_affine, problem.layer_norm,
+                      arguments.layer_norm_eps);
     }
     sync_threads();
     if (first + chunk < rows_end) copy(stage ^ 1, first + chunk);
-    add_chunk<T, map, false>(state, keys, value_tiles + stage * chunk * columns, {}, lane);
+    add_chunk<T, S, false>(state, keys, value_tiles + stage * chunk * columns, {}, lane);
     state.count += static_cast<float>(minimum(rows_end - first, chunk));
   }
-  store_state(arguments.slots + span.slot * Slot<map>::size, state, lane);
+  store_state(arguments.slots + span.slot * Slot<S>::size, state, lane);
 }
 
 }  // namespace rebased::REBASED_BACKEND::tensor_core

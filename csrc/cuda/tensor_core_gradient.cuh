@@ -17,12 +17,12 @@ namespace rebased::REBASED_BACKEND::tensor_core {
 // ---- the state, for all warps ----
 
 // Writes this warp's 16 columns of the state into the state tile (64 columns, features), rounded to T.
-template <class T, FeatureMap map>
-DEVICE void publish_state(T* state_tile, const State<map>& state, Range range, const Lane& lane) {
-  UNROLL for (int n = 0; n < Slabs<map>::tiles; ++n) {
+template <class T, class S>
+DEVICE void publish_state(T* state_tile, const State<S>& state, Range range, const Lane& lane) {
+  UNROLL for (int n = 0; n < S::tiles; ++n) {
     UNROLL for (int half = 0; half < 2; ++half) {
       const int column = tile * lane.warp + lane.group + 8 * half;
-      store_shared(state_tile + column * Slabs<map>::state_stride + 8 * n + 2 * lane.pair,
+      store_shared(state_tile + column * S::state_stride + 8 * n + 2 * lane.pair,
                    pack<T>(state.kv[n][2 * half] * range.shrink, state.kv[n][2 * half + 1] * range.shrink));
     }
   }
@@ -30,30 +30,29 @@ DEVICE void publish_state(T* state_tile, const State<map>& state, Range range, c
 
 // The gradient of the slab of phi(rows) that starts at feature tile `first`, n = 0, 1 (or 0 of a half slab):
 // values (16 tokens, 64 columns; A fragments) times the state.
-template <class T, FeatureMap map, int n>
+template <class T, class S, int n>
 DEVICE void slab_gradient(float (&gradient)[2][4], const uint32_t (&values)[warps][4], const T* state_tile,
                           int first, const Lane& lane) {
   UNROLL for (int j = 0; j < 4; ++j) gradient[0][j] = gradient[1][j] = 0;
   UNROLL for (int i = 0; i < columns / tile; ++i) {
-    const T* const rows =
-        state_tile + (tile * i + lane.row_of_parity()) * Slabs<map>::state_stride + 8 * first;
+    const T* const rows = state_tile + (tile * i + lane.row_of_parity()) * S::state_stride + 8 * first;
     uint32_t b[2 * n];  // (16 columns, 8 n features)
     ldmatrix_transposed(b, rows + (n == 2 ? lane.column_of_parity() : 0));
     UNROLL for (int k = 0; k < n; ++k) mma_m16n8k16<T>(gradient[k], values[i], b[2 * k], b[2 * k + 1]);
   }
 }
 
-// x_{a - 1} in the place of x_a, cyclically over the 16 columns of two C fragments.
-DEVICE void rotate(float (&x)[2][4], const Lane& lane) {
+// x_{a - 1} in the place of x_a, cyclically over the 8 n columns of n C fragments.
+template <int n>
+DEVICE void rotate(float (&x)[n][4], const Lane& lane) {
   const int previous = (lane.lane & ~3) | ((lane.pair + 3) & 3);
   UNROLL for (int half = 0; half < 2; ++half) {
-    float* const first = &x[0][2 * half];
-    float* const second = &x[1][2 * half];
-    const float from_first = shuffle(first[1], previous), from_second = shuffle(second[1], previous);
-    first[1] = first[0];
-    second[1] = second[0];
-    first[0] = lane.pair == 0 ? from_second : from_first;
-    second[0] = lane.pair == 0 ? from_first : from_second;
+    float from[n];
+    UNROLL for (int i = 0; i < n; ++i) from[i] = shuffle(x[i][2 * half + 1], previous);
+    UNROLL for (int i = 0; i < n; ++i) {
+      x[i][2 * half + 1] = x[i][2 * half];
+      x[i][2 * half] = lane.pair == 0 ? from[(i + n - 1) % n] : from[i];
+    }
   }
 }
 
@@ -69,63 +68,68 @@ DEVICE void unpack_rows(float (&x)[2][4], const uint32_t (&rows)[4]) {
 
 // gradient = J(rows)^T (state values): the part of the other chunks. Of the one-slab maps the gradient of
 // phi.
-template <class T, FeatureMap map>
-DEVICE void state_gradient(float (&gradient)[2][4], const uint32_t (&rows)[4],
+template <class T, class S>
+DEVICE void state_gradient(float (&gradient)[S::units][4], const uint32_t (&rows)[4],
                            const uint32_t (&values)[warps][4], const T* features, int token,
                            const T* state_tile, Range range, const Lane& lane) {
-  using S = Slabs<map>;
   if constexpr (!S::polynomial) {
-    slab_gradient<T, map, 2>(gradient, values, state_tile, 0, lane);
+    slab_gradient<T, S, 2>(gradient, values, state_tile, 0, lane);
   } else {
-    float moved[2][4] = {}, x[2][4], other[2][4], slab[2][4];
-    unpack_rows<T>(x, rows);
-    slab_gradient<T, map, 1>(slab, values, state_tile, S::first_tile(S::circulant - 1), lane);
-    UNROLL for (int j = 0; j < 4; ++j) {
-      gradient[0][j] = slab[0][j] * x[1][j];
-      gradient[1][j] = slab[0][j] * x[0][j];
-    }
     // sum over e of (G_e x) moved by e, as Horner's rule does it: from the last offset down, one step at a
     // time
-    NO_UNROLL for (int offset = S::circulant - 2; offset >= 0; --offset) {
-      uint32_t rotated[4];
-      load_rows(rotated, features, token, offset, lane);
+    float moved[S::units][4] = {}, x[2][4], other[2][4], slab[2][4];
+    uint32_t rotated[4];
+    unpack_rows<T>(x, rows);
+    slab_gradient<T, S, 1>(slab, values, state_tile, S::first_tile(S::circulant - 1), lane);
+    if constexpr (S::feature_dim == 8) {
+      load_rotated_rows<T, S>(rotated, features, token, S::circulant - 1, lane);
       unpack_rows<T>(other, rotated);
-      slab_gradient<T, map, 2>(slab, values, state_tile, S::first_tile(offset), lane);
-      rotate(moved, lane);
-      UNROLL for (int n = 0; n < 2; ++n) {
+    }
+    UNROLL for (int j = 0; j < 4; ++j) {
+      if constexpr (S::feature_dim == 8) {
+        gradient[0][j] = slab[0][j] * other[0][j];
+        moved[0][j] = slab[0][j] * x[0][j];
+      } else {  // the last offset exchanges the halves: both its terms at once
+        gradient[0][j] = slab[0][j] * x[1][j];
+        gradient[1][j] = slab[0][j] * x[0][j];
+      }
+    }
+    NO_UNROLL for (int i = S::circulant - 2; i >= 0; --i) {
+      load_rotated_rows<T, S>(rotated, features, token, i, lane);
+      unpack_rows<T>(other, rotated);
+      slab_gradient<T, S, 2>(slab, values, state_tile, S::first_tile(i), lane);
+      UNROLL for (int n = 1; n >= 0; --n) {
+        const int target = n % S::units;  // with d = 8 both halves of a slab are offsets of their own
+        if (n == 1 || S::slab_offsets == 2) rotate(moved, lane);
         UNROLL for (int j = 0; j < 4; ++j) {
-          moved[n][j] += slab[n][j] * x[n][j];
-          gradient[n][j] += slab[n][j] * other[n][j];
+          moved[target][j] += slab[n][j] * x[n][j];
+          gradient[target][j] += slab[n][j] * other[n][j];
         }
       }
     }
-    if constexpr (S::taylor)
-      slab_gradient<T, map, 2>(slab, values, state_tile, S::first_tile(S::linear), lane);
-    UNROLL for (int n = 0; n < 2; ++n) {
+    if constexpr (S::taylor) slab_gradient<T, S, 2>(slab, values, state_tile, S::first_tile(S::linear), lane);
+    UNROLL for (int n = 0; n < S::units; ++n) {
       UNROLL for (int j = 0; j < 4; ++j) {
         gradient[n][j] += moved[n][j];
         if (S::taylor) gradient[n][j] += slab[n][j];
       }
     }
   }
-  UNROLL for (int j = 0; j < 4; ++j) {
-    gradient[0][j] *= range.grow;
-    gradient[1][j] *= range.grow;
+  UNROLL for (int n = 0; n < S::units; ++n) {
+    UNROLL for (int j = 0; j < 4; ++j) gradient[n][j] *= range.grow;
   }
 }
 
 // The denominator's part: 2 a2 Z rows, of the one-slab maps z, of taylor sum of k' too.
-template <class T, FeatureMap map>
-DEVICE void sums_gradient(float (&gradient)[2][4], const uint32_t (&rows)[4], const State<map>& state,
+template <class T, class S>
+DEVICE void sums_gradient(float (&gradient)[S::units][4], const uint32_t (&rows)[4], const State<S>& state,
                           Range range) {
-  using S = Slabs<map>;
-  const Sums sums = state.sums();
-  UNROLL for (int n = 0; n < 2; ++n) {
+  const Sums<S::units> sums = state.sums();
+  UNROLL for (int n = 0; n < S::units; ++n) {
     if constexpr (S::polynomial) {
       float product[4] = {};
       // B (features, features 8 n..): columns of Z, as rows of it, which is symmetric; high and low parts
-      multiply_sums<T>(product, rows, {sums.k[0][2 * n], sums.k[0][2 * n + 1]},
-                       {sums.k[1][2 * n], sums.k[1][2 * n + 1]}, range);
+      multiply_sums<T>(product, rows, sums.k, 2 * n, range);
       UNROLL for (int j = 0; j < 4; ++j) {
         gradient[n][j] = S::offset_weight * range.grow * product[j];
         if (S::taylor) gradient[n][j] += state.linear[n][j & 1];
@@ -143,8 +147,8 @@ DEVICE void sums_gradient(float (&gradient)[2][4], const uint32_t (&rows)[4], co
 // gradient += sum over the column tile `token` of c sim'(u) columns. row_values A (16 tokens, 64 columns) of
 // the rows, column_values the value tile of the columns; c = their product plus the row's or the column's
 // offset, which is -delta, of query rows or query columns.
-template <class T, FeatureMap map, bool queries_are_columns>
-DEVICE void pair_gradient(float (&gradient)[2][4], const uint32_t (&rows)[4],
+template <class T, class S, bool queries_are_columns>
+DEVICE void pair_gradient(float (&gradient)[S::units][4], const uint32_t (&rows)[4],
                           const uint32_t (&row_values)[warps][4], const T* column_features,
                           const T* column_values, int token, bool diagonal, const float (&row_offsets)[2],
                           const float* column_offsets, const float* column_scales, const Lane& lane) {
@@ -156,9 +160,9 @@ DEVICE void pair_gradient(float (&gradient)[2][4], const uint32_t (&rows)[4],
     mma_m16n8k16<T>(c[1], row_values[i], b[2], b[3]);
   }
   float u[2][4] = {};
-  if constexpr (Slabs<map>::polynomial) {
+  if constexpr (S::polynomial) {
     uint32_t tokens[4];
-    load_columns(tokens, column_features, token, lane);
+    load_columns<T, S>(tokens, column_features, token, lane);
     mma_m16n8k16<T>(u[0], rows, tokens[0], tokens[1]);
     mma_m16n8k16<T>(u[1], rows, tokens[2], tokens[3]);
   }
@@ -168,8 +172,8 @@ DEVICE void pair_gradient(float (&gradient)[2][4], const uint32_t (&rows)[4],
     UNROLL for (int j = 0; j < 4; ++j) {
       const float offset = queries_are_columns ? (j & 1 ? offsets.y : offsets.x) : row_offsets[j >> 1];
       c[n][j] += offset;
-      if (map == FeatureMap::outer) c[n][j] *= 2.0f * u[n][j];
-      if (map == FeatureMap::taylor) c[n][j] *= 1.0f + u[n][j];
+      if (S::map == FeatureMap::outer) c[n][j] *= 2.0f * u[n][j];
+      if (S::map == FeatureMap::taylor) c[n][j] *= 1.0f + u[n][j];
       const int row = fragment_row(j, lane), column = fragment_column(n, j, lane);
       if (diagonal && (queries_are_columns ? column < row : column > row)) c[n][j] = 0;
     }
@@ -177,9 +181,8 @@ DEVICE void pair_gradient(float (&gradient)[2][4], const uint32_t (&rows)[4],
   if constexpr (queries_are_columns && !is_bfloat16<T>) scale_columns(c, column_scales + token, lane);
   uint32_t a[4], terms[4];
   round_tile<T>(a, c);
-  load_terms(terms, column_features, token, 0, lane);
-  mma_m16n8k16<T>(gradient[0], a, terms[0], terms[1]);
-  mma_m16n8k16<T>(gradient[1], a, terms[2], terms[3]);
+  load_terms<T, S>(terms, column_features, token, lane);
+  UNROLL for (int n = 0; n < S::units; ++n) mma_m16n8k16<T>(gradient[n], a, terms[2 * n], terms[2 * n + 1]);
 }
 
 // ---- through the map, affine and LayerNorm ----
@@ -189,31 +192,32 @@ template <class T>
 struct RowTarget {
   T* rows;  // grad q or grad k, from the tile's first row on; null: `partial` is written instead
   int stride;
-  float* partial;  // (rows, 16): grad of gamma LayerNorm(x) + beta, where another kernel goes on from there
-  float* affine_sums;  // (32) in shared memory: this warp's sums of grad gamma and grad beta
+  float* partial;  // (rows, d): grad of gamma LayerNorm(x) + beta, where another kernel goes on from there
+  float* affine_sums;  // (2 d) in shared memory: this warp's sums of grad gamma and grad beta
 };
 
 // `gradient` is that of the map's argument times 1 / scale; affine holds gamma times scale, and beta. The
 // tile's rows are in the row tile from first_row on, their means and deviations in `statistics`.
-template <class T, FeatureMap map>
-DEVICE void finish_rows(float (&gradient)[2][4], const RowTile<T>& row_tile, int first_row,
+template <class T, class S>
+DEVICE void finish_rows(float (&gradient)[S::units][4], const RowTile<T>& row_tile, int first_row,
                         const float2* statistics, int rows_left, const float* affine, float scale,
                         LayerNorm layer_norm, const RowTarget<T>& target, T* staging, const Lane& lane) {
-  float normalized[2][4], inverse[2];
+  float normalized[S::units][4], inverse[2];
   UNROLL for (int half = 0; half < 2; ++half) {
     const int row = lane.group + 8 * half;
     const float2 own = statistics[row];
     inverse[half] = own.y;
-    UNROLL for (int n = 0; n < 2; ++n) {
-      const float2 x = unpack<T>(load_shared<uint32_t>(row_tile.half(first_row + row, n) + 2 * lane.pair));
+    UNROLL for (int n = 0; n < S::units; ++n) {
+      const float2 x = unpack<T>(load_shared<uint32_t>(
+          row_tile.elements + unit_offset<S::units>(first_row + row, n) + 2 * lane.pair));
       normalized[n][2 * half] = (x.x - own.x) * own.y;
       normalized[n][2 * half + 1] = (x.y - own.x) * own.y;
     }
   }
   float sums[2] = {}, products[2] = {};
-  UNROLL for (int n = 0; n < 2; ++n) {
+  UNROLL for (int n = 0; n < S::units; ++n) {
     const float2 gamma = load_shared<float2>(affine + 8 * n + 2 * lane.pair);
-    const float2 beta = load_shared<float2>(affine + feature_dim + 8 * n + 2 * lane.pair);
+    const float2 beta = load_shared<float2>(affine + S::feature_dim + 8 * n + 2 * lane.pair);
     float gamma_sum[2] = {}, beta_sum[2] = {};
     UNROLL for (int half = 0; half < 2; ++half) {
       const int row = lane.group + 8 * half;
@@ -221,8 +225,8 @@ DEVICE void finish_rows(float (&gradient)[2][4], const RowTile<T>& row_tile, int
         float& value = gradient[n][2 * half + i];
         const float hat = normalized[n][2 * half + i];
         const float argument = hat * (i ? gamma.y : gamma.x) + (i ? beta.y : beta.x);
-        if (map == FeatureMap::square) value *= 2.0f * argument;
-        if (map == FeatureMap::elu) value *= elu_feature_derivative(argument);
+        if (S::map == FeatureMap::square) value *= 2.0f * argument;
+        if (S::map == FeatureMap::elu) value *= elu_feature_derivative(argument);
         if (row >= rows_left) value = 0;  // padded rows
         gamma_sum[i] += value * hat;
         beta_sum[i] += value;
@@ -230,7 +234,7 @@ DEVICE void finish_rows(float (&gradient)[2][4], const RowTile<T>& row_tile, int
       float& first = gradient[n][2 * half];
       float& second = gradient[n][2 * half + 1];
       if (target.partial && row < rows_left) {
-        store_global(target.partial + row * feature_dim + 8 * n + 2 * lane.pair,
+        store_global(target.partial + row * S::feature_dim + 8 * n + 2 * lane.pair,
                      float2{first * scale, second * scale});
       }
       first *= gamma.x;
@@ -245,23 +249,23 @@ DEVICE void finish_rows(float (&gradient)[2][4], const RowTile<T>& row_tile, int
       }
       if (lane.group == 0) {
         target.affine_sums[8 * n + 2 * lane.pair + i] += gamma_sum[i] * scale;
-        target.affine_sums[feature_dim + 8 * n + 2 * lane.pair + i] += beta_sum[i] * scale;
+        target.affine_sums[S::feature_dim + 8 * n + 2 * lane.pair + i] += beta_sum[i] * scale;
       }
     }
   }
   if (!target.rows) return;
   if (layer_norm == LayerNorm::head) {
     UNROLL for (int half = 0; half < 2; ++half) {
-      const float mean = quad_sum(sums[half]) * (1.0f / feature_dim);
-      const float product = quad_sum(products[half]) * (1.0f / feature_dim);
-      UNROLL for (int n = 0; n < 2; ++n) {
+      const float mean = quad_sum(sums[half]) * (1.0f / S::feature_dim);
+      const float product = quad_sum(products[half]) * (1.0f / S::feature_dim);
+      UNROLL for (int n = 0; n < S::units; ++n) {
         UNROLL for (int j = 2 * half; j < 2 * half + 2; ++j) {
           gradient[n][j] = inverse[half] * (gradient[n][j] - mean - normalized[n][j] * product);
         }
       }
     }
   }
-  store_tile(staging, gradient, target.rows, target.stride, rows_left, feature_dim, lane);
+  store_tile(staging, gradient, target.rows, target.stride, rows_left, S::feature_dim, lane);
 }
 
 }  // namespace rebased::REBASED_BACKEND::tensor_core

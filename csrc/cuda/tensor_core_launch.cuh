@@ -1,31 +1,29 @@
-// Host side of the tensor-core forward for one element type and map.
+// Host side of the tensor-core forward for one element type, map and feature dim.
 #pragma once
-
-#include <type_traits>
 
 #include "cuda/tensor_core_forward.cuh"
 #include "cuda/tensor_core_scan.cuh"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
-// Calls function(std::integral_constant<FeatureMap, map>).
+// Calls function(Slabs of the problem's map and feature dim); supports() has seen to it that there are some.
 template <class Function>
-auto with_map(FeatureMap map, Function&& function) {
-  switch (map) {
+auto with_slabs(const Problem& problem, Function&& function) {
+  if (problem.feature_dim == 8) return function(Slabs<FeatureMap::outer, 8>());
+  switch (problem.feature_map) {
     case FeatureMap::outer:
-      return function(std::integral_constant<FeatureMap, FeatureMap::outer>());
+      return function(Slabs<FeatureMap::outer, 16>());
     case FeatureMap::square:
-      return function(std::integral_constant<FeatureMap, FeatureMap::square>());
+      return function(Slabs<FeatureMap::square, 16>());
     case FeatureMap::taylor:
-      return function(std::integral_constant<FeatureMap, FeatureMap::taylor>());
+      return function(Slabs<FeatureMap::taylor, 16>());
     default:
-      return function(std::integral_constant<FeatureMap, FeatureMap::elu>());
+      return function(Slabs<FeatureMap::elu, 16>());
   }
 }
 
-inline int64_t slot_bytes(FeatureMap map) {
-  return with_map(map,
-                  [](auto constant) { return static_cast<int64_t>(sizeof(float)) * Slot<constant>::size; });
+inline int64_t slot_floats(const Problem& problem) {
+  return with_slabs(problem, [](auto slabs) { return static_cast<int64_t>(Slot<decltype(slabs)>::size); });
 }
 
 // Blocks of a sweep: (sequence, kv head, segment) by column group.
@@ -47,37 +45,37 @@ inline bool needs_scan(const Launch& launch, const ConstState& start) {
   return start.kv || launch.segments > summed_segments;
 }
 
-template <FeatureMap map>
+template <class S>
 const char* launch_scan(const Problem& problem, float* slots, int segments, ConstState start, bool reverse,
                         void* stream) {
   const dim3 grid(static_cast<unsigned>(problem.num_sequences * problem.kv_heads),
-                  (Slot<map>::size + scan_threads - 1) / scan_threads,
+                  (Slot<S>::size + scan_threads - 1) / scan_threads,
                   static_cast<unsigned>(column_groups(problem)));
-  return LAUNCH(scan_kernel<map>, grid, dim3(scan_threads), 0, stream, slots, segments, start,
-                problem.head_dim, reverse);
+  return LAUNCH(scan_kernel<S>, grid, dim3(scan_threads), 0, stream, slots, segments, start, problem.head_dim,
+                reverse);
 }
 
 // Fills the slots for start_state. Null slots: there is one segment, from an empty state.
-template <class T, FeatureMap map>
+template <class T, class S>
 const char* launch_segment_states(const Problem& problem, const Launch& launch, ConstState initial_state,
                                   float* slots, void* stream) {
   if (!slots) return "";
   if (launch.segments > 1) {
-    const char* error = LAUNCH((segment_state_kernel<T, map>), sweep_grid(problem, launch.segments),
+    const char* error = LAUNCH((segment_state_kernel<T, S>), sweep_grid(problem, launch.segments),
                                dim3(threads), 0, stream, Arguments<Problem>(problem, launch, slots, false));
     if (*error) return error;
   }
   if (!needs_scan(launch, initial_state)) return "";
-  return launch_scan<map>(problem, slots, launch.segments, initial_state, false, stream);
+  return launch_scan<S>(problem, slots, launch.segments, initial_state, false, stream);
 }
 
-template <class T, FeatureMap map>
+template <class T, class S>
 const char* launch_forward(const ForwardProblem& problem, const Launch& launch, void* stream) {
   const bool has_slots = launch.segments > 1 || problem.initial_state.kv;
   float* const slots = has_slots ? static_cast<float*>(launch.workspace) : nullptr;
-  const char* error = launch_segment_states<T, map>(problem, launch, problem.initial_state, slots, stream);
+  const char* error = launch_segment_states<T, S>(problem, launch, problem.initial_state, slots, stream);
   if (*error) return error;
-  const auto kernel = problem.group_size() > 1 ? forward_kernel<T, map, true> : forward_kernel<T, map, false>;
+  const auto kernel = problem.group_size() > 1 ? forward_kernel<T, S, true> : forward_kernel<T, S, false>;
   return LAUNCH(kernel, sweep_grid(problem, launch.segments), dim3(threads), 0, stream,
                 Arguments<ForwardProblem>(problem, launch, slots, needs_scan(launch, problem.initial_state)));
 }

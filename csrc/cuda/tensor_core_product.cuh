@@ -11,22 +11,22 @@ namespace rebased::REBASED_BACKEND::tensor_core {
 constexpr int tile_pair = 2;
 
 // out[i] = phi(rows) S for two row tiles, S this warp's 16 columns of the state.
-template <class T, FeatureMap map>
+template <class T, class S>
 DEVICE void multiply_state(float (&out)[tile_pair][2][4], const uint32_t (&rows)[tile_pair][4],
-                           const T* features, int token, const State<map>& state, Range range,
+                           const T* features, int token, const State<S>& state, Range range,
                            const Lane& lane) {
-  UNROLL for (int slab = 0; slab < Slabs<map>::count; ++slab) {
-    const int first = Slabs<map>::first_tile(slab);
+  UNROLL for (int slab = 0; slab < S::count; ++slab) {
+    const int first = S::first_tile(slab);
     const auto round = [&](int feature_tile, int j) {
       const float (&sums)[4] = state.kv[feature_tile];
       return pack<T>(sums[j] * range.shrink, sums[j + 1] * range.shrink);
     };
     // B (16 features, 8 columns) twice
     uint32_t b[4] = {round(first, 0), 0, round(first, 2), 0};
-    if (!Slabs<map>::is_half(slab)) b[1] = round(first + 1, 0), b[3] = round(first + 1, 2);
+    if (!S::is_half(slab)) b[1] = round(first + 1, 0), b[3] = round(first + 1, 2);
     UNROLL for (int i = 0; i < tile_pair; ++i) {
       uint32_t phi[4];
-      row_features<T, map>(phi, rows[i], features, token + tile * i, slab, lane);
+      row_features<T, S>(phi, rows[i], features, token + tile * i, slab, lane);
       mma_m16n8k16<T>(out[i][0], phi, b[0], b[1]);
       mma_m16n8k16<T>(out[i][1], phi, b[2], b[3]);
     }
@@ -39,32 +39,33 @@ DEVICE void multiply_state(float (&out)[tile_pair][2][4], const uint32_t (&rows)
   }
 }
 
-// result += rows B, B (16 features, 8 columns) from the denominator's sums: features 2t, 2t + 1 in x, 8 on in
-// y. They are taken as two T numbers each, high and low, so that r is as exact as q' and k' are.
-template <class T>
-DEVICE void multiply_sums(float (&result)[4], const uint32_t (&rows)[4], const float (&x)[2],
-                          const float (&y)[2], Range range) {
-  uint32_t high[2], low[2];
-  UNROLL for (int i = 0; i < 2; ++i) {
-    const float first = (i ? y : x)[0] * range.shrink, second = (i ? y : x)[1] * range.shrink;
-    high[i] = pack<T>(first, second);
+// result += rows B, B (features, 8 columns) from the denominator's sums: features 8 i + 2t and 8 i + 2t + 1
+// in sums[i][first] and the next. They are taken as two T numbers each, high and low, so that r is as exact
+// as q' and k' are.
+template <class T, int units, int width>
+DEVICE void multiply_sums(float (&result)[4], const uint32_t (&rows)[4], const float (&sums)[units][width],
+                          int first, Range range) {
+  uint32_t high[2] = {}, low[2] = {};
+  UNROLL for (int i = 0; i < units; ++i) {
+    const float x = sums[i][first] * range.shrink, y = sums[i][first + 1] * range.shrink;
+    high[i] = pack<T>(x, y);
     const float2 rounded = unpack<T>(high[i]);
-    low[i] = pack<T>(first - rounded.x, second - rounded.y);
+    low[i] = pack<T>(x - rounded.x, y - rounded.y);
   }
   mma_m16n8k16<T>(result, rows, high[0], high[1]);
   mma_m16n8k16<T>(result, rows, low[0], low[1]);
 }
 
 // sim of a row tile and a column tile, in C fragments, from u = rows . columns.
-template <class T, FeatureMap map>
+template <class T, class S>
 DEVICE void similarities(float (&sim)[2][4], const uint32_t (&rows)[4], const uint32_t (&tokens)[4]) {
   UNROLL for (int n = 0; n < 2; ++n) {
     UNROLL for (int j = 0; j < 4; ++j) sim[n][j] = 0;
     mma_m16n8k16<T>(sim[n], rows, tokens[2 * n], tokens[2 * n + 1]);
     UNROLL for (int j = 0; j < 4; ++j) {
       const float u = sim[n][j];
-      if (map == FeatureMap::outer) sim[n][j] = u * u;
-      if (map == FeatureMap::taylor) sim[n][j] = 1.0f + u * (1.0f + 0.5f * u);
+      if (S::map == FeatureMap::outer) sim[n][j] = u * u;
+      if (S::map == FeatureMap::taylor) sim[n][j] = 1.0f + u * (1.0f + 0.5f * u);
     }
   }
 }
@@ -94,17 +95,17 @@ DEVICE void round_tile(uint32_t (&a)[4], const float (&values)[2][4]) {
 // reverse, in float16, sim is multiplied by its column's scale before it is rounded. Rows look back at
 // columns no later than they are, or, reverse, at no earlier ones. `diagonal` is the row tile of the pair
 // that meets its own tokens here: of the pair it and those on its far side look at this column tile.
-template <class T, FeatureMap map, bool reverse>
+template <class T, class S, bool reverse>
 DEVICE void attend(float (&out)[tile_pair][2][4], float (&sum)[tile_pair][4],
                    const uint32_t (&rows)[tile_pair][4], const T* columns_features, const T* values,
                    int token, int diagonal, const float* column_scales, const Lane& lane) {
   uint32_t v[4], tokens[4];
   load_values(v, values, token, tile * lane.warp, lane);
-  load_columns(tokens, columns_features, token, lane);
+  load_columns<T, S>(tokens, columns_features, token, lane);
   UNROLL for (int i = 0; i < tile_pair; ++i) {
     if (reverse ? i > diagonal : i < diagonal) continue;
     float sim[2][4];
-    similarities<T, map>(sim, rows[i], tokens);
+    similarities<T, S>(sim, rows[i], tokens);
     if constexpr (reverse && !is_bfloat16<T>) scale_columns(sim, column_scales + token, lane);
     if (i == diagonal) {
       UNROLL for (int n = 0; n < 2; ++n) {

@@ -107,12 +107,12 @@ DEVICE void scale_gradients(T* gradients, const T* y, const float* r, const Quer
 }
 
 // The chunk's part of the reverse state.
-template <class T, FeatureMap map>
-DEVICE void add_reverse_chunk(State<map>& state, const T* queries, const T* gradients,
-                              const QueryRows<T>& rows, const ChunkScale& scales, const Lane& lane) {
+template <class T, class S>
+DEVICE void add_reverse_chunk(State<S>& state, const T* queries, const T* gradients, const QueryRows<T>& rows,
+                              const ChunkScale& scales, const Lane& lane) {
   const TokenWeights weights = rows.weights(scales.sum_inverse);
-  add_chunk<T, map, true>(state, queries, gradients, weights, lane);
-  if constexpr (Slabs<map>::taylor) {
+  add_chunk<T, S, true>(state, queries, gradients, weights, lane);
+  if constexpr (S::taylor) {
     float sum = weights.sums[lane.lane] + weights.sums[lane.lane + 32];
     UNROLL for (int distance = 1; distance < 32; distance *= 2) sum += shuffle_xor(sum, distance);
     state.count += scales.sum_inverse * sum;
@@ -120,18 +120,18 @@ DEVICE void add_reverse_chunk(State<map>& state, const T* queries, const T* grad
 }
 
 // The reverse sums of each segment but the first by themselves, into its slot.
-template <class T, FeatureMap map>
-KERNEL void LAUNCH_BOUNDS(threads, backward_blocks(map, false))
+template <class T, class S>
+KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(false))
     reverse_segment_kernel(Arguments<BackwardProblem> arguments) {
   SHARED_MEMORY(T, gradient_tiles, 2 * chunk * columns);
   SHARED_MEMORY(T, y, chunk * columns);
-  SHARED_MEMORY(T, queries, Slabs<map>::feature_tile);
-  SHARED_MEMORY(T, row_elements, threads * feature_dim);
+  SHARED_MEMORY(T, queries, S::feature_tile);
+  SHARED_MEMORY(T, row_elements, threads * S::feature_dim);
   SHARED_MEMORY(float2, given_statistics, threads);
-  SHARED_MEMORY(float, affine, affine_floats);
+  SHARED_MEMORY(float, affine, S::affine_floats);
   SHARED_MEMORY(float, r, chunk);
   SHARED_MEMORY(float, row_floats, QueryRows<T>::size);
-  SHARED_MEMORY(float4, sums, sums_size);
+  SHARED_MEMORY(float4, sums, S::sums_size);
   SHARED_MEMORY(BackwardOrigins<T>, origins, 1);
   const BackwardProblem& problem = arguments.problem;
   const RowTile<T> row_tile{row_elements, given_statistics};
@@ -143,16 +143,16 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks(map, false))
   if (span.segment == 0) return;
   const int group_size = arguments.group_size, rows_end = span.rows;
   const int columns_left = static_cast<int>(problem.head_dim) - first_column();
-  load_affine(affine, arguments, span.kv_head);
-  State<map> state(sums);
+  load_affine<S>(affine, arguments, span.kv_head);
+  State<S> state(sums);
   state.clear();
 
   const int token = static_cast<int>(threadIdx.x);  // threads 64..127 hold no row
   const auto stage_of = [&](int first, int head) { return (first / chunk * group_size + head) & 1; };
   const auto copy = [&](int first, int head) {
     if (token < chunk) {
-      copy_rows(row_tile, origins->q + head * problem.q.head_stride, row_stride(problem.q),
-                origins->query_statistics, first + token, rows_end);
+      copy_rows<T, S>(row_tile, origins->q + head * problem.q.head_stride, row_stride(problem.q),
+                      origins->query_statistics, first + token, rows_end);
     }
     origins->copy_gradients(gradient_tiles + stage_of(first, head) * chunk * columns, y, r, problem, first,
                             head, rows_end, columns_left);
@@ -166,8 +166,8 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks(map, false))
     copy_async_wait<0>();
     sync_threads();
     if (token < chunk) {
-      store_row<T, map>(queries, token, row_tile, first + token < rows_end, affine + head * affine_size,
-                        problem.layer_norm, arguments.layer_norm_eps);
+      store_row<T, S>(queries, token, row_tile, first + token < rows_end, affine + head * S::affine_size,
+                      problem.layer_norm, arguments.layer_norm_eps);
     }
     const ChunkScale scales = chunk_scale<T>(r, rows_end - first, lane);
     scale_gradients<T>(gradients, y, r, query_rows, scales, nullptr, 0, problem.normalize);
@@ -175,9 +175,9 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks(map, false))
     head = head == 0 ? group_size - 1 : head - 1;
     sync_threads();
     if (first >= 0) copy(first, head);
-    add_reverse_chunk<T, map>(state, queries, gradients, query_rows, scales, lane);
+    add_reverse_chunk<T, S>(state, queries, gradients, query_rows, scales, lane);
   }
-  store_state(arguments.slots + span.slot * Slot<map>::size, state, lane);
+  store_state(arguments.slots + span.slot * Slot<S>::size, state, lane);
 }
 
 }  // namespace rebased::REBASED_BACKEND::tensor_core

@@ -99,18 +99,15 @@ struct Origins {
 
 // ---- q and k ----
 
-// (group_size + 1, 32) in shared memory: gamma and beta of each query head of the block, then of its kv head.
-// The polynomial maps' scale is folded into the query heads'.
-constexpr int affine_size = 2 * feature_dim;
-constexpr int affine_floats = (max_group_size + 1) * affine_size;
-
-template <class AnyProblem>
+// (group_size + 1, 2 d) in shared memory: gamma and beta of each query head of the block, then of its kv
+// head. The polynomial maps' scale is folded into the query heads'.
+template <class S, class AnyProblem>
 DEVICE void load_affine(float* affine, const Arguments<AnyProblem>& arguments, int64_t kv_head) {
   const Problem& problem = arguments.problem;
   const int group_size = arguments.group_size;
-  for (int i = static_cast<int>(threadIdx.x); i < (group_size + 1) * affine_size; i += threads) {
-    const int head = i / affine_size, feature = i % feature_dim;
-    const bool is_beta = i % affine_size >= feature_dim, is_key = head == group_size;
+  for (int i = static_cast<int>(threadIdx.x); i < (group_size + 1) * S::affine_size; i += threads) {
+    const int head = i / S::affine_size, feature = i % S::feature_dim;
+    const bool is_beta = i % S::affine_size >= S::feature_dim, is_key = head == group_size;
     const Affine& source = is_key ? problem.key_affine : problem.query_affine;
     const int64_t row = is_key ? kv_head : kv_head * group_size + head;
     const float* values = static_cast<const float*>(is_beta ? source.beta : source.gamma);
@@ -125,26 +122,25 @@ DEVICE void load_affine(float* affine, const Arguments<AnyProblem>& arguments, i
 // needed but sync_warp.
 template <class T>
 struct RowTile {
-  T* elements;         // (threads, 16), permuted by half_row_offset
+  T* elements;         // (threads, d), the 16-byte units of a row permuted by unit_offset
   float2* statistics;  // (threads), of "token" LayerNorm
-
-  DEVICE T* half(int row, int which) const { return elements + half_row_offset(row, which); }
 };
 
 // Starts the copy of a warp's rows, `index` that of this thread, zeros past `end`, into the same rows of the
-// tile. Two lanes share a row, so that each access of the warp covers whole sectors of 32 bytes.
-template <class T>
+// tile. As many lanes share a row as it has 16-byte units, so that each access of the warp covers whole
+// sectors of 32 bytes.
+template <class T, class S>
 DEVICE void copy_rows(const RowTile<T>& tile, const T* rows, int stride, const float* statistics, int index,
                       int end) {
-  constexpr int units = feature_dim / 8, rows_at_once = 32 / units;  // 16-byte units of a row
+  constexpr int units = S::units, rows_at_once = 32 / units;
   const int thread = thread_index_anew(), lane = thread % 32;
-  // lanes write side by side; half_row_offset tells which half of a row belongs there
-  const int row = index - lane + lane / units, half = lane % units ^ lane / 8 % 2;
-  const T* source = rows + static_cast<int64_t>(row) * stride + 8 * half;
-  T* const target = tile.elements + (thread - lane) * feature_dim + 8 * lane;
+  // lanes write side by side; unit_offset tells which unit of a row belongs there
+  const int row = index - lane + lane / units, unit = lane % units ^ lane / 8 % units;
+  const T* source = rows + static_cast<int64_t>(row) * stride + 8 * unit;
+  T* const target = tile.elements + (thread - lane) * S::feature_dim + 8 * lane;
   UNROLL for (int i = 0; i < units; ++i) {
     const bool present = row + rows_at_once * i < end;
-    copy_async<16>(target + rows_at_once * i * feature_dim, present ? source : rows, present ? 16 : 0);
+    copy_async<16>(target + rows_at_once * i * S::feature_dim, present ? source : rows, present ? 16 : 0);
     source += rows_at_once * static_cast<int64_t>(stride);
   }
   if (!statistics) return;
@@ -152,54 +148,57 @@ DEVICE void copy_rows(const RowTile<T>& tile, const T* rows, int stride, const f
   copy_async<8>(tile.statistics + thread, statistics + (present ? 2 * index : 0), present ? 8 : 0);
 }
 
-template <class T>
-DEVICE void unpack_row(float (&x)[feature_dim], const uint4& low, const uint4& high) {
-  const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-  UNROLL for (int i = 0; i < 8; ++i) {
+// Elements 8 `which` .. of a row, from 16 bytes of it.
+template <class T, int dim>
+DEVICE void unpack_unit(float (&x)[dim], int which, const uint4& unit) {
+  const uint32_t words[4] = {unit.x, unit.y, unit.z, unit.w};
+  UNROLL for (int i = 0; i < 4; ++i) {
     const float2 pair = unpack<T>(words[i]);
-    x[2 * i] = pair.x;
-    x[2 * i + 1] = pair.y;
+    x[8 * which + 2 * i] = pair.x;
+    x[8 * which + 2 * i + 1] = pair.y;
   }
 }
 
 // Mean and 1 / standard deviation.
-DEVICE float2 row_statistics(const float (&x)[feature_dim], LayerNorm layer_norm, float2 given,
-                             float epsilon) {
+template <int dim>
+DEVICE float2 row_statistics(const float (&x)[dim], LayerNorm layer_norm, float2 given, float epsilon) {
   if (layer_norm == LayerNorm::none) return {0.0f, 1.0f};
   if (layer_norm == LayerNorm::token) return given;
   float mean = 0, variance = 0;
-  UNROLL for (int i = 0; i < feature_dim; ++i) mean += x[i];
-  mean *= 1.0f / feature_dim;
-  UNROLL for (int i = 0; i < feature_dim; ++i) variance += (x[i] - mean) * (x[i] - mean);
-  return {mean, reciprocal_sqrt(variance * (1.0f / feature_dim) + epsilon)};
+  UNROLL for (int i = 0; i < dim; ++i) mean += x[i];
+  mean *= 1.0f / dim;
+  UNROLL for (int i = 0; i < dim; ++i) variance += (x[i] - mean) * (x[i] - mean);
+  return {mean, reciprocal_sqrt(variance * (1.0f / dim) + epsilon)};
 }
 
 // What a feature tile holds of x: the maps with one slab are applied here, in float.
-template <FeatureMap map>
+template <class S>
 DEVICE float stored_feature(float x) {
-  return map == FeatureMap::square ? x * x : map == FeatureMap::elu ? elu_feature(x) : x;
+  return S::map == FeatureMap::square ? x * x : S::map == FeatureMap::elu ? elu_feature(x) : x;
 }
 
 // Brings this thread's row, if present, into column `token` of a feature tile and gives its statistics.
-template <class T, FeatureMap map>
+template <class T, class S>
 DEVICE float2 store_row(T* features, int token, const RowTile<T>& tile, bool present, const float* affine,
                         LayerNorm layer_norm, float layer_norm_eps) {
   const int thread = thread_index_anew();
-  float x[feature_dim];
-  unpack_row<T>(x, load_shared<uint4>(tile.half(thread, 0)), load_shared<uint4>(tile.half(thread, 1)));
+  float x[S::feature_dim];
+  UNROLL for (int i = 0; i < S::units; ++i) {
+    unpack_unit<T>(x, i, load_shared<uint4>(tile.elements + unit_offset<S::units>(thread, i)));
+  }
   const float2 given = layer_norm == LayerNorm::token ? tile.statistics[thread] : float2{};
   const float2 statistics = row_statistics(x, layer_norm, given, layer_norm_eps);
-  UNROLL for (int i = 0; i < feature_dim; i += 4) {
+  UNROLL for (int i = 0; i < S::feature_dim; i += 4) {
     const float4 gamma = load_shared<float4>(affine + i),
-                 beta = load_shared<float4>(affine + feature_dim + i);
+                 beta = load_shared<float4>(affine + S::feature_dim + i);
     const float gammas[4] = {gamma.x, gamma.y, gamma.z, gamma.w}, betas[4] = {beta.x, beta.y, beta.z, beta.w};
     UNROLL for (int j = 0; j < 4; ++j) {
       const float value = (x[i + j] - statistics.x) * (statistics.y * gammas[j]) + betas[j];
       // a padded row is zeroed last: beta would bring it to life
-      const T stored = from_float<T>(present ? stored_feature<map>(value) : 0.0f);
+      const T stored = from_float<T>(present ? stored_feature<S>(value) : 0.0f);
       features[(i + j) * feature_stride + token] = stored;
-      if (i + j + feature_dim < Slabs<map>::feature_rows) {
-        features[(i + j + feature_dim) * feature_stride + token] = stored;
+      if (i + j + S::feature_dim < S::feature_rows) {
+        features[(i + j + S::feature_dim) * feature_stride + token] = stored;
       }
     }
   }
@@ -223,23 +222,25 @@ DEVICE void copy_values(T* values, const T* rows, int stride, int first, int end
   }
 }
 
-// Stores a (16, 16) tile of two C fragments, rounded to T, by way of `staging`: 256 elements of shared memory
-// that belong to the warp.
-template <class T>
-DEVICE void store_tile(T* staging, const float (&values)[2][4], T* rows, int stride, int rows_left,
+// Stores a (16, 8 n) tile of n = 1 or 2 C fragments, rounded to T, by way of `staging`: 256 elements of
+// shared memory that belong to the warp.
+template <class T, int n>
+DEVICE void store_tile(T* staging, const float (&values)[n][4], T* rows, int stride, int rows_left,
                        int columns_left, const Lane& lane) {
+  const auto place = [&](int row, int i) { return staging + unit_offset<n>(row, i); };
   UNROLL for (int half = 0; half < 2; ++half) {
-    UNROLL for (int i = 0; i < 2; ++i) {
-      const int row = lane.group + 8 * half;
-      store_shared(staging + half_row_offset(row, i) + 2 * lane.pair,
+    UNROLL for (int i = 0; i < n; ++i) {
+      store_shared(place(lane.group + 8 * half, i) + 2 * lane.pair,
                    pack<T>(values[i][2 * half], values[i][2 * half + 1]));
     }
   }
   sync_warp();
-  const int row = lane.lane / 2, half = lane.lane % 2;
-  const uint4 unit = load_shared<uint4>(staging + half_row_offset(row, half));
-  if (row < rows_left && 8 * half < columns_left)
-    store_global(rows + static_cast<int64_t>(row) * stride + 8 * half, unit);
+  const int row = lane.lane / n, i = lane.lane % n;
+  if (row < tile) {
+    const uint4 unit = load_shared<uint4>(place(row, i));
+    if (row < rows_left && 8 * i < columns_left)
+      store_global(rows + static_cast<int64_t>(row) * stride + 8 * i, unit);
+  }
   sync_warp();
 }
 

@@ -10,23 +10,23 @@
 namespace rebased::REBASED_BACKEND::tensor_core {
 
 // Entry `index` of the slot of column group `group`, from a public state (or state gradient) of one kv head.
-template <FeatureMap map>
+template <class S>
 DEVICE float public_entry(const float* kv, const float* k, int index, int group, int64_t head_dim,
                           bool gradient) {
-  using S = Slabs<map>;
-  using L = Slot<map>;
+  using L = Slot<S>;
   const int j = index % 4, lane = index / 4 % 32, g = lane / 4, t = lane % 4;
   if (index < L::k) {
     const int n = index / (4 * threads), warp = index / 128 % warps;
     const int64_t column = columns * group + tile * warp + g + 8 * (j >> 1);
-    const int feature = public_feature<map>(n, 2 * t + (j & 1));
+    const int feature = public_feature<S>(n, 2 * t + (j & 1));
     if (feature < 0 || column >= head_dim) return 0.0f;
-    return kv[feature * head_dim + column] * state_weight<map>(n, gradient);
+    return kv[feature * head_dim + column] * state_weight<S>(n, gradient);
   }
   if (index < L::linear) {
-    const int n = (index - L::k) / 128, row = g + 8 * (j >> 1), column = 8 * n + 2 * t + (j & 1);
+    const int n = (index - L::k) / 128, row = (g + 8 * (j >> 1)) % S::feature_dim,
+              column = 8 * n + 2 * t + (j & 1);
     if (!S::polynomial) return k[column];
-    return k[public_product<map>(row, column)] * gram_weight<map>(row, column, gradient);
+    return k[public_product<S>(row, column)] * gram_weight<S>(row, column, gradient);
   }
   if (index < L::count) return k[1 + 8 * (j >> 1) + 2 * t + (j & 1)];
   return S::taylor && index == L::count ? k[0] : 0.0f;
@@ -35,24 +35,24 @@ DEVICE float public_entry(const float* kv, const float* k, int index, int group,
 // grid (blocks of slot entries, num_sequences * kv_heads, column groups)
 constexpr int scan_threads = 256;
 
-template <FeatureMap map>
+template <class S>
 KERNEL void LAUNCH_BOUNDS(scan_threads, 1)
     scan_kernel(float* slots, int segments, ConstState start, int64_t head_dim, bool reverse) {
   const int index = static_cast<int>(blockIdx.y * scan_threads + threadIdx.x),
             group = static_cast<int>(blockIdx.z);
-  if (index >= Slot<map>::size) return;
-  const int64_t head = blockIdx.x, features = num_features(map, feature_dim);
+  if (index >= Slot<S>::size) return;
+  const int64_t head = blockIdx.x, features = S::public_features;
   float sum = 0;
   if (start.kv) {
-    sum = public_entry<map>(static_cast<const float*>(start.kv) + head * features * head_dim,
-                            static_cast<const float*>(start.k) + head * features, index, group, head_dim,
-                            reverse);
+    sum = public_entry<S>(static_cast<const float*>(start.kv) + head * features * head_dim,
+                          static_cast<const float*>(start.k) + head * features, index, group, head_dim,
+                          reverse);
     // the Gram gradient and the others of the denominator count once, not once for each column group
-    if (reverse && group > 0 && index >= Slot<map>::k) sum = 0;
+    if (reverse && group > 0 && index >= Slot<S>::k) sum = 0;
   }
   for (int i = 0; i < segments; ++i) {
     const int64_t slot = (head * segments + (reverse ? segments - 1 - i : i)) * gridDim.z + group;
-    float* const entry = slots + slot * Slot<map>::size + index;
+    float* const entry = slots + slot * Slot<S>::size + index;
     const float own = i + 1 < segments ? *entry : 0.0f;
     *entry = sum;
     sum += own;

@@ -9,18 +9,18 @@ namespace rebased::REBASED_BACKEND::tensor_core {
 // What the backward kernels find in the workspace beyond states.
 struct BackwardBuffers {
   float* delta;           // (column groups, batch, heads, seqlen): grad y . y over the group's columns
-  float* query_gradient;  // (column groups, batch, heads, seqlen, 16): see RowTarget::partial; or null
-  float* key_gradient;    // (column groups, batch, kv_heads, seqlen, 16)
-  float* query_affine;    // (num_sequences, heads, segments, column groups, 2, 16): blocks' sums
-  float* key_affine;      // (num_sequences, kv_heads, segments, column groups, 2, 16)
+  float* query_gradient;  // (column groups, batch, heads, seqlen, d): see RowTarget::partial; or null
+  float* key_gradient;    // (column groups, batch, kv_heads, seqlen, d)
+  float* query_affine;    // (num_sequences, heads, segments, column groups, 2, d): blocks' sums
+  float* key_affine;      // (num_sequences, kv_heads, segments, column groups, 2, d)
   float* initial_sums;    // (column groups, num_sequences, kv_heads, features): of grad_initial_state.k
 };
 
 // The tiles of a sweep in dynamic shared memory.
-template <class T, FeatureMap map>
+template <class T, class S>
 struct SweepTiles {
   static constexpr int value_tile = chunk * columns;
-  static constexpr int state_tile = columns * Slabs<map>::state_stride;
+  static constexpr int state_tile = columns * S::state_stride;
 
   T *values, *gradients;  // two stages each
   T* y;                   // reverse sweep only
@@ -52,7 +52,10 @@ DEVICE void copy_floats(float* target, const float* source, int first, int end) 
 
 // Blocks per multiprocessor that registers must suffice for, of the kernels with a state and the gradient of
 // a tile.
-constexpr int backward_blocks(FeatureMap map, bool grouped) { return is_polynomial(map) || grouped ? 2 : 3; }
+template <class S>
+constexpr int backward_blocks(bool grouped) {
+  return S::polynomial || grouped ? 2 : 3;
+}
 
 template <class T>
 struct BackwardOrigins : Origins<T> {
@@ -82,11 +85,12 @@ struct BackwardOrigins : Origins<T> {
 };
 
 // Sums of affine gradients of the block's warps, in shared memory, to its row of `target`.
+template <class S>
 DEVICE void store_affine_sums(float* target, const float* sums, int64_t row) {
-  if (threadIdx.x >= affine_size) return;
+  if (threadIdx.x >= S::affine_size) return;
   float sum = 0;
-  for (int warp = 0; warp < warps; ++warp) sum += sums[warp * affine_size + threadIdx.x];
-  target[row * affine_size + threadIdx.x] = sum;
+  for (int warp = 0; warp < warps; ++warp) sum += sums[warp * S::affine_size + threadIdx.x];
+  target[row * S::affine_size + threadIdx.x] = sum;
 }
 
 }  // namespace rebased::REBASED_BACKEND::tensor_core

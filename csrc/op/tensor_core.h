@@ -8,7 +8,6 @@
 namespace rebased {
 namespace tensor_core {
 
-constexpr int feature_dim = 16;
 constexpr int columns = 64;         // of the values, per block; wider heads take several blocks
 constexpr int chunk = 64;           // tokens
 constexpr int max_group_size = 16;  // query heads per kv head
@@ -24,9 +23,13 @@ inline bool aligned(const Rows& rows) {
 // Blocks that share the columns of one head.
 inline int64_t column_groups(const Problem& problem) { return (problem.head_dim + columns - 1) / columns; }
 
+inline bool supports_features(const Problem& problem) {
+  return problem.feature_dim == 16 || (problem.feature_dim == 8 && problem.feature_map == FeatureMap::outer);
+}
+
 inline bool supports_sizes(const Problem& problem) {
   return (problem.dtype == Dtype::bfloat16 || problem.dtype == Dtype::float16) && problem.num_sequences > 0 &&
-         problem.seqlen > 0 && problem.feature_dim == feature_dim && problem.head_dim > 0 &&
+         problem.seqlen > 0 && supports_features(problem) && problem.head_dim > 0 &&
          problem.head_dim % 16 == 0 && problem.head_dim <= 256 && problem.group_size() <= max_group_size &&
          aligned(problem.q) && aligned(problem.k) && aligned(problem.v);
 }

@@ -1,5 +1,6 @@
-// Every instance of the tensor-core path against scalar_reference.h: maps, LayerNorms, widths, segments,
-// grouped heads, packed sequences, states; forced, and as the plan's own choice. Arguments: see run_cases.
+// Every instance of the tensor-core path against scalar_reference.h: maps, feature dims, LayerNorms, widths,
+// segments, grouped heads, packed sequences, states; forced, and as the plan's own choice. Arguments: see
+// run_cases.
 #include "tests/run_cases.h"
 
 namespace {
@@ -7,9 +8,9 @@ namespace {
 using namespace rebased;
 using namespace rebased::tests;
 
-void add_cases(FeatureMap map, Dtype dtype, std::vector<Case>* all) {
+void add_cases(FeatureMap map, int64_t dim, Dtype dtype, std::vector<Case>* all) {
   Case c;
-  c.map = map, c.dtype = dtype, c.dim = 16, c.path = Path::tensor_core;
+  c.map = map, c.dtype = dtype, c.dim = dim, c.path = Path::tensor_core;
   c.scale = 0.25, c.eps = 1;  // a first score far below eps would be all rounding of q' and k'
   c.packed_heads = true;      // x.view(B, N, H, d).transpose(1, 2)
   struct Sizes {
@@ -51,8 +52,9 @@ std::vector<Case> cases() {
   for (const Dtype dtype : {Dtype::bfloat16, Dtype::float16}) {
     for (const FeatureMap map :
          {FeatureMap::outer, FeatureMap::square, FeatureMap::taylor, FeatureMap::elu}) {
-      add_cases(map, dtype, &all);
+      add_cases(map, 16, dtype, &all);
     }
+    add_cases(FeatureMap::outer, 8, dtype, &all);
   }
   return all;
 }

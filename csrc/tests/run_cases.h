@@ -14,8 +14,9 @@ namespace rebased::tests {
 
 // The kernels that a case launches, a name for each.
 inline std::set<std::string> kernels_of(const Case& c) {
-  const std::string instance =
-      std::to_string(static_cast<int>(c.dtype)) + std::to_string(static_cast<int>(c.map)) + path_name(c.path);
+  const std::string instance = std::to_string(static_cast<int>(c.dtype)) +
+                               std::to_string(static_cast<int>(c.map)) + path_name(c.path) +
+                               (c.path == Path::tensor_core ? std::to_string(c.dim) : "");
   std::set<std::string> result{instance};
   if (c.plan.segments > 1) result.insert(instance + " split");
   if (c.path == Path::tensor_core) {  // instances of their own

@@ -1,7 +1,8 @@
-// What the tensor-core kernels move, counted by the tracer: forward and backward, bfloat16, outer and square,
-// d 16, dv 64, "head" LayerNorm with gamma and beta, one head of 4096 tokens, in one pass and in 4 segments.
-// One JSON object {"<sweep> <map> <segments>": the tracer's report, ...} to standard output. Figures per
-// token are exact for any batch and number of heads: blocks share nothing that is named here.
+// What the tensor-core kernels move, counted by the tracer: forward and backward, bfloat16, outer and square
+// of d 16, outer of d 8, dv 64, "head" LayerNorm with gamma and beta, one head of 4096 tokens, in one pass
+// and in 4 segments. One JSON object {"<sweep> <map> <segments>": the tracer's report, ...} to standard
+// output. Figures per token are exact for any batch and number of heads: blocks share nothing that is named
+// here.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -41,7 +42,9 @@ class Array {
   void* memory_;
 };
 
+template <class S>
 struct Tensors {
+  static constexpr int64_t feature_dim = S::feature_dim;
   Array<bfloat16_t> q{"q", tokens * feature_dim}, k{"k", tokens * feature_dim}, v{"v", tokens * head_dim};
   Array<bfloat16_t> y{"y", tokens * head_dim}, grad_y{"grad y", tokens * head_dim};
   Array<bfloat16_t> grad_q{"grad q", tokens * feature_dim}, grad_k{"grad k", tokens * feature_dim};
@@ -54,11 +57,11 @@ struct Tensors {
     for (const auto* tensor : {&r, &affine, &grad_affine}) tensor->trace();
   }
   template <class AnyProblem>
-  AnyProblem problem(FeatureMap map) const {
+  AnyProblem problem() const {
     AnyProblem result{};
     result.batch = result.heads = result.kv_heads = result.num_sequences = 1;
     result.seqlen = tokens, result.feature_dim = feature_dim, result.head_dim = head_dim;
-    result.dtype = Dtype::bfloat16, result.feature_map = map, result.layer_norm = LayerNorm::head;
+    result.dtype = Dtype::bfloat16, result.feature_map = S::map, result.layer_norm = LayerNorm::head;
     result.normalize = true, result.scale = 0.25, result.eps = 1e-3, result.layer_norm_eps = 1e-5;
     result.q = rows<ConstRows>(q, feature_dim), result.k = rows<ConstRows>(k, feature_dim);
     result.v = rows<ConstRows>(v, head_dim);
@@ -78,50 +81,51 @@ void trace_floats(const char* name, const float* begin, int64_t count) {
   if (begin) trace_buffer(name, begin, static_cast<size_t>(count) * sizeof(float));
 }
 
-template <FeatureMap map>
-const char* trace_forward(const Tensors& tensors, int segments) {
-  auto problem = tensors.problem<ForwardProblem>(map);
-  problem.y = Tensors::rows<MutableRows>(tensors.y, head_dim);
+template <class S>
+const char* trace_forward(const Tensors<S>& tensors, int segments) {
+  auto problem = tensors.template problem<ForwardProblem>();
+  problem.y = Tensors<S>::template rows<MutableRows>(tensors.y, head_dim);
   problem.r = tensors.r.data();
-  const int64_t slots = segments > 1 ? slot_count(problem, segments) * (slot_bytes(map) / 4) : 0;
+  const int64_t slots = segments > 1 ? slot_count(problem, segments) * slot_floats(problem) : 0;
   const Array<float> workspace("states", slots + 1);
   if (slots) workspace.trace();
   Launch launch;
   launch.segments = segments;
   launch.workspace = workspace.data();
-  return launch_forward<bfloat16_t, map>(problem, launch, nullptr);
+  return launch_forward<bfloat16_t, S>(problem, launch, nullptr);
 }
 
-template <FeatureMap map>
-const char* trace_backward(const Tensors& tensors, int segments) {
-  auto problem = tensors.problem<BackwardProblem>(map);
-  problem.y = Tensors::rows<ConstRows>(tensors.y, head_dim);
+template <class S>
+const char* trace_backward(const Tensors<S>& tensors, int segments) {
+  constexpr int64_t feature_dim = S::feature_dim;
+  auto problem = tensors.template problem<BackwardProblem>();
+  problem.y = Tensors<S>::template rows<ConstRows>(tensors.y, head_dim);
   problem.r = tensors.r.data();
-  problem.grad_y = Tensors::rows<ConstRows>(tensors.grad_y, head_dim);
-  problem.grad_q = Tensors::rows<MutableRows>(tensors.grad_q, feature_dim);
-  problem.grad_k = Tensors::rows<MutableRows>(tensors.grad_k, feature_dim);
-  problem.grad_v = Tensors::rows<MutableRows>(tensors.grad_v, head_dim);
+  problem.grad_y = Tensors<S>::template rows<ConstRows>(tensors.grad_y, head_dim);
+  problem.grad_q = Tensors<S>::template rows<MutableRows>(tensors.grad_q, feature_dim);
+  problem.grad_k = Tensors<S>::template rows<MutableRows>(tensors.grad_k, feature_dim);
+  problem.grad_v = Tensors<S>::template rows<MutableRows>(tensors.grad_v, head_dim);
   float* const parameters = tensors.grad_affine.data();
   problem.grad_query_affine = {parameters, parameters + feature_dim};
   problem.grad_key_affine = {parameters + 2 * feature_dim, parameters + 3 * feature_dim};
   const Array<float> memory("workspace", backward_workspace(problem, segments, nullptr).bytes / 4);
   const BackwardWorkspace workspace = backward_workspace(problem, segments, memory.data());
-  const int64_t slots = slot_count(problem, segments) * (slot_bytes(map) / 4);
+  const int64_t slots = slot_count(problem, segments) * slot_floats(problem);
   trace_floats("states", workspace.slots, slots);
   trace_floats("reverse states", workspace.reverse_slots, slots);
   trace_floats("delta", workspace.buffers.delta, tokens);
-  trace_floats("affine sums", workspace.buffers.query_affine, segments * affine_size);
-  trace_floats("affine sums", workspace.buffers.key_affine, segments * affine_size);
+  trace_floats("affine sums", workspace.buffers.query_affine, segments * 2 * feature_dim);
+  trace_floats("affine sums", workspace.buffers.key_affine, segments * 2 * feature_dim);
   Launch launch;
   launch.segments = segments;
   launch.workspace = memory.data();
-  return launch_backward<bfloat16_t, map>(problem, launch, nullptr);
+  return launch_backward<bfloat16_t, S>(problem, launch, nullptr);
 }
 
-template <FeatureMap map>
+template <class S>
 void trace_map(const char* map_name, const char** separator) {
-  const auto report = [&](const char* sweep, int segments, const char* (*run)(const Tensors&, int)) {
-    const Tensors tensors;
+  const auto report = [&](const char* sweep, int segments, const char* (*run)(const Tensors<S>&, int)) {
+    const Tensors<S> tensors;
     tensors.trace();
     const char* const error = run(tensors, segments);
     if (*error) fail(error);
@@ -131,8 +135,8 @@ void trace_map(const char* map_name, const char** separator) {
     rebased::emulator::trace_reset();
   };
   for (const int segments : {1, 4}) {
-    report("forward", segments, &trace_forward<map>);
-    report("backward", segments, &trace_backward<map>);
+    report("forward", segments, &trace_forward<S>);
+    report("backward", segments, &trace_backward<S>);
   }
 }
 
@@ -142,8 +146,9 @@ void trace_map(const char* map_name, const char** separator) {
 int main() {
   using namespace rebased::REBASED_BACKEND::tensor_core;
   const char* separator = "{";
-  trace_map<rebased::FeatureMap::outer>("outer", &separator);
-  trace_map<rebased::FeatureMap::square>("square", &separator);
+  trace_map<Slabs<rebased::FeatureMap::outer, 16>>("outer", &separator);
+  trace_map<Slabs<rebased::FeatureMap::square, 16>>("square", &separator);
+  trace_map<Slabs<rebased::FeatureMap::outer, 8>>("outer8", &separator);
   std::printf("}\n");
   return 0;
 }

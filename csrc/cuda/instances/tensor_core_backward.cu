@@ -3,20 +3,23 @@
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
-#define DECLARE(map)                                                                                  \
-  extern template const char* launch_backward<bfloat16_t, map>(const BackwardProblem&, const Launch&, \
-                                                               void*);                                \
-  extern template const char* launch_backward<half_t, map>(const BackwardProblem&, const Launch&, void*);
-DECLARE(FeatureMap::outer)
-DECLARE(FeatureMap::square)
-DECLARE(FeatureMap::taylor)
-DECLARE(FeatureMap::elu)
+#define DECLARE(map, dim)                                                                          \
+  extern template const char* launch_backward<bfloat16_t, Slabs<map, dim>>(const BackwardProblem&, \
+                                                                           const Launch&, void*);  \
+  extern template const char* launch_backward<half_t, Slabs<map, dim>>(const BackwardProblem&,     \
+                                                                       const Launch&, void*);
+DECLARE(FeatureMap::outer, 8)
+DECLARE(FeatureMap::outer, 16)
+DECLARE(FeatureMap::square, 16)
+DECLARE(FeatureMap::taylor, 16)
+DECLARE(FeatureMap::elu, 16)
 #undef DECLARE
 
 const char* backward(const BackwardProblem& problem, const Launch& launch, void* stream) {
-  return with_map(problem.feature_map, [&](auto map) {
-    return problem.dtype == Dtype::bfloat16 ? launch_backward<bfloat16_t, map>(problem, launch, stream)
-                                            : launch_backward<half_t, map>(problem, launch, stream);
+  return with_slabs(problem, [&](auto slabs) {
+    using S = decltype(slabs);
+    return problem.dtype == Dtype::bfloat16 ? launch_backward<bfloat16_t, S>(problem, launch, stream)
+                                            : launch_backward<half_t, S>(problem, launch, stream);
   });
 }
 

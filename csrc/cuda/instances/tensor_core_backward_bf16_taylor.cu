@@ -1,6 +1,6 @@
 #include "cuda/tensor_core_backward.cuh"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
-template const char* launch_backward<bfloat16_t, FeatureMap::taylor>(const BackwardProblem&, const Launch&,
-                                                                     void*);
+template const char* launch_backward<bfloat16_t, Slabs<FeatureMap::taylor, 16>>(const BackwardProblem&,
+                                                                                const Launch&, void*);
 }  // namespace rebased::REBASED_BACKEND::tensor_core

@@ -1,5 +1,6 @@
 #include "cuda/tensor_core_backward.cuh"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
-template const char* launch_backward<half_t, FeatureMap::elu>(const BackwardProblem&, const Launch&, void*);
+template const char* launch_backward<half_t, Slabs<FeatureMap::elu, 16>>(const BackwardProblem&,
+                                                                         const Launch&, void*);
 }  // namespace rebased::REBASED_BACKEND::tensor_core

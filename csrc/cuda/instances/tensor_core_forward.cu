@@ -3,25 +3,29 @@
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
-#define DECLARE(map)                                                                                        \
-  extern template const char* launch_forward<bfloat16_t, map>(const ForwardProblem&, const Launch&, void*); \
-  extern template const char* launch_forward<half_t, map>(const ForwardProblem&, const Launch&, void*);
-DECLARE(FeatureMap::outer)
-DECLARE(FeatureMap::square)
-DECLARE(FeatureMap::taylor)
-DECLARE(FeatureMap::elu)
+#define DECLARE(map, dim)                                                                                   \
+  extern template const char* launch_forward<bfloat16_t, Slabs<map, dim>>(const ForwardProblem&,            \
+                                                                          const Launch&, void*);            \
+  extern template const char* launch_forward<half_t, Slabs<map, dim>>(const ForwardProblem&, const Launch&, \
+                                                                      void*);
+DECLARE(FeatureMap::outer, 8)
+DECLARE(FeatureMap::outer, 16)
+DECLARE(FeatureMap::square, 16)
+DECLARE(FeatureMap::taylor, 16)
+DECLARE(FeatureMap::elu, 16)
 #undef DECLARE
 
 const char* forward(const ForwardProblem& problem, const Launch& launch, void* stream) {
-  return with_map(problem.feature_map, [&](auto map) {
-    return problem.dtype == Dtype::bfloat16 ? launch_forward<bfloat16_t, map>(problem, launch, stream)
-                                            : launch_forward<half_t, map>(problem, launch, stream);
+  return with_slabs(problem, [&](auto slabs) {
+    using S = decltype(slabs);
+    return problem.dtype == Dtype::bfloat16 ? launch_forward<bfloat16_t, S>(problem, launch, stream)
+                                            : launch_forward<half_t, S>(problem, launch, stream);
   });
 }
 
 int64_t workspace_bytes(const ForwardProblem& problem, int segments) {
   if (segments == 1 && !problem.initial_state.kv) return 0;
-  return slot_count(problem, segments) * slot_bytes(problem.feature_map);
+  return slot_count(problem, segments) * slot_floats(problem) * static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace rebased::REBASED_BACKEND::tensor_core
