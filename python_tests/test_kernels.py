@@ -82,8 +82,8 @@ TENSOR_CORE_VARIANTS = {
     "not_normalised": {"normalize": False},
     "scale_zero": {"scale": 0.0, "feature_map": "taylor"},
 }
-# The paths' feature maps and feature dims
-TENSOR_CORE_MAPS = [*((feature_map, 16) for feature_map in MAPS), ("outer", 8)]
+# The path's feature maps and feature dims
+TENSOR_CORE_MAPS = [*((feature_map, 16) for feature_map in MAPS), ("outer", 8), ("outer", 32)]
 # relative L2 of outputs and gradients; those of gamma and beta sum terms of both signs over all tokens
 LIMIT = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 PARAMETER_LIMIT = {torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -240,7 +240,7 @@ sums = []
 for feature_map in MAPS:
     cases = [(torch.float32, (5, 7)), (torch.float32, (16, 80)), (torch.bfloat16, (16, 64))]
     if feature_map == "outer":
-        cases += [(torch.bfloat16, (8, 64))]
+        cases += [(torch.bfloat16, (8, 64)), (torch.bfloat16, (32, 64))]
     for dtype, sizes in cases:
         problem = Problem(feature_map, "token", 1, 2, 1, 130, *sizes, dtype=dtype, with_state=True)
         inputs = problem.inputs(requires_grad=True)
@@ -278,13 +278,14 @@ def test_plan_takes_tensor_cores_for_16_bit_types():
         assert _C.plan("backward", dtype=dtype, head_dim=128)["path"] == "tensor_core"
         for direction in ("forward", "backward"):
             for head_dim in (16, 64, 208):
-                plan = _C.plan(direction, dtype=dtype, feature_dim=8, head_dim=head_dim)
-                assert plan["path"] == "tensor_core"
+                for feature_dim in (8, 32):
+                    plan = _C.plan(direction, dtype=dtype, feature_dim=feature_dim, head_dim=head_dim)
+                    assert plan["path"] == "tensor_core"
     others = (
         {"dtype": "float32"},
         {"head_dim": 40},
         {"feature_dim": 17},
-        *({"feature_dim": 8, "feature_map": feature_map} for feature_map in MAPS if feature_map != "outer"),
+        *({"feature_dim": d, "feature_map": m} for d in (8, 32) for m in MAPS if m != "outer"),
     )
     for changes in others:
         assert _C.plan("forward", **changes)["path"] != "tensor_core"
@@ -308,6 +309,14 @@ def test_plan_takes_register_tiles_for_float32_with_16_features():
             plan = _C.plan(direction, **{"dtype": "float32", "state": True, **changes})
             assert plan["path"] == "general"
     assert _C.plan("backward", dtype="float32", heads=34, kv_heads=2)["path"] == "general"
+
+
+def test_plan_takes_tensor_cores_for_wide_gradients_where_shared_memory_suffices():
+    options = {"dtype": "bfloat16", "feature_dim": 32, "seqlen": 8192}
+    for kilobytes, backward in ((227, "tensor_core"), (163, "tensor_core"), (99, "general")):
+        limit = kilobytes << 10
+        assert _C.plan("forward", shared_memory_per_block=limit, **options)["path"] == "tensor_core"
+        assert _C.plan("backward", shared_memory_per_block=limit, **options)["path"] == backward
 
 
 def test_plan_goes_without_a_state_where_that_is_cheaper():

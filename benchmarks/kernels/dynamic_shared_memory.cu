@@ -1,5 +1,5 @@
 // The dynamic shared memory that launch_backward (cuda/tensor_core_backward.cuh) asks for: ptxas cannot know.
-// Lines out: bytes, kernel. The grouped kernels' is for 4 query heads per kv head.
+// Lines out: bytes, kernel. Of kernels for several query heads per kv head it is for 4.
 #include <cstdio>
 
 #include "cuda/tensor_core_backward.cuh"
@@ -20,6 +20,19 @@ void print(const char* type, const char* name) {
   }
 }
 
+template <class T>
+void print_wide(const char* type) {
+  using Wide = Sweeps<T, Slabs<FeatureMap::outer, 32>>;
+  std::printf("%lld tensor_core::wide_forward_kernel<%s>\n",
+              static_cast<long long>(WideForwardTiles<T>::bytes), type);
+  std::printf("%lld tensor_core::wide_reverse_segment_kernel<%s>\n",
+              static_cast<long long>(Wide::reverse_segment_bytes), type);
+  std::printf("%lld tensor_core::wide_grad_kv_kernel<%s>\n",
+              static_cast<long long>(Wide::grad_kv_bytes(true)), type);
+  std::printf("%lld tensor_core::wide_grad_q_kernel<%s>\n", static_cast<long long>(Wide::grad_q_bytes(4)),
+              type);
+}
+
 template <FeatureMap map, int dim>
 void print_types(const char* name) {
   print<bfloat16_t, Slabs<map, dim>>("bfloat16", name);
@@ -36,4 +49,6 @@ int main() {
   print_types<FeatureMap::square, 16>("square");
   print_types<FeatureMap::taylor, 16>("taylor");
   print_types<FeatureMap::elu, 16>("elu");
+  rebased::cuda::tensor_core::print_wide<rebased::cuda::bfloat16_t>("bfloat16");
+  rebased::cuda::tensor_core::print_wide<rebased::cuda::half_t>("float16");
 }

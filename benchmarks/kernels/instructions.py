@@ -48,6 +48,12 @@ OWN_TOKENS = Nest(2.5)  # the column tiles that a warp's row tile looks at: 1, 2
 OFFSETS = Nest(8)  # circulant offsets 0..7 of a warp's row tile
 OFFSET_PAIRS = Nest(2)  # of d = 8: offsets 0..3, two at a time
 
+# d = 32: two warps share what one does above, and each looks at every other column tile.
+WIDE_ROW_TILES = Nest(2, (Nest(1),))  # of the reverse sweep without a loop inside
+WIDE_TURN = Nest(4)  # four offsets of a warp's half
+WIDE_OWN_TOKENS = Nest(1.25)
+QUARTERS = Nest(4)
+
 # By kernel, in the order of the code; for the polynomial maps where these have a loop more.
 LOOPS = {
     "forward_kernel": (ROW_TILES, HALVES),
@@ -55,6 +61,11 @@ LOOPS = {
     "reverse_segment_kernel": (HALVES,),
     "grad_kv_kernel": (ROW_TILES, OWN_TOKENS, HALVES),
     "grad_q_kernel": (OWN_TOKENS, HALVES),
+    "wide_forward_kernel": (WIDE_ROW_TILES, QUARTERS),
+    "wide_segment_state_kernel": (QUARTERS,),
+    "wide_reverse_segment_kernel": (QUARTERS,),
+    "wide_grad_kv_kernel": (Nest(2), WIDE_TURN, WIDE_TURN, WIDE_OWN_TOKENS, QUARTERS),
+    "wide_grad_q_kernel": (WIDE_TURN, WIDE_TURN, WIDE_OWN_TOKENS, QUARTERS),
 }
 POLYNOMIAL_LOOPS = {
     16: {
@@ -234,7 +245,7 @@ def problems(figures: list[Figures]) -> list[str]:
             continue
         for access, count in f.chunk_accesses.items():
             direction, width = access.split()
-            allowed = NARROW_ACCESSES[base_name(f.name)].get((direction, int(width)), 0)
+            allowed = NARROW_ACCESSES[base_name(f.name).removeprefix("wide_")].get((direction, int(width)), 0)
             if int(width) != 16 and count > allowed:
                 found.append(f"{where}: {count} {direction}s of {width} bytes per chunk, {allowed} expected")
         if (

@@ -117,7 +117,7 @@ def _feature_maps() -> list[str]:
 
 @functools.cache
 def readable_name(symbol: str) -> str:
-    """_ZN7rebased4cuda11tensor_core14forward_kernelI... -> tensor_core::forward_kernel<bfloat16, outer, 16>."""
+    """A mangled symbol -> tensor_core::forward_kernel<bfloat16, outer, 16, false>."""
     name = run(["c++filt", symbol]).strip()
     name = re.sub(r"\(rebased::FeatureMap\)(\d+)", lambda match: _feature_maps()[int(match.group(1))], name)
     name = re.sub(r"^void |rebased::|cuda::", "", name)

@@ -7,6 +7,8 @@
 #include "cuda/tensor_core_grad_kv.cuh"
 #include "cuda/tensor_core_grad_q.cuh"
 #include "cuda/tensor_core_launch.cuh"
+#include "cuda/tensor_core_wide_grad_kv.cuh"
+#include "cuda/tensor_core_wide_grad_q.cuh"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
@@ -84,23 +86,55 @@ inline const char* launch_affine_sums(const BackwardProblem& problem, int segmen
   return *error ? error : sum(1, affine.beta_head_stride, gradient.beta);
 }
 
+// The kernels of the sweeps, and the dynamic shared memory that they want.
+template <class T, class S>
+struct Sweeps {
+  static constexpr auto reverse_segment = &reverse_segment_kernel<T, S>;
+  static constexpr int64_t reverse_segment_bytes = 0;
+  static auto grad_kv(bool grouped) {
+    return grouped ? &grad_kv_kernel<T, S, true> : &grad_kv_kernel<T, S, false>;
+  }
+  static auto grad_q(bool grouped) {
+    return grouped ? &grad_q_kernel<T, S, true> : &grad_q_kernel<T, S, false>;
+  }
+  static int64_t grad_kv_bytes(bool grouped) { return SweepTiles<T, S>::bytes(true, grouped); }
+  static int64_t grad_q_bytes(int64_t group_size) {
+    return SweepTiles<T, S>::bytes(false, false) + group_size * warps * S::affine_size * 4;
+  }
+};
+template <class T>
+struct Sweeps<T, Wide> {
+  static constexpr auto reverse_segment = &wide_reverse_segment_kernel<T>;
+  static constexpr int64_t reverse_segment_bytes =
+      2 * WideSweepTiles<T>::value_tile * static_cast<int64_t>(sizeof(T));
+  static auto grad_kv(bool) { return &wide_grad_kv_kernel<T>; }
+  static auto grad_q(bool) { return &wide_grad_q_kernel<T>; }
+  static int64_t grad_kv_bytes(bool grouped) { return WideSweepTiles<T>::bytes(true, grouped); }
+  static int64_t grad_q_bytes(int64_t group_size) {
+    return WideSweepTiles<T>::bytes(false, false) + group_size * warps * Wide::affine_size * 4;
+  }
+};
+
 template <class T, class S>
 const char* launch_backward(const BackwardProblem& problem, const Launch& launch, void* stream) {
   const BackwardWorkspace workspace = backward_workspace(problem, launch.segments, launch.workspace);
   const BackwardBuffers& buffers = workspace.buffers;
-  const dim3 grid = sweep_grid(problem, launch.segments), block(threads);
+  const dim3 grid = sweep_grid(problem, launch.segments), block(S::threads);
   const int64_t group_size = problem.group_size();
   const bool grouped = group_size > 1;
-  const bool scan_reverse = workspace.reverse_slots && needs_scan(launch, problem.grad_final_state);
+  const bool scan_reverse = workspace.reverse_slots && needs_scan<S>(launch, problem.grad_final_state);
   const Arguments<BackwardProblem> reverse(problem, launch, workspace.reverse_slots, scan_reverse);
   const Arguments<BackwardProblem> forward(problem, launch, workspace.slots,
-                                           needs_scan(launch, problem.initial_state));
+                                           needs_scan<S>(launch, problem.initial_state));
   const char* error = "";
   const auto then = [&](auto&& launch_next) {
     if (!*error) error = launch_next();
   };
   if (launch.segments > 1) {
-    then([&] { return LAUNCH((reverse_segment_kernel<T, S>), grid, block, 0, stream, reverse); });
+    then([&] {
+      return LAUNCH((Sweeps<T, S>::reverse_segment), grid, block,
+                    static_cast<size_t>(Sweeps<T, S>::reverse_segment_bytes), stream, reverse);
+    });
   }
   if (scan_reverse) {
     then([&] {
@@ -109,17 +143,15 @@ const char* launch_backward(const BackwardProblem& problem, const Launch& launch
     });
   }
   then([&] {
-    const int64_t bytes = SweepTiles<T, S>::bytes(true, grouped);
-    const auto kernel = grouped ? grad_kv_kernel<T, S, true> : grad_kv_kernel<T, S, false>;
-    return LAUNCH(kernel, grid, block, static_cast<size_t>(bytes), stream, reverse, buffers);
+    return LAUNCH((Sweeps<T, S>::grad_kv(grouped)), grid, block,
+                  static_cast<size_t>(Sweeps<T, S>::grad_kv_bytes(grouped)), stream, reverse, buffers);
   });
   then([&] {
     return launch_segment_states<T, S>(problem, launch, problem.initial_state, workspace.slots, stream);
   });
   then([&] {
-    const int64_t bytes = SweepTiles<T, S>::bytes(false, false) + group_size * warps * S::affine_size * 4;
-    const auto kernel = grouped ? grad_q_kernel<T, S, true> : grad_q_kernel<T, S, false>;
-    return LAUNCH(kernel, grid, block, static_cast<size_t>(bytes), stream, forward, buffers);
+    return LAUNCH((Sweeps<T, S>::grad_q(grouped)), grid, block,
+                  static_cast<size_t>(Sweeps<T, S>::grad_q_bytes(group_size)), stream, forward, buffers);
   });
   if (buffers.query_gradient) {
     then([&] {

@@ -30,23 +30,26 @@ constexpr int feature_stride = chunk + 8;
 // maps with d = 16 the circulant offsets e = 0..8, with d = 8 the pairs of offsets (0, 1), (2, 3) and 4; for
 // taylor then k', and the constant 1 by itself. The other maps have one slab. `first_tile` counts tiles of 8
 // features; half slabs have one, and zeros for the rest. With d = 8 a fragment of k' itself has its 8
-// features twice, so that its product with two rotations side by side is a slab.
+// features twice, so that its product with two rotations side by side is a slab. With d = 32 (`wide`) a block
+// has twice the warps, and each holds half of the offsets: tensor_core_wide_state.cuh goes on from there.
 template <FeatureMap feature_map, int dim>
 struct Slabs {
-  static_assert(dim == 16 || (feature_map == FeatureMap::outer && dim == 8));
+  static_assert(dim == 16 || (feature_map == FeatureMap::outer && (dim == 8 || dim == 32)));
   static constexpr FeatureMap map = feature_map;
   static constexpr int feature_dim = dim;
   static constexpr int units = dim / 8;  // of 8 features, in a row and in a fragment's columns
+  static constexpr bool wide = dim == 32;
+  static constexpr int threads = wide ? 2 * tensor_core::threads : tensor_core::threads;
   static constexpr int public_features = static_cast<int>(num_features(map, dim));
   static constexpr bool polynomial = is_polynomial(map);
   static constexpr bool taylor = map == FeatureMap::taylor;
   static constexpr int offsets = dim / 2 + 1;
-  static constexpr int slab_offsets = tile / dim;  // in one slab
+  static constexpr int slab_offsets = dim < tile ? tile / dim : 1;  // in one slab
   static constexpr int circulant = polynomial ? (offsets + slab_offsets - 1) / slab_offsets : 0;
   static constexpr int linear = circulant, constant = circulant + 1;  // taylor
   static constexpr int count = polynomial ? circulant + (taylor ? 2 : 0) : 1;
   static constexpr int circulant_tiles = polynomial ? 2 * circulant - 1 : 0;
-  static constexpr int tiles = polynomial ? circulant_tiles + (taylor ? 3 : 0) : 2;
+  static constexpr int tiles = wide ? 34 : polynomial ? circulant_tiles + (taylor ? 3 : 0) : 2;  // of a warp
 
   HOST_DEVICE static constexpr bool is_half(int slab) {
     return polynomial && (slab == circulant - 1 || slab == constant);
@@ -68,9 +71,13 @@ struct Slabs {
   static constexpr float diagonal_weight = taylor ? 0.5f : 1.0f;  // offset 0
   static constexpr float offset_weight = 2 * diagonal_weight;     // the others
   HOST_DEVICE static constexpr float tile_weight(int feature_tile) {
-    return feature_tile < units && polynomial ? diagonal_weight
-           : feature_tile < circulant_tiles   ? offset_weight
-                                              : 1.0f;
+    return feature_tile < units && polynomial       ? diagonal_weight
+           : feature_tile < circulant_tiles || wide ? offset_weight
+                                                    : 1.0f;
+  }
+  // Where tile n of a warp's state is among all.
+  HOST_DEVICE static constexpr int state_tile(int n, int warp) {
+    return !wide ? n : n < 32 ? n + 32 * (warp / warps) : n + 32 + 2 * (1 - warp / warps);
   }
 
   // Sizes of arrays in shared memory: gamma and beta of one head (in floats) and of the query heads and the
@@ -110,6 +117,21 @@ DEVICE void load_rotated_rows(uint32_t (&a)[4], const T* features, int token, in
   ldmatrix_transposed(a, features + row * feature_stride + token + lane.column_of_halves());
 }
 
+// Of d = 32, the same fragments of features `feature` .. + 15: rotated by e, feature + e.
+template <class T>
+DEVICE void load_wide_rows(uint32_t (&a)[4], const T* features, int token, int feature, const Lane& lane) {
+  ldmatrix_transposed(
+      a, features + (lane.row_of_halves() + feature) * feature_stride + token + lane.column_of_halves());
+}
+template <class T>  // of all 32
+DEVICE void load_wide_rows(uint32_t (&a)[2][4], const T* features, int token, const Lane& lane) {
+  UNROLL for (int part = 0; part < 2; ++part) load_wide_rows(a[part], features, token, tile * part, lane);
+}
+template <class T>
+DEVICE void load_wide_terms(uint32_t (&b)[4], const T* features, int token, int feature, const Lane& lane) {
+  ldmatrix(b, features + (lane.row_of_halves() + feature) * feature_stride + token + lane.column_of_halves());
+}
+
 // B of scores (features, 16 tokens): {b[0], b[1]} the first 8 tokens, {b[2], b[3]} the others.
 template <class T, class S>
 DEVICE void load_columns(uint32_t (&b)[4], const T* features, int token, const Lane& lane) {
@@ -120,6 +142,14 @@ DEVICE void load_columns(uint32_t (&b)[4], const T* features, int token, const L
   } else {
     ldmatrix_transposed(b,
                         features + lane.row_of_parity() * feature_stride + token + lane.column_of_parity());
+  }
+}
+
+template <class T, class S>
+DEVICE void load_columns(uint32_t (&b)[2][4], const T* features, int token, const Lane& lane) {
+  UNROLL for (int part = 0; part < 2; ++part) {
+    ldmatrix_transposed(b[part], features + (lane.row_of_parity() + tile * part) * feature_stride + token +
+                                     lane.column_of_parity());
   }
 }
 

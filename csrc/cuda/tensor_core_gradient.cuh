@@ -147,8 +147,8 @@ DEVICE void sums_gradient(float (&gradient)[S::units][4], const uint32_t (&rows)
 // gradient += sum over the column tile `token` of c sim'(u) columns. row_values A (16 tokens, 64 columns) of
 // the rows, column_values the value tile of the columns; c = their product plus the row's or the column's
 // offset, which is -delta, of query rows or query columns.
-template <class T, class S, bool queries_are_columns>
-DEVICE void pair_gradient(float (&gradient)[S::units][4], const uint32_t (&rows)[4],
+template <class T, class S, bool queries_are_columns, class Fragment>
+DEVICE void pair_gradient(float (&gradient)[S::units][4], const Fragment& rows,
                           const uint32_t (&row_values)[warps][4], const T* column_features,
                           const T* column_values, int token, bool diagonal, const float (&row_offsets)[2],
                           const float* column_offsets, const float* column_scales, const Lane& lane) {
@@ -161,10 +161,9 @@ DEVICE void pair_gradient(float (&gradient)[S::units][4], const uint32_t (&rows)
   }
   float u[2][4] = {};
   if constexpr (S::polynomial) {
-    uint32_t tokens[4];
+    Fragment tokens;
     load_columns<T, S>(tokens, column_features, token, lane);
-    mma_m16n8k16<T>(u[0], rows, tokens[0], tokens[1]);
-    mma_m16n8k16<T>(u[1], rows, tokens[2], tokens[3]);
+    dot_products<T>(u, rows, tokens);
   }
   UNROLL for (int n = 0; n < 2; ++n) {
     float2 offsets{};
@@ -181,8 +180,15 @@ DEVICE void pair_gradient(float (&gradient)[S::units][4], const uint32_t (&rows)
   if constexpr (queries_are_columns && !is_bfloat16<T>) scale_columns(c, column_scales + token, lane);
   uint32_t a[4], terms[4];
   round_tile<T>(a, c);
-  load_terms<T, S>(terms, column_features, token, lane);
-  UNROLL for (int n = 0; n < S::units; ++n) mma_m16n8k16<T>(gradient[n], a, terms[2 * n], terms[2 * n + 1]);
+  UNROLL for (int first = 0; first < S::units; first += 2) {
+    if constexpr (S::wide) {
+      load_wide_terms(terms, column_features, token, 8 * first, lane);
+    } else {
+      load_terms<T, S>(terms, column_features, token, lane);
+    }
+    UNROLL for (int n = 0; n < minimum(2, S::units); ++n)
+        mma_m16n8k16<T>(gradient[first + n], a, terms[2 * n], terms[2 * n + 1]);
+  }
 }
 
 // ---- through the map, affine and LayerNorm ----
@@ -265,7 +271,14 @@ DEVICE void finish_rows(float (&gradient)[S::units][4], const RowTile<T>& row_ti
       }
     }
   }
-  store_tile(staging, gradient, target.rows, target.stride, rows_left, S::feature_dim, lane);
+  constexpr int width = minimum(2, S::units);  // C fragments stored together
+  UNROLL for (int first = 0; first < S::units; first += width) {
+    float part[width][4];
+    UNROLL for (int n = 0; n < width; ++n) {
+      UNROLL for (int j = 0; j < 4; ++j) part[n][j] = gradient[first + n][j];
+    }
+    store_tile(staging, part, target.rows + 8 * first, target.stride, rows_left, 8 * width, lane);
+  }
 }
 
 }  // namespace rebased::REBASED_BACKEND::tensor_core

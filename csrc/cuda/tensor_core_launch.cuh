@@ -3,6 +3,7 @@
 
 #include "cuda/tensor_core_forward.cuh"
 #include "cuda/tensor_core_scan.cuh"
+#include "cuda/tensor_core_wide_forward.cuh"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
@@ -10,6 +11,7 @@ namespace rebased::REBASED_BACKEND::tensor_core {
 template <class Function>
 auto with_slabs(const Problem& problem, Function&& function) {
   if (problem.feature_dim == 8) return function(Slabs<FeatureMap::outer, 8>());
+  if (problem.feature_dim == 32) return function(Slabs<FeatureMap::outer, 32>());
   switch (problem.feature_map) {
     case FeatureMap::outer:
       return function(Slabs<FeatureMap::outer, 16>());
@@ -41,8 +43,9 @@ inline int64_t slot_count(const Problem& problem, int segments) {
 constexpr int summed_segments = 8;
 
 // Whether scan_kernel makes states to start from out of the segments' own.
-inline bool needs_scan(const Launch& launch, const ConstState& start) {
-  return start.kv || launch.segments > summed_segments;
+template <class S>
+bool needs_scan(const Launch& launch, const ConstState& start) {
+  return S::wide || start.kv || launch.segments > summed_segments;
 }
 
 template <class S>
@@ -55,17 +58,27 @@ const char* launch_scan(const Problem& problem, float* slots, int segments, Cons
                 reverse);
 }
 
+template <class T, class S>
+auto* segment_state_kernel_of() {
+  if constexpr (S::wide) {
+    return &wide_segment_state_kernel<T>;
+  } else {
+    return &segment_state_kernel<T, S>;
+  }
+}
+
 // Fills the slots for start_state. Null slots: there is one segment, from an empty state.
 template <class T, class S>
 const char* launch_segment_states(const Problem& problem, const Launch& launch, ConstState initial_state,
                                   float* slots, void* stream) {
   if (!slots) return "";
   if (launch.segments > 1) {
-    const char* error = LAUNCH((segment_state_kernel<T, S>), sweep_grid(problem, launch.segments),
-                               dim3(threads), 0, stream, Arguments<Problem>(problem, launch, slots, false));
+    const auto kernel = segment_state_kernel_of<T, S>();
+    const char* error = LAUNCH(kernel, sweep_grid(problem, launch.segments), dim3(S::threads), 0, stream,
+                               Arguments<Problem>(problem, launch, slots, false));
     if (*error) return error;
   }
-  if (!needs_scan(launch, initial_state)) return "";
+  if (!needs_scan<S>(launch, initial_state)) return "";
   return launch_scan<S>(problem, slots, launch.segments, initial_state, false, stream);
 }
 
@@ -75,9 +88,16 @@ const char* launch_forward(const ForwardProblem& problem, const Launch& launch, 
   float* const slots = has_slots ? static_cast<float*>(launch.workspace) : nullptr;
   const char* error = launch_segment_states<T, S>(problem, launch, problem.initial_state, slots, stream);
   if (*error) return error;
-  const auto kernel = problem.group_size() > 1 ? forward_kernel<T, S, true> : forward_kernel<T, S, false>;
-  return LAUNCH(kernel, sweep_grid(problem, launch.segments), dim3(threads), 0, stream,
-                Arguments<ForwardProblem>(problem, launch, slots, needs_scan(launch, problem.initial_state)));
+  const dim3 grid = sweep_grid(problem, launch.segments), block(S::threads);
+  const Arguments<ForwardProblem> arguments(problem, launch, slots,
+                                            needs_scan<S>(launch, problem.initial_state));
+  if constexpr (S::wide) {
+    return LAUNCH(wide_forward_kernel<T>, grid, block, static_cast<size_t>(WideForwardTiles<T>::bytes),
+                  stream, arguments);
+  } else {
+    const auto kernel = problem.group_size() > 1 ? forward_kernel<T, S, true> : forward_kernel<T, S, false>;
+    return LAUNCH(kernel, grid, block, 0, stream, arguments);
+  }
 }
 
 }  // namespace rebased::REBASED_BACKEND::tensor_core

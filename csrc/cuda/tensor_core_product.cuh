@@ -56,12 +56,27 @@ DEVICE void multiply_sums(float (&result)[4], const uint32_t (&rows)[4], const f
   mma_m16n8k16<T>(result, rows, low[0], low[1]);
 }
 
-// sim of a row tile and a column tile, in C fragments, from u = rows . columns.
-template <class T, class S>
-DEVICE void similarities(float (&sim)[2][4], const uint32_t (&rows)[4], const uint32_t (&tokens)[4]) {
+// u = rows . columns of a row tile and a column tile, in C fragments.
+template <class T>
+DEVICE void dot_products(float (&u)[2][4], const uint32_t (&rows)[4], const uint32_t (&tokens)[4]) {
   UNROLL for (int n = 0; n < 2; ++n) {
-    UNROLL for (int j = 0; j < 4; ++j) sim[n][j] = 0;
-    mma_m16n8k16<T>(sim[n], rows, tokens[2 * n], tokens[2 * n + 1]);
+    UNROLL for (int j = 0; j < 4; ++j) u[n][j] = 0;
+    mma_m16n8k16<T>(u[n], rows, tokens[2 * n], tokens[2 * n + 1]);
+  }
+}
+template <class T>  // d = 32
+DEVICE void dot_products(float (&u)[2][4], const uint32_t (&rows)[2][4], const uint32_t (&tokens)[2][4]) {
+  UNROLL for (int n = 0; n < 2; ++n) {
+    UNROLL for (int j = 0; j < 4; ++j) u[n][j] = 0;
+    UNROLL for (int part = 0; part < 2; ++part)
+        mma_m16n8k16<T>(u[n], rows[part], tokens[part][2 * n], tokens[part][2 * n + 1]);
+  }
+}
+
+template <class T, class S, class Fragment>
+DEVICE void similarities(float (&sim)[2][4], const Fragment& rows, const Fragment& tokens) {
+  dot_products<T>(sim, rows, tokens);
+  UNROLL for (int n = 0; n < 2; ++n) {
     UNROLL for (int j = 0; j < 4; ++j) {
       const float u = sim[n][j];
       if (S::map == FeatureMap::outer) sim[n][j] = u * u;
@@ -95,12 +110,13 @@ DEVICE void round_tile(uint32_t (&a)[4], const float (&values)[2][4]) {
 // reverse, in float16, sim is multiplied by its column's scale before it is rounded. Rows look back at
 // columns no later than they are, or, reverse, at no earlier ones. `diagonal` is the row tile of the pair
 // that meets its own tokens here: of the pair it and those on its far side look at this column tile.
-template <class T, class S, bool reverse>
+template <class T, class S, bool reverse, class Fragment>
 DEVICE void attend(float (&out)[tile_pair][2][4], float (&sum)[tile_pair][4],
-                   const uint32_t (&rows)[tile_pair][4], const T* columns_features, const T* values,
-                   int token, int diagonal, const float* column_scales, const Lane& lane) {
-  uint32_t v[4], tokens[4];
-  load_values(v, values, token, tile * lane.warp, lane);
+                   const Fragment (&rows)[tile_pair], const T* columns_features, const T* values, int token,
+                   int diagonal, const float* column_scales, const Lane& lane) {
+  uint32_t v[4];
+  Fragment tokens;
+  load_values(v, values, token, tile * (S::wide ? lane.warp % warps : lane.warp), lane);
   load_columns<T, S>(tokens, columns_features, token, lane);
   UNROLL for (int i = 0; i < tile_pair; ++i) {
     if (reverse ? i > diagonal : i < diagonal) continue;

@@ -63,16 +63,16 @@ DEVICE ChunkScale chunk_scale(const float* r, int rows, const Lane& lane) {
 }
 
 // In place r grad y, as far as QueryRows says; delta (global, or null) = grad y . y, 0 where rows are not
-// normalised. Eight lanes share a row, and a warp has 16 in a row.
-template <class T>
+// normalised. Eight lanes share a row, and a warp's rows follow each other.
+template <class T, int block_threads = threads>
 DEVICE void scale_gradients(T* gradients, const T* y, const float* r, const QueryRows<T>& rows,
                             const ChunkScale& scales, float* delta, int rows_left, bool normalize) {
-  constexpr int units = columns / 8, step = 32 / units;
+  constexpr int units = columns / 8, step = 32 / units, warp_rows = chunk / (block_threads / 32);
   const int unit = static_cast<int>(threadIdx.x % units);
   const int first =
-      static_cast<int>(threadIdx.x / 32) * (chunk / warps) + static_cast<int>(threadIdx.x) % 32 / units;
+      static_cast<int>(threadIdx.x / 32) * warp_rows + static_cast<int>(threadIdx.x) % 32 / units;
   float own_dot = 0;
-  UNROLL for (int i = 0; i < chunk / warps / step; ++i) {
+  UNROLL for (int i = 0; i < warp_rows / step; ++i) {
     const int token = first + step * i, offset = value_offset(token, 8 * unit);
     const uint4 g = load_shared<uint4>(gradients + offset), other = load_shared<uint4>(y + offset);
     const uint32_t words[4] = {g.x, g.y, g.z, g.w}, others[4] = {other.x, other.y, other.z, other.w};
@@ -103,7 +103,7 @@ DEVICE void scale_gradients(T* gradients, const T* y, const float* r, const Quer
   }
   // one access for all of the warp's rows, as it then covers whole sectors
   const int own = first + step * unit;
-  if (delta && unit < chunk / warps / step && own < rows_left) delta[own] = own_dot;
+  if (delta && unit < warp_rows / step && own < rows_left) delta[own] = own_dot;
 }
 
 // The chunk's part of the reverse state.

@@ -105,7 +105,7 @@ template <class S, class AnyProblem>
 DEVICE void load_affine(float* affine, const Arguments<AnyProblem>& arguments, int64_t kv_head) {
   const Problem& problem = arguments.problem;
   const int group_size = arguments.group_size;
-  for (int i = static_cast<int>(threadIdx.x); i < (group_size + 1) * S::affine_size; i += threads) {
+  for (int i = static_cast<int>(threadIdx.x); i < (group_size + 1) * S::affine_size; i += S::threads) {
     const int head = i / S::affine_size, feature = i % S::feature_dim;
     const bool is_beta = i % S::affine_size >= S::feature_dim, is_key = head == group_size;
     const Affine& source = is_key ? problem.key_affine : problem.query_affine;
@@ -118,8 +118,8 @@ DEVICE void load_affine(float* affine, const Arguments<AnyProblem>& arguments, i
   }
 }
 
-// Rows of q and k on their way. A warp copies the rows that its threads then read, one each: no barrier is
-// needed but sync_warp.
+// Rows of q and k on their way. Each of the first four warps copies the rows that its threads then read, one
+// each: no barrier is needed but sync_warp.
 template <class T>
 struct RowTile {
   T* elements;         // (threads, d), the 16-byte units of a row permuted by unit_offset
@@ -208,9 +208,9 @@ DEVICE float2 store_row(T* features, int token, const RowTile<T>& tile, bool pre
 // ---- value rows ----
 
 // Starts the copy of 64 rows into a value tile, zeros past the last row and past the last column.
-template <class T>
+template <int block_threads = threads, class T>
 DEVICE void copy_values(T* values, const T* rows, int stride, int first, int end, int columns_left) {
-  constexpr int units = columns / 8, step = threads / units;  // 16-byte units of a row, rows at once
+  constexpr int units = columns / 8, step = block_threads / units;  // 16-byte units of a row, rows at once
   const int token = static_cast<int>(threadIdx.x / units), column = static_cast<int>(threadIdx.x % units) * 8;
   T* const target = values + value_offset(token, column);
   const T* source = rows + static_cast<int64_t>(first + token) * stride + column;

@@ -16,15 +16,16 @@ DEVICE float public_entry(const float* kv, const float* k, int index, int group,
   using L = Slot<S>;
   const int j = index % 4, lane = index / 4 % 32, g = lane / 4, t = lane % 4;
   if (index < L::k) {
-    const int n = index / (4 * threads), warp = index / 128 % warps;
-    const int64_t column = columns * group + tile * warp + g + 8 * (j >> 1);
+    const int warp = index / 128 % (S::threads / 32), n = S::state_tile(index / (4 * S::threads), warp);
+    const int64_t column = columns * group + tile * (warp % warps) + g + 8 * (j >> 1);
     const int feature = public_feature<S>(n, 2 * t + (j & 1));
     if (feature < 0 || column >= head_dim) return 0.0f;
     return kv[feature * head_dim + column] * state_weight<S>(n, gradient);
   }
   if (index < L::linear) {
-    const int n = (index - L::k) / 128, row = (g + 8 * (j >> 1)) % S::feature_dim,
-              column = 8 * n + 2 * t + (j & 1);
+    const int n = (index - L::k) / 128;
+    const int row = (tile * (n / S::units) + g + 8 * (j >> 1)) % S::feature_dim;
+    const int column = 8 * (n % S::units) + 2 * t + (j & 1);
     if (!S::polynomial) return k[column];
     return k[public_product<S>(row, column)] * gram_weight<S>(row, column, gradient);
   }

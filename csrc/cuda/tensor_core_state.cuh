@@ -134,7 +134,8 @@ DEVICE Range shared_range(const float* warp_maxima) {
 
 template <class S>
 struct Slot {
-  static constexpr int kv = 0, k = kv + S::tiles * threads * 4, linear = k + S::units * 32 * 4,
+  static constexpr int sum_tiles = S::units * (S::wide ? 2 : 1);
+  static constexpr int kv = 0, k = kv + S::tiles * S::threads * 4, linear = k + sum_tiles * 32 * 4,
                        count = linear + (S::taylor ? 32 * 4 : 0), size = count + 16;
 };
 

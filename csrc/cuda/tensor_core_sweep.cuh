@@ -75,11 +75,13 @@ struct BackwardOrigins : Origins<T> {
   }
 
   // Starts the copies of grad y, y and r of a chunk of the block's query head `head`.
+  template <int block_threads = threads>
   DEVICE void copy_gradients(T* gradients, T* y_tile, float* r_tile, const BackwardProblem& problem,
                              int first, int head, int end, int columns_left) const {
-    copy_values(gradients, grad_y + head * problem.grad_y.head_stride, row_stride(problem.grad_y), first, end,
-                columns_left);
-    copy_values(y_tile, y + head * problem.y.head_stride, row_stride(problem.y), first, end, columns_left);
+    copy_values<block_threads>(gradients, grad_y + head * problem.grad_y.head_stride,
+                               row_stride(problem.grad_y), first, end, columns_left);
+    copy_values<block_threads>(y_tile, y + head * problem.y.head_stride, row_stride(problem.y), first, end,
+                               columns_left);
     copy_floats(r_tile, r + head * problem.seqlen, first, end);
   }
 };

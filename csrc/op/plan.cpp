@@ -177,7 +177,9 @@ Plan plan_general(const Problem& problem, const Device& device, Sweep sweep) {
 
 // The kernels size their own workspace, behind the regions here: clamped bounds and statistics.
 Plan plan_tensor_core(const Problem& problem, const Device& device) {
-  constexpr int64_t blocks_per_multiprocessor = 3, rows_per_segment = 512;
+  // d = 32: blocks twice as large, of a thread's most registers, and four times the state
+  const bool wide = problem.feature_dim == 32;
+  const int64_t blocks_per_multiprocessor = wide ? 1 : 3, rows_per_segment = wide ? 1024 : 512;
   Plan plan;
   plan.path = Path::tensor_core;
   const int64_t blocks = problem.num_sequences * problem.kv_heads * tensor_core::column_groups(problem);
@@ -263,7 +265,8 @@ Plan plan_float32(const BackwardProblem& problem, const Device& device) {
 
 template <class AnyProblem>
 Plan plan_sweep(const AnyProblem& problem, const Device& device, bool backward) {
-  const bool has_tensor_cores = tensor_core::supports(problem);
+  const bool has_tensor_cores = tensor_core::supports(problem) &&
+                                tensor_core::shared_memory_bytes(problem) <= device.shared_memory_per_block;
   const Plan fast = plan_float32(problem, device);
   const bool has_fast = !*fast.error && fast.shared_memory_bytes <= device.shared_memory_per_block;
   const int slowness = has_fast ? 2 : 1;  // by instructions and loads: 4 x 4 tiles against 8 x 8

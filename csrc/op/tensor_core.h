@@ -24,7 +24,8 @@ inline bool aligned(const Rows& rows) {
 inline int64_t column_groups(const Problem& problem) { return (problem.head_dim + columns - 1) / columns; }
 
 inline bool supports_features(const Problem& problem) {
-  return problem.feature_dim == 16 || (problem.feature_dim == 8 && problem.feature_map == FeatureMap::outer);
+  return problem.feature_dim == 16 || (problem.feature_map == FeatureMap::outer &&
+                                       (problem.feature_dim == 8 || problem.feature_dim == 32));
 }
 
 inline bool supports_sizes(const Problem& problem) {
@@ -39,6 +40,12 @@ inline bool supports(const ForwardProblem& problem) { return supports_sizes(prob
 inline bool supports(const BackwardProblem& problem) {
   return supports_sizes(problem) && aligned(problem.y) && aligned(problem.grad_y) &&
          aligned(problem.grad_q) && aligned(problem.grad_k) && aligned(problem.grad_v);
+}
+
+// Shared memory that a block must be able to have, in bytes; 0 where every device has enough.
+inline int64_t shared_memory_bytes(const ForwardProblem&) { return 0; }
+inline int64_t shared_memory_bytes(const BackwardProblem& problem) {
+  return problem.feature_dim == 32 ? 163 * 1024 : 0;
 }
 
 }  // namespace tensor_core

@@ -54,7 +54,7 @@ std::vector<Case> cases() {
          {FeatureMap::outer, FeatureMap::square, FeatureMap::taylor, FeatureMap::elu}) {
       add_cases(map, 16, dtype, &all);
     }
-    add_cases(FeatureMap::outer, 8, dtype, &all);
+    for (const int64_t dim : {8, 32}) add_cases(FeatureMap::outer, dim, dtype, &all);
   }
   return all;
 }

@@ -1,6 +1,6 @@
 // What the tensor-core kernels move, counted by the tracer: forward and backward, bfloat16, outer and square
-// of d 16, outer of d 8, dv 64, "head" LayerNorm with gamma and beta, one head of 4096 tokens, in one pass
-// and in 4 segments. One JSON object {"<sweep> <map> <segments>": the tracer's report, ...} to standard
+// of d 16, outer of d 8 and 32, dv 64, "head" LayerNorm with gamma and beta, one head of 4096 tokens, in one
+// pass and in 4 segments. One JSON object {"<sweep> <map> <segments>": the tracer's report, ...} to standard
 // output. Figures per token are exact for any batch and number of heads: blocks share nothing that is named
 // here.
 #include <cstdio>
@@ -149,6 +149,7 @@ int main() {
   trace_map<Slabs<rebased::FeatureMap::outer, 16>>("outer", &separator);
   trace_map<Slabs<rebased::FeatureMap::square, 16>>("square", &separator);
   trace_map<Slabs<rebased::FeatureMap::outer, 8>>("outer8", &separator);
+  trace_map<Slabs<rebased::FeatureMap::outer, 32>>("outer32", &separator);
   std::printf("}\n");
   return 0;
 }

@@ -10,6 +10,7 @@ namespace rebased::REBASED_BACKEND::tensor_core {
                                                                        const Launch&, void*);
 DECLARE(FeatureMap::outer, 8)
 DECLARE(FeatureMap::outer, 16)
+DECLARE(FeatureMap::outer, 32)
 DECLARE(FeatureMap::square, 16)
 DECLARE(FeatureMap::taylor, 16)
 DECLARE(FeatureMap::elu, 16)

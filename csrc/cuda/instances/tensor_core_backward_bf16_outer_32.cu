@@ -1,0 +1,6 @@
+#include "cuda/tensor_core_backward.cuh"
+
+namespace rebased::REBASED_BACKEND::tensor_core {
+template const char* launch_backward<bfloat16_t, Slabs<FeatureMap::outer, 32>>(const BackwardProblem&,
+                                                                               const Launch&, void*);
+}  // namespace rebased::REBASED_BACKEND::tensor_core
