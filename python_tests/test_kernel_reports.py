@@ -63,17 +63,28 @@ GOOD = Kernel(
 )
 
 
+ALL_GOOD = [
+    replace(GOOD, name=name, architecture=architecture, blocks=blocks)
+    for architecture in registers.CHECKED_ARCHITECTURES
+    for name, blocks in registers.LEAST_BLOCKS.items()
+]
+
+
 def register_problems(kernel: Kernel) -> list[str]:
-    return registers.problems([replace(GOOD, architecture=80), kernel])
+    others = [k for k in ALL_GOOD if (k.name, k.architecture) != (kernel.name, kernel.architecture)]
+    return registers.problems([*others, kernel])
 
 
 def test_register_problems():
     assert register_problems(GOOD) == []
     assert "spills 4 + 8 bytes" in register_problems(replace(GOOD, spill_stores=4, spill_loads=8))[0]
     assert "2 blocks per SM, not 3" in register_problems(replace(GOOD, blocks=2))[0]
-    assert "not found" in registers.problems([GOOD])[0]
-    general = replace(GOOD, name="general_forward<float64>", spill_stores=4)
-    assert registers.problems([GOOD, replace(GOOD, architecture=80), general]) == []
+    grad_kv = "tensor_core::grad_kv_kernel<float16, taylor, 16, false>"
+    assert "1 blocks per SM, not 2" in register_problems(replace(GOOD, name=grad_kv, blocks=1))[0]
+    other = replace(GOOD, name="tensor_core::grad_q_kernel<float16, elu, 16, true>", blocks=0)
+    assert "0 blocks per SM, not 1" in register_problems(other)[0]
+    assert "not found" in registers.problems(ALL_GOOD[1:])[0]
+    assert register_problems(replace(GOOD, name="general_forward<float64>", spill_stores=4)) == []
 
 
 FIGURES = Figures(

@@ -231,6 +231,20 @@ def test_large_float16_sums_stay_finite(kernel_device):
     assert relative_error(y, expected) <= 2e-3
 
 
+@pytest.mark.skipif(not EMULATED, reason="the emulator's limits")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_many_query_heads_fit_the_smallest_shared_memory(feature_map, dtype, override, monkeypatch):
+    """99 KB a block, as of sm_86, sm_89 and sm_120."""
+    override(path="tensor_core", segments=2)
+    problem = Problem(feature_map, "head", 1, 16, 1, 130, 16, 64, dtype=dtype)
+    inputs = problem.inputs(requires_grad=True)
+    expected = _results(rebased_attention, inputs, problem)
+    monkeypatch.setenv("REBASED_EMULATOR_SHARED_MEMORY", "99")
+    for value, same in zip(_results(rebased_attention, inputs, problem), expected, strict=True):
+        assert torch.equal(value, same)
+
+
 SCHEDULE = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -276,6 +290,9 @@ def test_plan_takes_tensor_cores_for_16_bit_types():
     for dtype in ("bfloat16", "float16"):
         assert _C.plan("forward", dtype=dtype)["path"] == "tensor_core"
         assert _C.plan("backward", dtype=dtype, head_dim=128)["path"] == "tensor_core"
+    for seqlen in (1, 64, 200, 500):  # where fewer operations without a state would not pay for SIMT ones
+        for direction in ("forward", "backward"):
+            assert _C.plan(direction, dtype="bfloat16", seqlen=seqlen)["path"] == "tensor_core"
         for direction in ("forward", "backward"):
             for head_dim in (16, 64, 208):
                 for feature_dim in (8, 32):

@@ -59,7 +59,7 @@ LOOPS = {
     "forward_kernel": (ROW_TILES, HALVES),
     "segment_state_kernel": (HALVES,),
     "reverse_segment_kernel": (HALVES,),
-    "grad_kv_kernel": (ROW_TILES, OWN_TOKENS, HALVES),
+    "grad_kv_kernel": (OWN_TOKENS, ROW_TILES, HALVES),
     "grad_q_kernel": (OWN_TOKENS, HALVES),
     "wide_forward_kernel": (WIDE_ROW_TILES, QUARTERS),
     "wide_segment_state_kernel": (QUARTERS,),
@@ -69,11 +69,11 @@ LOOPS = {
 }
 POLYNOMIAL_LOOPS = {
     16: {
-        "grad_kv_kernel": (ROW_TILES, OFFSETS, OWN_TOKENS, HALVES),
+        "grad_kv_kernel": (OFFSETS, OWN_TOKENS, ROW_TILES, HALVES),
         "grad_q_kernel": (OFFSETS, OWN_TOKENS, HALVES),
     },
     8: {
-        "grad_kv_kernel": (ROW_TILES, OFFSET_PAIRS, OWN_TOKENS, HALVES),
+        "grad_kv_kernel": (OFFSET_PAIRS, OWN_TOKENS, ROW_TILES, HALVES),
         "grad_q_kernel": (OFFSET_PAIRS, OWN_TOKENS, HALVES),
     },
 }

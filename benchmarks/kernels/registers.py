@@ -24,7 +24,13 @@ from benchmarks.kernels.toolchain import (
 
 CHECKED_ARCHITECTURES = (80, 90)
 OUTER_FORWARD = "tensor_core::forward_kernel<bfloat16, outer, 16, false>"  # one query head per kv head
-OUTER_FORWARD_BLOCKS = 3
+# Blocks per SM that must fit. Shared memory is what grad_kv has least of, at sm_80.
+LEAST_BLOCKS = {OUTER_FORWARD: 3}
+LEAST_BLOCKS |= {
+    f"tensor_core::grad_kv_kernel<{dtype}, {feature_map}, 16, false>": 2
+    for dtype in ("bfloat16", "float16")
+    for feature_map in ("outer", "taylor")
+}
 
 
 def collect(pattern: str, architectures: list[int]) -> tuple[list[Kernel], list[str]]:
@@ -74,13 +80,14 @@ def problems(kernels: list[Kernel]) -> list[str]:
             continue
         if k.spills:
             found.append(spill_text(k))
-        if k.name == OUTER_FORWARD and k.blocks < OUTER_FORWARD_BLOCKS:
-            found.append(
-                f"{k.name} at sm_{k.architecture}: {k.blocks} blocks per SM, not {OUTER_FORWARD_BLOCKS}"
-            )
+        least = LEAST_BLOCKS.get(k.name, 1)
+        if k.blocks < least:
+            found.append(f"{k.name} at sm_{k.architecture}: {k.blocks} blocks per SM, not {least}")
+    known = {(k.name, k.architecture) for k in kernels}
     for architecture in CHECKED_ARCHITECTURES:
-        if not any(k.name == OUTER_FORWARD and k.architecture == architecture for k in kernels):
-            found.append(f"{OUTER_FORWARD} at sm_{architecture}: not found")
+        for name in LEAST_BLOCKS:
+            if (name, architecture) not in known:
+                found.append(f"{name} at sm_{architecture}: not found")
     return found
 
 

@@ -64,7 +64,9 @@ struct Slabs {
                                       : dim == 8  ? dim + slab_offsets * circulant - 1
                                                   : dim + dim / 2 - 1;
   static constexpr int feature_tile = feature_rows * feature_stride;
-  static constexpr int state_stride = 8 * (tiles % 2 ? tiles : tiles + 1);
+  // of a state tile, which has the features with a gradient: all but the constant
+  static constexpr int state_tiles = taylor ? tiles - 1 : tiles;
+  static constexpr int state_stride = 8 * (state_tiles % 2 ? state_tiles : state_tiles + 1);
   // Of the symmetric products one of two is kept, so that those off the diagonal stand for two. Inside these
   // kernels that weight, and the polynomial's a2, sit in the state: query and key features are plain
   // products.
@@ -82,7 +84,10 @@ struct Slabs {
 
   // Sizes of arrays in shared memory: gamma and beta of one head (in floats) and of the query heads and the
   // kv head, and Sums of all threads (in float4).
-  static constexpr int affine_size = 2 * dim, affine_floats = (max_group_size + 1) * affine_size;
+  static constexpr int affine_size = 2 * dim, affine_floats = (max_group_size + 1) * affine_size,
+                       ungrouped_affine_floats = 2 * affine_size;
+  // The rows of a chunk's queries, once read, have the room to stage a tile for each warp.
+  static constexpr bool staging_in_rows = dim >= tile;
   static constexpr int sums_size = units * threads;
 };
 

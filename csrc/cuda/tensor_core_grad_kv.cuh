@@ -107,8 +107,8 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
   SHARED_MEMORY(T, row_elements, 2 * threads * S::feature_dim);
   SHARED_MEMORY(float2, given_statistics, threads);
   SHARED_MEMORY(float2, key_statistics, chunk);
-  SHARED_MEMORY(T, staging, warps * tile * tile);
-  SHARED_MEMORY(float, affine, S::affine_floats);
+  SHARED_MEMORY(T, own_staging, S::staging_in_rows ? 1 : warps * tile * tile);
+  SHARED_MEMORY(float, affine, grouped ? S::affine_floats : S::ungrouped_affine_floats);
   SHARED_MEMORY(float, affine_sums, warps* S::affine_size);
   SHARED_MEMORY(float, r, chunk);
   SHARED_MEMORY(float, row_floats, QueryRows<T>::size);
@@ -116,7 +116,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
   SHARED_MEMORY(float4, sums, S::sums_size);
   SHARED_MEMORY(BackwardOrigins<T>, origins, 1);
   const BackwardProblem& problem = arguments.problem;
-  const SweepTiles<T, S> tiles(memory, true);
+  const SweepTiles<T, S> tiles(memory, true, grouped);
   const QueryRows<T> query_rows(row_floats);
   const Lane lane;
   const int group_size = grouped ? arguments.group_size : 1;
@@ -180,19 +180,16 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
     sync_threads();
     if (next >= 0) copy(next, next_head);
 
-    T* const warp_staging = staging + lane.warp * tile * tile;
-    T* const grad_v = first_row<T>(problem.grad_v, span, span.kv_head) + first_column() + tile * lane.warp +
-                      static_cast<int64_t>(first) * row_stride(problem.grad_v);
-    value_gradient<T, S>(state, query_rows, scales, warp_maxima, queries, keys, gradients, warp_staging,
-                         grad_v, row_stride(problem.grad_v), rows_end - first, columns_left, first_step,
-                         last_step, tiles.gathered_values, lane);
+    // q's rows are in the feature tile: their place is free until the next step but one
+    T* const warp_staging =
+        (S::staging_in_rows ? row_tile(stage).elements : own_staging) + lane.warp * tile * tile;
 
     float gradient[S::units][4] = {};
     key_gradient<T, S>(gradient, state, range, query_rows, scales, queries, keys, values, gradients,
                        tiles.state, first_step, lane);
     if constexpr (grouped) {
       UNROLL for (int n = 0; n < S::units; ++n) {
-        gather(gradient[n], tiles.gathered_gradients + n * threads + threadIdx.x, first_step, last_step);
+        gather(gradient[n], tiles.rest + n * threads + threadIdx.x, first_step, last_step);
       }
     }
     if (last_step) {
@@ -212,6 +209,13 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
                         affine + group_size * S::affine_size, 1.0f, problem.layer_norm, target, warp_staging,
                         lane);
     }
+    if (grouped && first_step) sync_threads();  // grad v gathers in the place of T, which all have read
+    T* const grad_v = first_row<T>(problem.grad_v, span, span.kv_head) + first_column() + tile * lane.warp +
+                      static_cast<int64_t>(first) * row_stride(problem.grad_v);
+    value_gradient<T, S>(state, query_rows, scales, warp_maxima, queries, keys, gradients, warp_staging,
+                         grad_v, row_stride(problem.grad_v), rows_end - first, columns_left, first_step,
+                         last_step, tiles.gathered_values, lane);
+
     add_reverse_chunk<T, S>(state, queries, gradients, query_rows, scales, lane);
     head = next_head;
     first = next;

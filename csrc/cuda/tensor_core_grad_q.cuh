@@ -29,11 +29,11 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
   SHARED_MEMORY(float4, sums_places, S::sums_size);
   SHARED_MEMORY(BackwardOrigins<T>, origins, 1);
   const BackwardProblem& problem = arguments.problem;
-  const SweepTiles<T, S> tiles(memory, false);
+  const SweepTiles<T, S> tiles(memory, false, false);
   const Lane lane;
   const int group_size = grouped ? arguments.group_size : 1;
-  // (query heads, warps, 32), where the reverse sweep gathers
-  float* const affine_sums = reinterpret_cast<float*>(tiles.gathered_values);
+  // (query heads, warps, 2 d)
+  float* const affine_sums = reinterpret_cast<float*>(tiles.rest);
   for (int i = static_cast<int>(threadIdx.x); i < group_size * warps * S::affine_size; i += threads)
     affine_sums[i] = 0;
   if (threadIdx.x == 0) origins->set(arguments);

@@ -19,7 +19,7 @@ namespace rebased::REBASED_BACKEND::tensor_core {
 // Writes this warp's 16 columns of the state into the state tile (64 columns, features), rounded to T.
 template <class T, class S>
 DEVICE void publish_state(T* state_tile, const State<S>& state, Range range, const Lane& lane) {
-  UNROLL for (int n = 0; n < S::tiles; ++n) {
+  UNROLL for (int n = 0; n < S::state_tiles; ++n) {
     UNROLL for (int half = 0; half < 2; ++half) {
       const int column = tile * lane.warp + lane.group + 8 * half;
       store_shared(state_tile + column * S::state_stride + 8 * n + 2 * lane.pair,

@@ -9,26 +9,18 @@ namespace rebased::REBASED_BACKEND::tensor_core {
 
 // What a step needs to know of each of its 64 query rows, in shared memory. float16 can hold r grad y only in
 // two parts, power_i m_i with a power of two: tiles hold m_i grad y, and the power goes with sim or with c,
-// times the chunk's `scale`, which makes them of ordinary size. Where a chunk's sums are formed for T, whose
-// largest terms set the scale, it is `sum_scale`. In bfloat16 m is r, powers and scales are 1, and only
+// times the chunk's `scale`, which makes them of ordinary size. Where a chunk's sums are formed for T and M,
+// whose largest terms set the scale, it is `sum_scale`. In bfloat16 m is r, powers and scales are 1, and only
 // minus_delta is used.
 template <class T>
 struct QueryRows {
   float* minus_delta;    // -m grad y . y
   float* column_scales;  // power scale
-  float* value_scales;   // power sum_scale
-  float* sum_weights;    // -power m grad y . y sum_scale
+  float* sum_scales;     // power sum_scale
 
   DEVICE explicit QueryRows(float* arrays)
-      : minus_delta(arrays),
-        column_scales(arrays + chunk),
-        value_scales(arrays + 2 * chunk),
-        sum_weights(arrays + 3 * chunk) {}
-  static constexpr int size = is_bfloat16<T> ? chunk : 4 * chunk;
-
-  DEVICE TokenWeights weights(float grow) const {
-    return {is_bfloat16<T> ? minus_delta : sum_weights, value_scales, grow};
-  }
+      : minus_delta(arrays), column_scales(arrays + chunk), sum_scales(arrays + 2 * chunk) {}
+  static constexpr int size = is_bfloat16<T> ? chunk : 3 * chunk;
 };
 
 struct ChunkScale {
@@ -95,8 +87,7 @@ DEVICE void scale_gradients(T* gradients, const T* y, const float* r, const Quer
       rows.minus_delta[token] = -factor * dot;
       if constexpr (!is_bfloat16<T>) {
         rows.column_scales[token] = power * scales.scale;
-        rows.value_scales[token] = power * scales.sum_scale;
-        rows.sum_weights[token] = -factor * dot * (power * scales.sum_scale);
+        rows.sum_scales[token] = power * scales.sum_scale;
       }
     }
     if (unit == i) own_dot = dot;
@@ -110,10 +101,10 @@ DEVICE void scale_gradients(T* gradients, const T* y, const float* r, const Quer
 template <class T, class S>
 DEVICE void add_reverse_chunk(State<S>& state, const T* queries, const T* gradients, const QueryRows<T>& rows,
                               const ChunkScale& scales, const Lane& lane) {
-  const TokenWeights weights = rows.weights(scales.sum_inverse);
+  const TokenWeights weights{rows.minus_delta, rows.sum_scales, scales.sum_inverse};
   add_chunk<T, S, true>(state, queries, gradients, weights, lane);
   if constexpr (S::taylor) {
-    float sum = weights.sums[lane.lane] + weights.sums[lane.lane + 32];
+    float sum = weights.of_sum<T>(lane.lane) + weights.of_sum<T>(lane.lane + 32);
     UNROLL for (int distance = 1; distance < 32; distance *= 2) sum += shuffle_xor(sum, distance);
     state.count += scales.sum_inverse * sum;
   }

@@ -268,11 +268,16 @@ DEVICE void export_state(float* kv, float* k, const State<S>& state, bool gradie
 
 // ---- a chunk's contribution ----
 
-// How add_chunk weighs tokens, by arrays of 64 floats in shared memory: the denominator's terms by `sums`
-// (null: 1), values, in float16 alone, by `values` (null: 1). All that is added is then multiplied by `grow`.
+// How add_chunk weighs tokens, by arrays of 64 floats in shared memory: the denominator's terms by `sums`,
+// in float16 these and the values by `scales` too. All that is added is then multiplied by `grow`.
 struct TokenWeights {
-  const float *sums, *values;
+  const float *sums, *scales;
   float grow;
+
+  template <class T>
+  DEVICE float of_sum(int token) const {
+    return is_bfloat16<T> ? sums[token] : sums[token] * scales[token];
+  }
 };
 
 // Adds sum over the chunk's tokens of phi(k) v^T, and of the denominator's terms. count is the caller's.
@@ -287,7 +292,7 @@ DEVICE void add_chunk(State<S>& state, const T* features, const T* values, const
       load_values(v[i], values, begin + tile * i, tile * lane.warp, lane);
       load_terms<T, S>(terms[i], features, begin + tile * i, lane);
       if constexpr (weighted && !is_bfloat16<T>) {
-        const float* const w = weights.values + begin + tile * i + 2 * lane.pair;
+        const float* const w = weights.scales + begin + tile * i + 2 * lane.pair;
         const uint32_t first = pack<T>(w[0], w[1]), second = pack<T>(w[8], w[9]);
         v[i][0] = multiply_pairs<T>(v[i][0], first), v[i][1] = multiply_pairs<T>(v[i][1], first);
         v[i][2] = multiply_pairs<T>(v[i][2], second), v[i][3] = multiply_pairs<T>(v[i][3], second);
@@ -314,9 +319,10 @@ DEVICE void add_chunk(State<S>& state, const T* features, const T* values, const
       const uint32_t one = pack<T>(1.0f, 1.0f);
       uint32_t ones[4] = {one, one, one, one};  // A: the weights along the tokens, in every row
       if constexpr (weighted) {
-        const float* const w = weights.sums + begin + tile * i + 2 * lane.pair;
-        ones[0] = ones[1] = pack<T>(w[0], w[1]);
-        ones[2] = ones[3] = pack<T>(w[8], w[9]);
+        const int token = begin + tile * i + 2 * lane.pair;
+        const auto weight = [&](int next) { return weights.of_sum<T>(token + next); };
+        ones[0] = ones[1] = pack<T>(weight(0), weight(1));
+        ones[2] = ones[3] = pack<T>(weight(8), weight(9));
       }
       if constexpr (S::polynomial) {
         uint32_t rows[4] = {terms[i][0], terms[i][2], terms[i][1], terms[i][3]};  // A (features, tokens)

@@ -21,24 +21,28 @@ template <class T, class S>
 struct SweepTiles {
   static constexpr int value_tile = chunk * columns;
   static constexpr int state_tile = columns * S::state_stride;
+  static constexpr int float4s = 16 / sizeof(T);  // elements
 
   T *values, *gradients;  // two stages each
   T* y;                   // reverse sweep only
   T* state;
-  float4* gathered_values;     // with several query heads: 8 per thread
-  float4* gathered_gradients;  // 2 per thread
+  float4* gathered_values;  // with several query heads: 8 per thread, in the state's place
+  float4* rest;             // gathering, 2 per thread
 
-  DEVICE SweepTiles(void* memory, bool reverse)
+  DEVICE SweepTiles(void* memory, bool reverse, bool gathers)
       : values(static_cast<T*>(memory)),
         gradients(values + 2 * value_tile),
         y(gradients + 2 * value_tile),
         state(y + (reverse ? value_tile : 0)),
-        gathered_values(reinterpret_cast<float4*>(state + state_tile)),
-        gathered_gradients(gathered_values + 8 * threads) {}
+        gathered_values(reinterpret_cast<float4*>(state)),
+        rest(reinterpret_cast<float4*>(state + state_place(gathers))) {}
 
+  HOST_DEVICE static constexpr int state_place(bool gathers) {
+    return gathers ? maximum(state_tile, 8 * threads * float4s) : state_tile;
+  }
   static constexpr int64_t bytes(bool reverse, bool gathers) {
-    return static_cast<int64_t>(sizeof(T)) * ((reverse ? 5 : 4) * value_tile + state_tile) +
-           (gathers ? 10 * threads * static_cast<int64_t>(sizeof(float4)) : 0);
+    const int rest = gathers ? 2 * threads * float4s : 0;
+    return static_cast<int64_t>(sizeof(T)) * ((reverse ? 5 : 4) * value_tile + state_place(gathers) + rest);
   }
 };
 

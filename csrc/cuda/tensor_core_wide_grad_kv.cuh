@@ -193,7 +193,8 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1)
                            rows_end - tile_row, affine + group_size * Wide::affine_size, 1.0f,
                            problem.layer_norm, target, tiles.staging + lane.warp * tile * tile, lane);
     }
-    add_chunk<T, true>(state, tiles.queries, gradients, query_rows.weights(scales.sum_inverse), lane);
+    add_chunk<T, true>(state, tiles.queries, gradients,
+                       {query_rows.minus_delta, query_rows.sum_scales, scales.sum_inverse}, lane);
     head = next_head;
     first = next;
   }

@@ -109,7 +109,8 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1)
     head = head == 0 ? group_size - 1 : head - 1;
     sync_threads();
     if (first >= 0) copy(first, head);
-    add_chunk<T, true>(state, queries, gradients, query_rows.weights(scales.sum_inverse), lane);
+    add_chunk<T, true>(state, queries, gradients,
+                       {query_rows.minus_delta, query_rows.sum_scales, scales.sum_inverse}, lane);
   }
   store_state(arguments.slots + span.slot * Slot<Wide>::size, state);
 }

@@ -184,7 +184,7 @@ DEVICE void add_chunk(WideState& state, const T* features, const T* values, cons
       const int token = begin + tile * i;
       load_values(v[i], values, token, lane.column, lane);
       if constexpr (weighted && !is_bfloat16<T>) {
-        const float* const w = weights.values + token + 2 * lane.pair;
+        const float* const w = weights.scales + token + 2 * lane.pair;
         const uint32_t first = pack<T>(w[0], w[1]), second = pack<T>(w[8], w[9]);
         v[i][0] = multiply_pairs<T>(v[i][0], first), v[i][1] = multiply_pairs<T>(v[i][1], first);
         v[i][2] = multiply_pairs<T>(v[i][2], second), v[i][3] = multiply_pairs<T>(v[i][3], second);
@@ -192,8 +192,8 @@ DEVICE void add_chunk(WideState& state, const T* features, const T* values, cons
       load_wide_terms(terms[i], features, token, tile * lane.half, lane);
       uint32_t rows[4] = {terms[i][0], terms[i][2], terms[i][1], terms[i][3]};
       if constexpr (weighted) {
-        const float* const w = weights.sums + token + 2 * lane.pair;
-        const uint32_t first = pack<T>(w[0], w[1]), second = pack<T>(w[8], w[9]);
+        const auto weight = [&](int next) { return weights.of_sum<T>(token + 2 * lane.pair + next); };
+        const uint32_t first = pack<T>(weight(0), weight(1)), second = pack<T>(weight(8), weight(9));
         rows[0] = multiply_pairs<T>(rows[0], first), rows[1] = multiply_pairs<T>(rows[1], first);
         rows[2] = multiply_pairs<T>(rows[2], second), rows[3] = multiply_pairs<T>(rows[3], second);
       }
