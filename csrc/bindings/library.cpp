@@ -24,14 +24,28 @@ class NativeBackend {
   explicit NativeBackend(const Tensor&) {}
   template <class AnyProblem>
   int64_t workspace_bytes(const AnyProblem& problem) const {
-    return cpu::workspace_bytes(problem, parallel_.threads);
+    return cpu::workspace_bytes(problem, parallel(problem).threads);
   }
-  void run(const ForwardProblem& problem) const { cpu::forward(problem, parallel_); }
-  void run(const BackwardProblem& problem) const { cpu::backward(problem, parallel_); }
-  void run(const StepProblem& problem) const { cpu::step(problem, parallel_); }
+  void run(const ForwardProblem& problem) const { cpu::forward(problem, parallel(problem)); }
+  void run(const BackwardProblem& problem) const { cpu::backward(problem, parallel(problem)); }
+  void run(const StepProblem& problem) const { cpu::step(problem, parallel(problem)); }
   static constexpr bool on_host = true;
 
  private:
+  // Waking a thread takes about as long as this many operations of the forward's products with a state.
+  static constexpr double kOperationsPerThread = 4e6;
+
+  // A step looks at the size of its state itself.
+  Parallel parallel(const StepProblem&) const { return parallel_; }
+  Parallel parallel(const Problem& p) const {
+    const double tokens = static_cast<double>(p.batch) * static_cast<double>(p.heads * p.seqlen);
+    const double operations =
+        4 * tokens * static_cast<double>(num_features(p.feature_map, p.feature_dim) * p.head_dim);
+    Parallel few = parallel_;
+    if (operations < kOperationsPerThread * few.threads)
+      few.threads = 1 + static_cast<int>(operations / kOperationsPerThread);
+    return few;
+  }
   using Body = void (*)(int64_t, int64_t, void*);
   static void parallel_for(int64_t count, Body body, void* context) {
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
