@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import readme
 from benchmarks.mqar import __main__ as command
 from benchmarks.mqar import cell as cells
 from benchmarks.mqar import data, grid, presets, report, steps
@@ -324,11 +325,10 @@ def test_scores_are_of_the_best_rate_on_average() -> None:
 
 
 def test_the_papers_table_agrees_with_its_means() -> None:
-    means = {"based": (0.58, 0.51), "norm": (0.57, 0.58), "gamma": (0.51, 0.48), "gamma-beta": (0.61, 0.60)}
-    means |= {"x2": (0.54, 0.44), "rebased": (0.63, 0.61)}
-    assert means.keys() == report.PAPER_TABLE1.keys()
-    for row, expected in means.items():
-        for cells_of_length, mean in zip(report.PAPER_TABLE1[row], expected, strict=True):
+    assert report.PAPER_MEANS.keys() == report.PAPER_TABLE1.keys()
+    for row, means in report.PAPER_MEANS.items():
+        for cells_of_length, mean in zip(report.PAPER_TABLE1[row], means, strict=True):
+            # printed with two digits, of numbers with two digits
             assert sum(x for x, _ in cells_of_length) / 4 == pytest.approx(mean, abs=0.0101)
 
 
@@ -378,3 +378,24 @@ def test_plain_pytorch_is_the_same_step() -> None:
     line = steps.measure(64, CPU, 128, rounds=2)  # raises where losses differ
     assert set(line["seconds"]) == {steps.NATIVE, *(f"{name} of 64" for name in steps.PLAIN)}
     assert "| 64 | 2 |" in steps.table([line])
+
+
+def test_the_pages_tables_are_the_results() -> None:
+    page = readme.PAGE.read_text()
+    assert readme.BLOCK.findall(page)
+    assert readme.fill(page) == page, "run python -m benchmarks.readme"
+
+
+def test_a_table_without_results_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="table1-small"):
+        readme.fill("<!-- table: table1-small -->\n<!-- end -->")
+    grid.run(tmp_path / "runs", [replace(TINY, mixer=mixer) for mixer in ("based", "x2")], CPU)
+    readme.keep(tmp_path / "runs", "table1-small")
+    page = "before\n<!-- table: table1-small -->\nold\n<!-- end -->\nafter\n"
+    filled = readme.fill(page)
+    assert "| Based | 0.58 | 0.51 | 0." in filled
+    assert "old" not in filled
+    assert filled.startswith("before\n")
+    assert filled.endswith("<!-- end -->\nafter\n")
+    assert readme.fill(filled) == filled
