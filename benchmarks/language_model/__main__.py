@@ -144,6 +144,7 @@ def _run(arguments: argparse.Namespace, mixer: str, folder: Path, strategy: str)
             f"{perplexity.recall:.2f}, others {perplexity.other:.2f}; {duration(seconds)} a step",
             processes.rank,
         )
+        _say(str(folder / "checkpoint.pt"), processes.rank)
     return record
 
 
@@ -151,7 +152,6 @@ def _train(arguments: argparse.Namespace) -> int:
     seed = arguments.seed or 0
     folder = arguments.output / (arguments.name or f"{arguments.mixer}-{seed}")
     _run(arguments, arguments.mixer, folder, arguments.parallel)
-    _say(f"{folder / 'checkpoint.pt'}")
     return 0
 
 
