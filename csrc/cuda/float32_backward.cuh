@@ -29,10 +29,15 @@ DEVICE void load_query_gradients(float* tile, float* minus_delta, const Call<Bac
   const int column = static_cast<int>(threadIdx.x % quads) * 4;
   UNROLL for (int begin = 0; begin < Shape::chunk; begin += step) {
     const int token = begin + static_cast<int>(threadIdx.x / quads);
+    // one of the lanes that share a row reads its r
+    float factor = 1;
+    if (problem.normalize) {
+      if (column == 0 && token < rows) factor = r[token];
+      factor = shuffle(factor, static_cast<int>(threadIdx.x & 16));
+    }
     float4 value{0.0f, 0.0f, 0.0f, 0.0f};
     if (token < rows && column < columns_left) {
       value = load_constant<float4>(source + token * problem.grad_y.row_stride + column);
-      const float factor = problem.normalize ? r[token] : 1.0f;
       value.x *= factor, value.y *= factor, value.z *= factor, value.w *= factor;
     }
     store_shared(tile + token * Shape::value_stride + column, value);
@@ -40,6 +45,31 @@ DEVICE void load_query_gradients(float* tile, float* minus_delta, const Call<Bac
   const int token = static_cast<int>(threadIdx.x);
   const float* const delta = call.template region<float>(call.workspace.delta);
   if (token < Shape::chunk) minus_delta[token] = delta && token < rows ? -delta[row_index + token] : 0.0f;
+}
+
+// Warp 0 brings a chunk's rows of query head `member`, and warp 1 with new_keys those of k. Those whose
+// gradients are computed, of k or of q, leave LayerNorm(x) and 1 / standard deviation too.
+template <FeatureMap map>
+DEVICE void load_rows(float* shared, const BackwardTiles& tiles, bool keys_are_rows, bool new_keys,
+                      const Call<BackwardProblem>& call, const Block& block, int64_t member, int64_t row0,
+                      int rows, const Features<float>& features) {
+  using Shape = BackwardShape;
+  static_assert(Shape::chunk == 32, "a warp is a chunk's rows");
+  const BackwardProblem& problem = call.problem;
+  const int token = static_cast<int>(threadIdx.x % Shape::chunk), warp = static_cast<int>(threadIdx.x / 32);
+  const bool is_key = warp == 1;
+  if (warp > 1 || (is_key && !new_keys)) return;
+  const int64_t group = group_size(problem), head = block.kv_head * group + member;
+  const float* const source = is_key ? head_rows<float>(problem.k, block.batch, block.kv_head, row0 + token)
+                                     : head_rows<float>(problem.q, block.batch, head, row0 + token);
+  const Norm<float> norm = is_key ? key_norm<float>(call).at(problem, block.batch, block.kv_head, row0)
+                                  : query_norm(call, features).at(problem, block.batch, head, row0);
+  const bool is_row = is_key == keys_are_rows;
+  const float deviation = load_feature_row<map, Shape>(
+      shared + (is_key ? tiles.keys : tiles.queries), is_row ? shared + tiles.normalized : nullptr, token,
+      source, token < rows, features,
+      with_affine(norm, shared + tiles.affine + (is_key ? group : member) * affine_size));
+  if (is_row) shared[tiles.deviations + token] = deviation;
 }
 
 // Of the buffers (column groups, batch, heads, seqlen, feature_dim); null where absent.
@@ -55,60 +85,51 @@ DEVICE float* affine_partial(const Call<BackwardProblem>& call, const Region& re
                              int64_t head, int64_t heads) {
   float* const partial = call.template region<float>(region);
   const int64_t index = (block.sequence * heads + head) * block.segments + block.segment;
-  return partial ? partial + (index * gridDim.y + blockIdx.y) * BackwardTiles::affine_size : nullptr;
+  return partial ? partial + (index * gridDim.y + blockIdx.y) * affine_size : nullptr;
 }
 
 template <FeatureMap map>
 KERNEL void LAUNCH_BOUNDS(threads, 2) grad_q_kernel(Call<BackwardProblem> call) {
   using Shape = BackwardShape;
-  constexpr BackwardTiles tiles(map, false, 1);  // offsets do not depend on the group's size
   DYNAMIC_SHARED_MEMORY(float, shared);
+  const BackwardProblem& problem = call.problem;
+  const int group = static_cast<int>(group_size(problem));
+  const BackwardTiles tiles(map, false, group);
   float* const queries = shared + tiles.queries;
   float* const keys = shared + tiles.keys;
   float* const values = shared + tiles.values;
   float* const gradients = shared + tiles.gradients;
   float* const score_gradients = shared + tiles.score_gradients;
-  float* const statistics = shared + tiles.statistics;
-  float* const affine = shared + tiles.affine;
+  float* const affine_sums = shared + tiles.affine_sums;
   const float* const minus_delta = shared + tiles.minus_delta;
-  const BackwardProblem& problem = call.problem;
   const Block block(call);
   const Features<float> features = make_features<map>(problem);
-  const HeadNorm<float> query = query_norm(call, features), key = key_norm<float>(call);
+  const HeadNorm<float> query = query_norm(call, features);
   const RowOwner owner;
-  const int thread = static_cast<int>(threadIdx.x), token = thread % Shape::chunk, warp = thread / 32;
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   const int columns_left = static_cast<int>(problem.head_dim) - first_column();
-  const int group = static_cast<int>(group_size(problem));
   bool state_is_zero = block.first_segment() && !given(problem.initial_state);
 
   start_state<map, Shape>(shared + tiles.state, shared + tiles.sums, call, block, call.workspace.states,
                           problem.initial_state, false);
-  for (int n = thread; n < group * threads / 32 * BackwardTiles::affine_size; n += threads) affine[n] = 0;
+  load_affine(shared + tiles.affine, problem, block.kv_head);
+  for (int n = thread; n < group * threads / 32 * affine_size; n += threads) affine_sums[n] = 0;
+  sync_threads();
   for (int64_t number = block.chunk_begin; number < block.chunk_end; ++number) {
     const int64_t row0 = block.row_of(number);
     const int rows = block.rows_of(number);
     for (int member = 0; member < group; ++member) {
       const int64_t head = block.kv_head * group + member;
-      const Norm<float> norm = query.at(problem, block.batch, head, row0);
-      const float* const q = head_rows<float>(problem.q, block.batch, head, row0);
       if (member == 0) {
         const float* const v = head_rows<float>(problem.v, block.batch, block.kv_head, row0) + first_column();
         copy_values<Shape>(values, v, problem.v.row_stride, rows, columns_left);
         copy_async_commit();
       }
-      if (warp == 0) {
-        const float2 row = load_feature_row<map, Shape>(queries, token, q + token * problem.q.row_stride,
-                                                        token < rows, features, norm);
-        store_shared(statistics + 2 * token, row);
-      } else if (warp == 1 && member == 0) {
-        const float* const k = head_rows<float>(problem.k, block.batch, block.kv_head, row0 + token);
-        load_feature_row<map, Shape>(keys, token, k, token < rows, features,
-                                     key.at(problem, block.batch, block.kv_head, row0));
-      }
+      load_rows<map>(shared, tiles, false, member == 0, call, block, member, row0, rows, features);
       load_query_gradients(gradients, shared + tiles.minus_delta, call, block, head, row0, rows,
                            columns_left);
       if (member == 0) copy_async_wait<0>();
-      sync_threads();  // the tiles, and before the first chunk the state
+      sync_threads();  // the tiles
       fill_score_gradients<map, false>(nullptr, score_gradients, queries, keys, gradients, values,
                                        blockIdx.y == 0 ? minus_delta : nullptr);
       float gradient[4] = {};
@@ -121,8 +142,11 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) grad_q_kernel(Call<BackwardProblem> call) 
       const RowTarget target{
           head_rows<float>(problem.grad_q, block.batch, head, row0), problem.grad_q.row_stride,
           partial_rows(call, call.workspace.query_gradient, block, head, problem.heads, row0),
-          affine + (member * (threads / 32) + warp) * BackwardTiles::affine_size};
-      finish_rows<map>(gradient, q, problem.q.row_stride, statistics, rows, norm, target, owner);
+          affine_sums + (member * (threads / 32) + warp) * affine_size};
+      const Norm<float> norm = with_affine(query.at(problem, block.batch, head, row0),
+                                           shared + tiles.affine + member * affine_size);
+      finish_rows<map>(gradient, shared + tiles.normalized, shared + tiles.deviations, rows, norm, target,
+                       owner);
       sync_threads();  // every thread has read the tiles and the state
     }
     if (number + 1 < block.chunk_end) {
@@ -131,19 +155,20 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) grad_q_kernel(Call<BackwardProblem> call) 
       sync_threads();
     }
   }
-  sync_threads();  // where there was no chunk
   for (int member = 0; member < group; ++member) {
     float* const partial = affine_partial(call, call.workspace.query_affine, block,
                                           block.kv_head * group + member, problem.heads);
-    if (partial) store_affine_sums(partial, affine + member * (threads / 32) * BackwardTiles::affine_size);
+    if (partial) store_affine_sums(partial, affine_sums + member * (threads / 32) * affine_size);
   }
 }
 
 template <FeatureMap map>
 KERNEL void LAUNCH_BOUNDS(threads, 2) grad_kv_kernel(Call<BackwardProblem> call) {
   using Shape = BackwardShape;
-  constexpr BackwardTiles tiles(map, true, 1);
   DYNAMIC_SHARED_MEMORY(float, shared);
+  const BackwardProblem& problem = call.problem;
+  const int group = static_cast<int>(group_size(problem));
+  const BackwardTiles tiles(map, true, group);
   float* const state = shared + tiles.state;
   float* const sums = shared + tiles.sums;
   float* const queries = shared + tiles.queries;
@@ -153,29 +178,26 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) grad_kv_kernel(Call<BackwardProblem> call)
   float* const scores = shared + tiles.scores;
   float* const score_gradients = shared + tiles.score_gradients;
   float* const minus_delta = shared + tiles.minus_delta;
-  float* const statistics = shared + tiles.statistics;
-  float* const affine = shared + tiles.affine;
-  const BackwardProblem& problem = call.problem;
+  float* const affine_sums = shared + tiles.affine_sums;
   const Block block(call);
   const Features<float> features = make_features<map>(problem);
-  const HeadNorm<float> query = query_norm(call, features), key = key_norm<float>(call);
+  const HeadNorm<float> key = key_norm<float>(call);
   const RowOwner owner;
   const OutputTile<Shape> tile;
-  const int thread = static_cast<int>(threadIdx.x), token = thread % Shape::chunk, warp = thread / 32;
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   const int columns_left = static_cast<int>(problem.head_dim) - first_column();
-  const int group = static_cast<int>(group_size(problem));
   const bool keep_state = problem.grad_initial_state.kv && block.first_segment();
   bool state_is_zero = block.last_segment() && !given(problem.grad_final_state);
 
   start_state<map, Shape>(state, sums, call, block, call.workspace.reverse_states, problem.grad_final_state,
                           true);
-  for (int n = thread; n < threads / 32 * BackwardTiles::affine_size; n += threads) affine[n] = 0;
+  load_affine(shared + tiles.affine, problem, block.kv_head);
+  for (int n = thread; n < threads / 32 * affine_size; n += threads) affine_sums[n] = 0;
+  sync_threads();
   for (int64_t number = block.chunk_end - 1; number >= block.chunk_begin; --number) {
     const int64_t row0 = block.row_of(number);
     const int rows = block.rows_of(number);
     const bool update = number > block.chunk_begin || keep_state, read_state = !state_is_zero;
-    const Norm<float> norm = key.at(problem, block.batch, block.kv_head, row0);
-    const float* const k = head_rows<float>(problem.k, block.batch, block.kv_head, row0);
     float gradient[4] = {}, out[4][4] = {};  // of k' and v, over all query heads
     for (int member = 0; member < group; ++member) {
       const int64_t head = block.kv_head * group + member;
@@ -184,18 +206,10 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) grad_kv_kernel(Call<BackwardProblem> call)
         copy_values<Shape>(values, v, problem.v.row_stride, rows, columns_left);
         copy_async_commit();
       }
-      if (warp == 0) {
-        const float* const q = head_rows<float>(problem.q, block.batch, head, row0 + token);
-        load_feature_row<map, Shape>(queries, token, q, token < rows, features,
-                                     query.at(problem, block.batch, head, row0));
-      } else if (warp == 1 && member == 0) {
-        const float2 row = load_feature_row<map, Shape>(keys, token, k + token * problem.k.row_stride,
-                                                        token < rows, features, norm);
-        store_shared(statistics + 2 * token, row);
-      }
+      load_rows<map>(shared, tiles, true, member == 0, call, block, member, row0, rows, features);
       load_query_gradients(gradients, minus_delta, call, block, head, row0, rows, columns_left);
       if (member == 0) copy_async_wait<0>();
-      sync_threads();  // the tiles, and before the first chunk the state
+      sync_threads();  // the tiles
       fill_score_gradients<map, true>(scores, score_gradients, keys, queries, values, gradients,
                                       blockIdx.y == 0 ? minus_delta : nullptr);
       if (member == 0 && read_state) {
@@ -227,14 +241,16 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) grad_kv_kernel(Call<BackwardProblem> call)
     const RowTarget target{
         head_rows<float>(problem.grad_k, block.batch, block.kv_head, row0), problem.grad_k.row_stride,
         partial_rows(call, call.workspace.key_gradient, block, block.kv_head, problem.kv_heads, row0),
-        affine + warp * BackwardTiles::affine_size};
-    finish_rows<map>(gradient, k, problem.k.row_stride, statistics, rows, norm, target, owner);
-    sync_threads();  // the statistics are read
+        affine_sums + warp * affine_size};
+    const Norm<float> norm = with_affine(key.at(problem, block.batch, block.kv_head, row0),
+                                         shared + tiles.affine + group * affine_size);
+    finish_rows<map>(gradient, shared + tiles.normalized, shared + tiles.deviations, rows, norm, target,
+                     owner);
+    sync_threads();  // the rows' tiles are read
   }
-  sync_threads();  // where there was no chunk
   float* const partial =
       affine_partial(call, call.workspace.key_affine, block, block.kv_head, problem.kv_heads);
-  if (partial) store_affine_sums(partial, affine);
+  if (partial) store_affine_sums(partial, affine_sums);
   if (keep_state) {
     const int64_t index = block.state_index() * state_features(map);
     float* const grad_sums = static_cast<float*>(problem.grad_initial_state.k);
@@ -249,7 +265,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) grad_kv_kernel(Call<BackwardProblem> call)
 template <FeatureMap map>
 KERNEL void LAUNCH_BOUNDS(threads, 2) reverse_segment_states(Call<BackwardProblem> call) {
   using Shape = BackwardShape;
-  constexpr StateTiles<Shape> tiles(map);
+  constexpr StateTiles<Shape> tiles(map, 1);
   DYNAMIC_SHARED_MEMORY(float, shared);
   float* const queries = shared + tiles.features;
   float* const gradients = shared + tiles.values;
@@ -262,7 +278,10 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) reverse_segment_states(Call<BackwardProble
   const int token = static_cast<int>(threadIdx.x), group = static_cast<int>(group_size(problem));
   const int columns_left = static_cast<int>(problem.head_dim) - first_column();
 
+  float* const affine = shared + tiles.affine;
   for (int n = token; n < tiles.features; n += threads) shared[n] = 0;
+  load_affine(affine, problem, block.kv_head);
+  sync_threads();
   for (int64_t number = block.chunk_begin; number < block.chunk_end; ++number) {
     const int64_t row0 = block.row_of(number);
     const int rows = block.rows_of(number);
@@ -270,8 +289,9 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) reverse_segment_states(Call<BackwardProble
       const int64_t head = block.kv_head * group + member;
       if (token < Shape::chunk) {
         const float* const q = head_rows<float>(problem.q, block.batch, head, row0 + token);
-        load_feature_row<map, Shape>(queries, token, q, token < rows, features,
-                                     query.at(problem, block.batch, head, row0));
+        load_feature_row<map, Shape>(
+            queries, nullptr, token, q, token < rows, features,
+            with_affine(query.at(problem, block.batch, head, row0), affine + member * affine_size));
       }
       load_query_gradients(gradients, minus_delta, call, block, head, row0, rows, columns_left);
       sync_threads();
@@ -280,7 +300,6 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) reverse_segment_states(Call<BackwardProble
       sync_threads();
     }
   }
-  sync_threads();  // where there was no chunk
   const int head_dim = static_cast<int>(problem.head_dim);
   float* const slot =
       call.template region<float>(call.workspace.reverse_states) + (block.index - 1) * call.tiles.slot_size();

@@ -13,7 +13,7 @@ template <FeatureMap map>
 void add_reverse_states(const Call<BackwardProblem>& call, Launches* launches) {
   if (call.segments == 1) return;
   launches->add(reverse_segment_states<map>, sweep_grid(call), threads,
-                StateTiles<BackwardShape>(map).size * int64_t{4}, call);
+                StateTiles<BackwardShape>(map, call.problem.group_size()).size * int64_t{4}, call);
   const int64_t states = call.problem.num_sequences * call.problem.kv_heads;
   launches->add(scan_states<float, true, BackwardProblem>,
                 divide_up(states * call.tiles.slot_size(), scan_threads), scan_threads, 0, call,

@@ -76,7 +76,7 @@ DEVICE void add_scored_values(float (&sums)[8][4], const Scores& scores, const f
 template <FeatureMap map>
 KERNEL void LAUNCH_BOUNDS(threads, 2) forward_kernel(Call<ForwardProblem> call) {
   using Shape = ForwardShape;
-  constexpr ForwardTiles tiles(map);
+  constexpr ForwardTiles tiles(map, 1);  // offsets do not depend on the group's size
   constexpr int chunk = Shape::chunk;
   DYNAMIC_SHARED_MEMORY(float, shared);
   float* const state = shared + tiles.state;
@@ -85,6 +85,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) forward_kernel(Call<ForwardProblem> call) 
   float* const keys = shared + tiles.keys;
   float* const values = shared + tiles.values;
   float* const parts = shared + tiles.parts;
+  float* const affine = shared + tiles.affine;
   const Scores scores{shared + tiles.scores};
   const ForwardProblem& problem = call.problem;
   const Block block(call);
@@ -98,6 +99,8 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) forward_kernel(Call<ForwardProblem> call) 
   bool state_is_zero = block.first_segment() && !given(problem.initial_state);
 
   start_state<map, Shape>(state, sums, call, block, call.workspace.states, problem.initial_state, false);
+  load_affine(affine, problem, block.kv_head);
+  sync_threads();
   for (int64_t number = block.chunk_begin; number < block.chunk_end; ++number) {
     const int64_t row0 = block.row_of(number);
     const int rows = block.rows_of(number);
@@ -108,16 +111,17 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) forward_kernel(Call<ForwardProblem> call) 
         copy_values<Shape>(values, v, problem.v.row_stride, rows, columns_left);
         copy_async_commit();
       }
-      if (part == 0) {
-        const float* const q = head_rows<float>(problem.q, block.batch, head, row0 + token);
-        load_feature_row<map, Shape>(queries, token, q, token < rows, features,
-                                     query.at(problem, block.batch, head, row0));
-      } else if (member == 0) {
-        const float* const k = head_rows<float>(problem.k, block.batch, block.kv_head, row0 + token);
-        load_feature_row<map, Shape>(keys, token, k, token < rows, features,
-                                     key.at(problem, block.batch, block.kv_head, row0));
+      const bool is_key = part == 1;  // threads 0..63 bring a row of q each, threads 64..127 one of k
+      if (!is_key || member == 0) {
+        const float* const row = is_key
+                                     ? head_rows<float>(problem.k, block.batch, block.kv_head, row0 + token)
+                                     : head_rows<float>(problem.q, block.batch, head, row0 + token);
+        const Norm<float> norm = is_key ? key.at(problem, block.batch, block.kv_head, row0)
+                                        : query.at(problem, block.batch, head, row0);
+        load_feature_row<map, Shape>(is_key ? keys : queries, nullptr, token, row, token < rows, features,
+                                     with_affine(norm, affine + (is_key ? group : member) * affine_size));
       }
-      sync_threads();  // features, and before the first chunk the state
+      sync_threads();  // features
       fill_scores<map>(scores, queries, keys, features);
       float sum = state_is_zero ? 0.0f : query_sums<map, Shape>(queries + token, sums, part);
       if (member == 0) copy_async_wait<0>();
@@ -157,7 +161,6 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) forward_kernel(Call<ForwardProblem> call) 
     }
   }
   if (keep_state) {
-    sync_threads();  // after start_state, where there was no chunk
     const int64_t index = block.state_index() * state_features(map);
     store_state<map, Shape>(
         state, sums, static_cast<float*>(problem.final_state.kv) + index * problem.head_dim,
@@ -172,7 +175,7 @@ template <FeatureMap map, class Shape, class AnyProblem>
 KERNEL void LAUNCH_BOUNDS(threads, 2) segment_states(Call<AnyProblem> call) {
   using Tiles = StateTiles<Shape>;
   DYNAMIC_SHARED_MEMORY(float, shared);
-  constexpr Tiles tiles(map);
+  constexpr Tiles tiles(map, 1);
   float* const state = shared + tiles.state;
   float* const sums = shared + tiles.sums;
   float* const keys = shared + tiles.features;
@@ -185,7 +188,11 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) segment_states(Call<AnyProblem> call) {
   const int token = static_cast<int>(threadIdx.x);
   const int columns_left = static_cast<int>(problem.head_dim) - first_column();
 
+  float* const affine = shared + tiles.affine;
+  const float* const key_affine = affine + group_size(problem) * affine_size;
   for (int i = token; i < tiles.features; i += threads) shared[i] = 0;
+  load_affine(affine, problem, block.kv_head);
+  sync_threads();
   for (int64_t number = block.chunk_begin; number < block.chunk_end; ++number) {
     const int64_t row0 = block.row_of(number);
     const int rows = block.rows_of(number);
@@ -194,15 +201,15 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) segment_states(Call<AnyProblem> call) {
     copy_async_commit();
     if (token < Shape::chunk) {
       const float* const k = head_rows<float>(problem.k, block.batch, block.kv_head, row0 + token);
-      load_feature_row<map, Shape>(keys, token, k, token < rows, features,
-                                   key.at(problem, block.batch, block.kv_head, row0));
+      load_feature_row<map, Shape>(
+          keys, nullptr, token, k, token < rows, features,
+          with_affine(key.at(problem, block.batch, block.kv_head, row0), key_affine));
     }
     copy_async_wait<0>();
     sync_threads();
     update_state<map, Shape>(state, sums, keys, values, nullptr, rows);
     sync_threads();
   }
-  sync_threads();
   const int head_dim = static_cast<int>(problem.head_dim);
   float* const slot =
       call.template region<float>(call.workspace.states) + (block.index + 1) * call.tiles.slot_size();

@@ -65,8 +65,8 @@ DEVICE void fill_score_gradients(float* scores, float* score_gradients, const fl
       const int r = row + 8 * n, o = other + 16 * m, place = o * BackwardTiles::score_stride + r;
       const bool in_reach = later ? o >= r : o <= r;
       const float sum = c[n][m] + (minus_delta ? minus_delta[later ? o : r] : 0.0f);
-      score_gradients[place] = in_reach ? sum * features.score_derivative(u[n][m]) : 0.0f;
-      if (later) scores[place] = in_reach ? features.score(u[n][m]) : 0.0f;
+      store_shared(score_gradients + place, in_reach ? sum * features.score_derivative(u[n][m]) : 0.0f);
+      if (later) store_shared(scores + place, in_reach ? features.score(u[n][m]) : 0.0f);
     }
   }
 }
@@ -155,22 +155,21 @@ struct RowTarget {
   float* affine;   // this warp's sums of grad gamma, then of grad beta
 };
 
-// From the gradient of what features are made of to that of the rows as they were given; source: these rows.
-// Every thread of the block calls it.
+// From the gradient of what features are made of to that of the rows as they were given. normalized and
+// deviations: the rows', as load_feature_row leaves them. Every thread of the block calls it.
 template <FeatureMap map>
-DEVICE void finish_rows(const float (&gradient)[4], const float* source, int64_t stride,
-                        const float* statistics, int rows, const Norm<float>& norm, const RowTarget& target,
-                        const RowOwner& owner) {
+DEVICE void finish_rows(const float (&gradient)[4], const float* normalized_rows, const float* deviations,
+                        int rows, const Norm<float>& norm, const RowTarget& target, const RowOwner& owner) {
   const Features<float> features(map, feature_dim, 1);
   const int i = owner.i;
-  const float gamma = norm.gamma ? norm.gamma[i] : 1.0f;
-  float gamma_sum = 0, beta_sum = 0;
+  const float gamma = norm.gamma[i], beta = norm.beta[i];
+  float gamma_sum = 0, beta_sum = 0, x[4], deviation[4];
+  load_floats(x, normalized_rows + i * BackwardShape::row_stride + owner.token);
+  load_floats(deviation, deviations + owner.token);
   UNROLL for (int r = 0; r < 4; ++r) {
     const int row = owner.token + r;
     const bool present = row < rows;
-    const float raw = present ? source[row * stride + i] : 0.0f;
-    const float normalized = (raw - statistics[2 * row]) * statistics[2 * row + 1];
-    const float derivative = features.derivative(norm.affine(normalized, i), norm.scale);
+    const float normalized = x[r], derivative = features.derivative(gamma * normalized + beta, norm.scale);
     const float value = present ? gradient[r] * derivative : 0.0f;
     gamma_sum += value * normalized;
     beta_sum += value;
@@ -185,7 +184,7 @@ DEVICE void finish_rows(const float (&gradient)[4], const float* source, int64_t
         sum += shuffle_xor(sum, distance);
         dot += shuffle_xor(dot, distance);
       }
-      h = statistics[2 * row + 1] * (h - (sum + normalized * dot) * (1.0f / feature_dim));
+      h = deviation[r] * (h - (sum + normalized * dot) * (1.0f / feature_dim));
     }
     if (present) target.rows[row * target.stride + i] = h;
   }
@@ -196,10 +195,9 @@ DEVICE void finish_rows(const float (&gradient)[4], const float* source, int64_t
 
 // The block's sums of the gradients of gamma and beta, over its warps.
 DEVICE void store_affine_sums(float* target, const float* sums) {
-  if (threadIdx.x >= BackwardTiles::affine_size) return;
+  if (threadIdx.x >= affine_size) return;
   float sum = 0;
-  for (int warp = 0; warp < threads / 32; ++warp)
-    sum += sums[warp * BackwardTiles::affine_size + threadIdx.x];
+  for (int warp = 0; warp < threads / 32; ++warp) sum += sums[warp * affine_size + threadIdx.x];
   target[threadIdx.x] = sum;
 }
 

@@ -21,7 +21,7 @@ template <FeatureMap map, class Shape, class AnyProblem>
 void add_states(const Call<AnyProblem>& call, Launches* launches) {
   if (call.segments == 1) return;
   launches->add(segment_states<map, Shape, AnyProblem>, sweep_grid(call), threads,
-                StateTiles<Shape>(map).size * int64_t{4}, call);
+                StateTiles<Shape>(map, call.problem.group_size()).size * int64_t{4}, call);
   const int64_t states = call.problem.num_sequences * call.problem.kv_heads;
   launches->add(scan_states<float, false, AnyProblem>,
                 divide_up(states * call.tiles.slot_size(), scan_threads), scan_threads, 0, call,

@@ -41,11 +41,32 @@ DEVICE float2 row_statistics(const float (&x)[feature_dim], const Norm<float>& n
   return {0.0f, 1.0f};
 }
 
-// Brings row `token` of a chunk, zeros past its end, into that column of a feature tile; gives its
-// statistics. A thread's work.
+// affine = gamma and beta of each query head of the block, then of its kv head.
+DEVICE void load_affine(float* affine, const Problem& problem, int64_t kv_head) {
+  const int group = static_cast<int>(problem.heads / problem.kv_heads);
+  for (int n = static_cast<int>(threadIdx.x); n < affine_floats(group); n += threads) {
+    const int member = n / affine_size, i = n % feature_dim;
+    const bool is_beta = n % affine_size >= feature_dim, is_key = member == group;
+    const Affine& source = is_key ? problem.key_affine : problem.query_affine;
+    const int64_t head = is_key ? kv_head : kv_head * group + member;
+    const float* const values = static_cast<const float*>(is_beta ? source.beta : source.gamma);
+    const int64_t stride = is_beta ? source.beta_head_stride : source.gamma_head_stride;
+    affine[n] = values ? values[head * stride + i] : is_beta ? 0.0f : 1.0f;
+  }
+}
+
+// The norm with gamma and beta from shared memory.
+DEVICE Norm<float> with_affine(Norm<float> norm, const float* affine) {
+  norm.gamma = affine;
+  norm.beta = affine + feature_dim;
+  return norm;
+}
+
+// Brings row `token` of a chunk, zeros past its end, into that column of a feature tile, and LayerNorm(x)
+// into that of `normalized`, where given; gives 1 / its standard deviation. A thread's work.
 template <FeatureMap map, class Shape>
-DEVICE float2 load_feature_row(float* tile, int token, const float* source, bool present,
-                               const Features<float>& features, const Norm<float>& norm) {
+DEVICE float load_feature_row(float* tile, float* normalized, int token, const float* source, bool present,
+                              const Features<float>& features, const Norm<float>& norm) {
   float x[feature_dim] = {};
   float2 statistics{0.0f, 1.0f};
   if (present) {
@@ -55,14 +76,21 @@ DEVICE float2 load_feature_row(float* tile, int token, const float* source, bool
     }
     statistics = row_statistics(x, norm, token);
   }
-  UNROLL for (int i = 0; i < feature_dim; ++i) {
-    const float normalized = (x[i] - statistics.x) * statistics.y;
-    // a padded row is zeroed last: beta would bring it to life
-    const float value = present ? features.apply(norm.affine(normalized, i), norm.scale) : 0.0f;
-    tile[i * Shape::row_stride + token] = value;
-    if (i + feature_dim < feature_rows(map)) tile[(i + feature_dim) * Shape::row_stride + token] = value;
+  UNROLL for (int begin = 0; begin < feature_dim; begin += 4) {
+    float gamma[4], beta[4];
+    load_floats(gamma, norm.gamma + begin);
+    load_floats(beta, norm.beta + begin);
+    UNROLL for (int n = 0; n < 4; ++n) {
+      const int i = begin + n;
+      const float centred = (x[i] - statistics.x) * statistics.y;
+      // a padded row is zeroed last: beta would bring it to life
+      const float value = present ? features.apply(gamma[n] * centred + beta[n], norm.scale) : 0.0f;
+      tile[i * Shape::row_stride + token] = value;
+      if (i + feature_dim < feature_rows(map)) tile[(i + feature_dim) * Shape::row_stride + token] = value;
+      if (normalized) normalized[i * Shape::row_stride + token] = centred;
+    }
   }
-  return statistics;
+  return statistics.y;
 }
 
 // Starts the copy of a chunk's value rows into a value tile, zeros past the last row and the last column.

@@ -13,7 +13,7 @@ namespace float32_path {
 constexpr int feature_dim = 16;
 constexpr int columns = 64;  // of the values, per block; wider heads take several blocks
 constexpr int threads = 128;
-constexpr int max_group_size = 16;  // query heads per kv head, in backward
+constexpr int max_group_size = 16;  // query heads per kv head
 
 // A sweep's tiles. A row of a feature tile is one feature of all tokens of a chunk; of a value tile, one
 // token's columns; of the state, one feature's columns. Feature tiles of circulant maps repeat their first
@@ -29,6 +29,12 @@ REBASED_HOST_DEVICE constexpr int padded_features(FeatureMap map) {
   return (state_features(map) + 3) / 4 * 4;
 }
 
+// gamma and beta of each query head of a block, then of its kv head.
+constexpr int affine_size = 2 * feature_dim;
+REBASED_HOST_DEVICE constexpr int affine_floats(int64_t group_size) {
+  return static_cast<int>(group_size + 1) * affine_size;
+}
+
 // Strides are an odd number of 16-byte quads where eight lanes read eight rows; else rows are contiguous.
 struct ForwardShape {
   static constexpr int chunk = 64, row_stride = chunk + 4, value_stride = columns, state_stride = columns;
@@ -41,11 +47,12 @@ struct ForwardTiles {
   int values;
   int scores;  // the lower triangle by halves: (32 keys, 64 queries), then (32 keys, the last 32 queries)
   int parts;   // (2, chunk): two parts of each token's denominator
+  int affine;  // (query heads, then the kv head; 2, feature_dim): gamma, beta
   int size;
 
   static constexpr int half = ForwardShape::chunk / 2, half_stride = half + 4;
 
-  REBASED_HOST_DEVICE constexpr explicit ForwardTiles(FeatureMap map)
+  REBASED_HOST_DEVICE constexpr ForwardTiles(FeatureMap map, int64_t group_size)
       : state(0),
         sums(state + state_features(map) * ForwardShape::state_stride),
         queries(sums + padded_features(map)),
@@ -53,7 +60,8 @@ struct ForwardTiles {
         values(keys + feature_rows(map) * ForwardShape::row_stride),
         scores(values + ForwardShape::chunk * ForwardShape::value_stride),
         parts(scores + half * (ForwardShape::row_stride + half_stride)),
-        size(parts + 2 * ForwardShape::chunk) {}
+        affine(parts + 2 * ForwardShape::chunk),
+        size(affine + affine_floats(group_size)) {}
 };
 
 struct BackwardShape {
@@ -69,13 +77,14 @@ struct BackwardTiles {
   int scores;             // (others, score_stride): sim of each pair; in the reverse sweep alone
   int score_gradients;    // the same: d loss / d u
   int minus_delta;        // (chunk): -r grad y . y of the queries
-  int statistics;         // (chunk, 2): mean and 1 / standard deviation of the rows
-  int affine;             // (query heads or 1, warps, 2, feature_dim): grad gamma, grad beta
+  int normalized;         // (feature_dim, row_stride): LayerNorm(x) of the rows
+  int deviations;         // (chunk): 1 / standard deviation of the rows
+  int affine;             // as in the forward
+  int affine_sums;        // (query heads or 1, warps, 2, feature_dim): grad gamma, grad beta
   int size;
 
   // 8 of an odd multiple: lanes of four others and eight rows store to different banks
   static constexpr int score_stride = BackwardShape::chunk + 8;
-  static constexpr int affine_size = 2 * feature_dim;
 
   REBASED_HOST_DEVICE constexpr BackwardTiles(FeatureMap map, bool reverse, int64_t group_size)
       : state(0),
@@ -87,25 +96,29 @@ struct BackwardTiles {
         scores(gradients + BackwardShape::chunk * BackwardShape::value_stride),
         score_gradients(scores + (reverse ? BackwardShape::chunk * score_stride : 0)),
         minus_delta(score_gradients + BackwardShape::chunk * score_stride),
-        statistics(minus_delta + BackwardShape::chunk),
-        affine(statistics + 2 * BackwardShape::chunk),
-        size(affine + static_cast<int>(reverse ? 1 : group_size) * (threads / 32) * affine_size) {}
+        normalized(minus_delta + BackwardShape::chunk),
+        deviations(normalized + feature_dim * BackwardShape::row_stride),
+        affine(deviations + BackwardShape::chunk),
+        affine_sums(affine + affine_floats(group_size)),
+        size(affine_sums + static_cast<int>(reverse ? 1 : group_size) * (threads / 32) * affine_size) {}
 };
 
 // Of the kernel that forms a segment's sums by themselves.
 template <class Shape>
 struct StateTiles {
   int state, sums, features, values;
-  int extra;  // (chunk): in backward minus_delta
+  int extra;   // (chunk): in backward minus_delta
+  int affine;  // as in the forward
   int size;
 
-  REBASED_HOST_DEVICE constexpr explicit StateTiles(FeatureMap map)
+  REBASED_HOST_DEVICE constexpr StateTiles(FeatureMap map, int64_t group_size)
       : state(0),
         sums(state + state_features(map) * Shape::state_stride),
         features(sums + padded_features(map)),
         values(features + feature_rows(map) * Shape::row_stride),
         extra(values + Shape::chunk * Shape::value_stride),
-        size(extra + Shape::chunk) {}
+        affine(extra + Shape::chunk),
+        size(affine + affine_floats(group_size)) {}
 };
 
 // 16-byte accesses to every row.
@@ -122,15 +135,15 @@ inline int64_t column_groups(const Problem& problem) { return (problem.head_dim 
 inline bool supports_sizes(const Problem& problem) {
   return problem.dtype == Dtype::float32 && problem.num_sequences > 0 && problem.seqlen > 0 &&
          problem.feature_dim == feature_dim && problem.head_dim >= 16 && problem.head_dim <= 256 &&
-         problem.head_dim % 4 == 0 && aligned(problem.q) && aligned(problem.k) && aligned(problem.v);
+         problem.head_dim % 4 == 0 && problem.group_size() <= max_group_size && aligned(problem.q) &&
+         aligned(problem.k) && aligned(problem.v);
 }
 
 inline bool supports(const ForwardProblem& problem) { return supports_sizes(problem) && aligned(problem.y); }
 
 inline bool supports(const BackwardProblem& problem) {
-  return supports_sizes(problem) && problem.group_size() <= max_group_size && aligned(problem.y) &&
-         aligned(problem.grad_y) && aligned(problem.grad_q) && aligned(problem.grad_k) &&
-         aligned(problem.grad_v);
+  return supports_sizes(problem) && aligned(problem.y) && aligned(problem.grad_y) &&
+         aligned(problem.grad_q) && aligned(problem.grad_k) && aligned(problem.grad_v);
 }
 
 }  // namespace float32_path

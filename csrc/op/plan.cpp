@@ -246,7 +246,7 @@ bool quadratic_is_cheaper(const Problem& problem, bool backward, int slowness) {
 // The float32 path's plan, or one with an error where it does not take the problem.
 Plan plan_float32(const ForwardProblem& problem, const Device& device) {
   if (!float32_path::supports(problem)) return refused(Path::float32);
-  const int size = float32_path::ForwardTiles(problem.feature_map).size;
+  const int size = float32_path::ForwardTiles(problem.feature_map, problem.group_size()).size;
   return plan_float32(problem, device, float32_path::ForwardShape::chunk, size);
 }
 Plan plan_float32(const BackwardProblem& problem, const Device& device) {
