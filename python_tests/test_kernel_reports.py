@@ -38,8 +38,11 @@ def test_no_spills_and_enough_blocks(kernels):
 
 @with_programs("nvcc", "nvdisasm")
 def test_instructions():
-    figures, errors = instructions.collect("tensor_core_*", list(registers.CHECKED_ARCHITECTURES))
-    assert errors == []
+    figures = []
+    for pattern in instructions.PATTERNS:
+        found, errors = instructions.collect(pattern, list(registers.CHECKED_ARCHITECTURES))
+        assert errors == []
+        figures += found
     assert instructions.problems(figures) == []
 
 
@@ -81,6 +84,8 @@ def test_register_problems():
     assert "2 blocks per SM, not 3" in register_problems(replace(GOOD, blocks=2))[0]
     grad_kv = "tensor_core::grad_kv_kernel<float16, taylor, 16, false>"
     assert "1 blocks per SM, not 2" in register_problems(replace(GOOD, name=grad_kv, blocks=1))[0]
+    float32 = replace(GOOD, name=registers.FLOAT32_FORWARD, blocks=1)
+    assert "1 blocks per SM, not 2" in register_problems(float32)[0]
     other = replace(GOOD, name="tensor_core::grad_q_kernel<float16, elu, 16, true>", blocks=0)
     assert "0 blocks per SM, not 1" in register_problems(other)[0]
     assert "not found" in registers.problems(ALL_GOOD[1:])[0]
@@ -112,6 +117,12 @@ def test_instruction_problems():
         "2201 instructions per chunk > 2200"
         in instruction_problems(replace(FIGURES, chunk_instructions=2201))[0]
     )
+    few_products = {"FFMA": 690}
+    float32 = replace(
+        FIGURES, name=registers.FLOAT32_FORWARD, chunk_instructions=1000, chunk_opcodes=few_products
+    )
+    problems = instructions.problems([replace(FIGURES, architecture=80), FIGURES, float32])
+    assert any("0.69 of its instructions are FFMA, not 0.7" in problem for problem in problems)
     split_stores = replace(FIGURES, chunk_accesses={"load 16": 8, "store 4": 24})
     assert "24 stores of 4 bytes per chunk, 8 expected" in instruction_problems(split_stores)[0]
     assert "not in LOOPS" in instruction_problems(replace(FIGURES, chunk_instructions=None))[0]

@@ -56,18 +56,25 @@ def test_few_segments_are_summed_without_a_scan(figures, feature_map):
 @pytest.mark.slow
 @needs_emulator
 @pytest.mark.parametrize("sweep", ["forward", "backward"])
-@pytest.mark.parametrize("feature_map", traffic.FLOORS)
-def test_one_pass_moves_every_tensor_once_a_sweep(figures, sweep, feature_map):
-    moved = {b.name: (b.read, b.written) for b in figures[f"{sweep} {feature_map} 1"].buffers}
-    row = traffic.FLOORS[feature_map].row
-    sizes = {"q": row, "k": row, "v": 128}
+@pytest.mark.parametrize(
+    ("feature_map", "dtype"),
+    [*((m, "") for m in traffic.FLOORS), ("outer", "float32"), ("square", "float32")],
+)
+def test_one_pass_moves_every_tensor_once_a_sweep(figures, sweep, feature_map, dtype):
+    moved = {b.name: (b.read, b.written) for b in figures[f"{sweep} {feature_map} 1 {dtype}".strip()].buffers}
+    floor = traffic.FLOAT32_FLOOR if dtype else traffic.FLOORS[feature_map]
+    row, values = floor.row, floor.values
+    sizes = {"q": row, "k": row, "v": values}
     sweeps = 1 if sweep == "forward" else 2
     expected = {name: (sweeps * size, 0) for name, size in sizes.items()}
     if sweep == "forward":
-        expected |= {"y": (0, 128), "r": (0, 4)}
+        expected |= {"y": (0, values), "r": (0, 4)}
     else:
-        expected |= {"y": (128, 0), "grad y": (256, 0), "r": (8, 0), "delta": (4, 4)}
-        expected |= {"grad q": (0, row), "grad k": (0, row), "grad v": (0, 128)}
+        expected |= {"y": (values, 0), "grad q": (0, row), "grad k": (0, row), "grad v": (0, values)}
+        expected |= {"grad y": (2 * values, 0), "r": (8, 0), "delta": (4, 4)}
+        if dtype:  # delta is a launch of its own
+            expected |= {"r": (12, 0), "delta": (8, 4)}
+            expected["grad y"] = (3 * values, 0)
     assert {name: moved[name] for name in expected} == expected
     few = [name for name in moved if name not in expected]
     assert sum(sum(moved[name]) for name in few) < 1, "gamma, beta and their gradients' partial sums"
@@ -87,6 +94,7 @@ def test_committed_figures(figures):
 def test_floors():
     floor = traffic.Floor()
     assert (floor.forward, floor.backward, floor.backward + floor.reverse_sums) == (324, 976, 1195)
+    assert (traffic.FLOAT32_FLOOR.forward, traffic.FLOAT32_FLOOR.backward) == (644, 1936)
 
 
 def test_problems_are_found():

@@ -1,8 +1,8 @@
 """What the compiler made of the CUDA kernels: facts that need nvcc but no GPU.
 
 python -m benchmarks.kernels.registers      registers, spills, shared memory, blocks per SM of every kernel
-python -m benchmarks.kernels.instructions   the tensor-core kernels' SASS: instructions per chunk, accesses
-python -m benchmarks.kernels.traffic        bytes that the tensor-core kernels move, by the emulator's tracer
+python -m benchmarks.kernels.instructions   the fast paths' SASS: instructions per chunk, accesses
+python -m benchmarks.kernels.traffic        bytes that the fast paths' kernels move, by the emulator's tracer
 python -m benchmarks.kernels.architectures  compiles all for six architectures, warnings are errors; timed
 
 Each has --help, and the first two --check, which python_tests/test_kernel_reports.py runs.

@@ -1,8 +1,10 @@
-// The dynamic shared memory that launch_backward (cuda/tensor_core_backward.cuh) asks for: ptxas cannot know.
-// Lines out: bytes, kernel. Of kernels for several query heads per kv head it is for 4.
+// The dynamic shared memory that launch_backward (cuda/tensor_core_backward.cuh) and launch_float32
+// (cuda/float32_launch.cuh, float32_backward_launch.cuh) ask for: ptxas cannot know. Lines out: bytes,
+// kernel. The grouped kernels' is for 4 query heads per kv head, the float32 path's for one.
 #include <cstdio>
 
 #include "cuda/tensor_core_backward.cuh"
+#include "op/float32_path.h"
 
 namespace rebased::cuda::tensor_core {
 
@@ -41,8 +43,27 @@ void print_types(const char* name) {
 
 }  // namespace rebased::cuda::tensor_core
 
+void print_float32(rebased::FeatureMap map, const char* name) {
+  using namespace rebased::float32_path;
+  const auto print = [&](int floats, const char* kernel, const char* more = "") {
+    std::printf("%d float32_path::%s<%s%s>\n", floats * 4, kernel, name, more);
+  };
+  print(ForwardTiles(map, 1).size, "forward_kernel");
+  print(BackwardTiles(map, true, 1).size, "grad_kv_kernel");
+  print(BackwardTiles(map, false, 1).size, "grad_q_kernel");
+  const int backward = StateTiles<BackwardShape>(map, 1).size;
+  print(StateTiles<ForwardShape>(map, 1).size, "segment_states",
+        ", float32_path::ForwardShape, ForwardProblem");
+  print(backward, "segment_states", ", float32_path::BackwardShape, BackwardProblem");
+  print(backward, "reverse_segment_states");
+}
+
 int main() {
   using rebased::FeatureMap;
+  print_float32(FeatureMap::outer, "outer");
+  print_float32(FeatureMap::square, "square");
+  print_float32(FeatureMap::taylor, "taylor");
+  print_float32(FeatureMap::elu, "elu");
   using rebased::cuda::tensor_core::print_types;
   print_types<FeatureMap::outer, 8>("outer");
   print_types<FeatureMap::outer, 16>("outer");

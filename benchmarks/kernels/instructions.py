@@ -1,7 +1,8 @@
-"""Instructions of the tensor-core kernels, from their machine code: how many a warp issues per chunk.
+"""Instructions of the fast paths' kernels, from their machine code: how many a warp issues per chunk.
 
-Counting. A kernel's chunk loop is its outermost loop with the most HMMA; LOOPS says how often per chunk each
-loop inside it runs. Instructions per chunk (64 tokens) are the sum over these loops of (instructions of the
+Counting. A kernel's chunk loop is its outermost loop with the most HMMA, or of the float32 kernels FFMA;
+LOOPS says how often per chunk each loop inside it runs. Instructions per chunk (64 tokens; 32 in the float32
+backward) are the sum over these loops of (instructions of the
 loop's own blocks) times (runs per chunk). Every instruction of a block counts, also a predicated one and one
 that a branch skips (three kinds of LayerNorm are compiled in and one of them runs), so the number is an upper
 bound of what a warp issues. Where warps differ in how often a loop runs, it is their mean. What is outside
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.kernels.kernel import read_kernels
-from benchmarks.kernels.registers import CHECKED_ARCHITECTURES, OUTER_FORWARD
+from benchmarks.kernels.registers import CHECKED_ARCHITECTURES, FLOAT32_FORWARD, OUTER_FORWARD
 from benchmarks.kernels.report import format_table, write_json
 from benchmarks.kernels.sass import Function, Loop, disassemble
 from benchmarks.kernels.toolchain import (
@@ -29,7 +30,9 @@ from benchmarks.kernels.toolchain import (
     instances,
 )
 
+PATTERNS = ("tensor_core_*", "float32_*")
 OUTER_FORWARD_INSTRUCTIONS = 2200  # per chunk and warp at sm_90
+FLOAT32_FORWARD_SHARE = 0.7  # of FFMA among the instructions per chunk, at least
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,39 @@ POLYNOMIAL_LOOPS = {
     },
 }
 
+# The float32 kernels. Thread i of 16 has feature i; for circulant maps warps 0 and 1, whose i are below 8,
+# have one offset more: two loops, each run by half of the warps. Tokens are taken 4 at a time.
+FORWARD_STEPS, BACKWARD_STEPS = 16, 8
+QUADS = Nest(16)  # of the 64 columns
+
+
+def _update(steps: int, feature_map: str, weighted: bool) -> tuple[Nest, ...]:
+    polynomial = feature_map in ("outer", "taylor")
+    tokens = (Nest(steps / 2), Nest(steps / 2)) if polynomial else (Nest(steps),)
+    entries = 1.25 if polynomial else 1  # of the denominator's sums per thread; those past 128 are warp 0's
+    constant = 8 if feature_map == "taylor" else 0  # 32 tokens, for one thread of warp 0
+    sums = (Nest(steps * entries), *([Nest(constant)] if weighted else []))
+    return (*tokens, Nest(entries, sums))
+
+
+def _float32_loops(feature_map: str) -> dict[str, tuple[Nest, ...]]:
+    forward, backward = (_update(steps, feature_map, False) for steps in (FORWARD_STEPS, BACKWARD_STEPS))
+    reverse = _update(BACKWARD_STEPS, feature_map, True)
+    pairs = (Nest(8),) if feature_map in ("outer", "taylor") else ()  # of features
+    # the sums' 8 features; 32 keys, 4 at a time, for all warps; the next 32 for the two with later queries
+    member = Nest(1, (Nest(8), *pairs, Nest(8), Nest(4)))
+    own_tokens = Nest(5)  # others of a warp's 8 rows, 4 at a time: 2, 4, 6 and 8 for the four warps
+    scored_values = Nest(6)  # others of a warp's 16 rows: 4 or 8
+    return {
+        "forward_kernel": (member, *forward),
+        "ForwardShape": forward,
+        "BackwardShape": backward,
+        "reverse_segment_states": (Nest(1, reverse),),
+        "grad_q_kernel": (Nest(1, (QUADS, QUADS, own_tokens)), *backward),
+        "grad_kv_kernel": (Nest(1, (QUADS, QUADS, *pairs, own_tokens, scored_values, *reverse)),),
+    }
+
+
 # Global accesses per chunk and thread narrower than 16 bytes, by direction and bytes; of all branches.
 # 8 bytes: the statistics of "token" LayerNorm; partial gradients that another kernel finishes.
 # 4 bytes: r and delta of a row.
@@ -89,10 +125,25 @@ NARROW_ACCESSES = {
     "grad_q_kernel": {("load", 8): 2, ("load", 4): 2, ("store", 8): 4},
 }
 
+# 4 bytes: the mean and deviation of "token" LayerNorm; r of a row, and delta; a lane's feature of a row of
+# grad q or grad k, 16 of them side by side, or of its unfinished gradient.
+FLOAT32_NARROW_ACCESSES = {
+    "forward_kernel": {("load", 4): 2, ("store", 4): 8},
+    "segment_states": {("load", 4): 2},
+    "reverse_segment_states": {("load", 4): 7},
+    "grad_kv_kernel": {("load", 4): 7, ("store", 4): 8},
+    "grad_q_kernel": {("load", 4): 7, ("store", 4): 8},
+}
+
 
 def base_name(name: str) -> str:
     """grad_q_kernel of tensor_core::grad_q_kernel<bfloat16, outer, 16, false>."""
     return re.sub(r"<.*", "", name).split("::")[-1]
+
+
+def narrow_accesses(name: str) -> dict[tuple[str, int], int]:
+    is_float32 = name.startswith("float32_path::")
+    return (FLOAT32_NARROW_ACCESSES if is_float32 else NARROW_ACCESSES)[base_name(name)]
 
 
 @dataclass(frozen=True)
@@ -111,18 +162,26 @@ class Figures:
     chunk_accesses: dict[str, int]  # to global memory: {"load 16": 8, ...}
 
 
-def chunk_loop(function: Function) -> Loop | None:
-    def hmma(loop: Loop) -> int:
-        return sum(
-            count for opcode, count in function.opcodes(loop).items() if opcode.startswith("HMMA")
-        ) + sum(map(hmma, loop.inner))
+def product_of(name: str) -> str:
+    """The instruction that does a kernel's work."""
+    return "FFMA" if name.startswith("float32_path::") else "HMMA"
 
-    best = max(function.loops, key=hmma, default=None)
-    return best if best and hmma(best) else None
+
+def chunk_loop(function: Function, product: str) -> Loop | None:
+    def products(loop: Loop) -> int:
+        return sum(
+            count for opcode, count in function.opcodes(loop).items() if opcode.startswith(product)
+        ) + sum(map(products, loop.inner))
+
+    best = max(function.loops, key=products, default=None)
+    return best if best and products(best) else None
 
 
 def loops_of(name: str) -> tuple[Nest, ...] | None:
     base = base_name(name)
+    if name.startswith("float32_path::"):
+        shape = re.search(r"\w+Shape", name)  # segment_states has chunks of either sweep
+        return _float32_loops(re.search(r"<(\w+)", name)[1]).get(shape[0] if shape else base)
     polynomial = re.search(r"\b(?:outer|taylor), (\d+)\b", name)
     special = POLYNOMIAL_LOOPS[int(polynomial[1])].get(base) if polynomial else None
     return special or LOOPS.get(base)
@@ -159,7 +218,7 @@ def measure(name: str, architecture: int, function: Function) -> Figures:
     whole = Counter(instruction.opcode for instruction in function.instructions)
     bases = by_base(whole)
     chunk: Counter[str] = Counter()
-    loop, nests = chunk_loop(function), loops_of(name)
+    loop, nests = chunk_loop(function, product_of(name)), loops_of(name)
     if loop and nests:
         try:
             chunk = per_chunk(function, loop, nests)
@@ -185,7 +244,7 @@ def measure(name: str, architecture: int, function: Function) -> Figures:
 
 
 def collect(pattern: str, architectures: list[int]) -> tuple[list[Figures], list[str]]:
-    """Figures of the kernels with HMMA, and what went wrong."""
+    """Figures of the kernels with HMMA and of those of the float32 path, and what went wrong."""
     errors: list[str] = []
     figures = {}
     for compilation in compile_all(
@@ -194,7 +253,8 @@ def collect(pattern: str, architectures: list[int]) -> tuple[list[Figures], list
         functions = disassemble(compilation.cubin)
         for kernel in read_kernels(compilation):
             function = functions[kernel.symbol]
-            if not any(instruction.base == "HMMA" for instruction in function.instructions):
+            is_float32 = kernel.name.startswith("float32_path::") and kernel.dynamic_shared is None
+            if not is_float32 and not any(i.base == "HMMA" for i in function.instructions):
                 continue
             try:
                 found = measure(kernel.name, kernel.architecture, function)
@@ -203,6 +263,9 @@ def collect(pattern: str, architectures: list[int]) -> tuple[list[Figures], list
             else:
                 figures[kernel.name, kernel.architecture] = found
     return [figures[key] for key in sorted(figures)], errors
+
+
+SHOWN = ("HMMA", "LDSM", "FFMA", "LDS")  # per chunk
 
 
 def table(figures: list[Figures]) -> str:
@@ -217,17 +280,18 @@ def table(figures: list[Figures]) -> str:
         "per chunk",
         "HMMA",
         "LDSM",
+        "FFMA",
+        "LDS",
         "global accesses",
     )
     rows = [heading]
     for f in figures:
         known = f.chunk_instructions is not None
-        chunk = (str(f.chunk_instructions), *(str(f.chunk_opcodes.get(base, 0)) for base in ("HMMA", "LDSM")))
+        chunk = (str(f.chunk_instructions), *(str(f.chunk_opcodes.get(base, 0)) for base in SHOWN))
         accesses = ", ".join(f"{access}: {count}" for access, count in f.chunk_accesses.items())
         whole = (f.instructions, f.hmma, f.ldsm, f.ldgsts, f.local_accesses)
-        rows.append(
-            (f.name, str(f.architecture), *map(str, whole), *(chunk if known else ("?",) * 3), accesses)
-        )
+        shown = chunk if known else ("?",) * len(chunk)
+        rows.append((f.name, str(f.architecture), *map(str, whole), *shown, accesses))
     return format_table(rows)
 
 
@@ -245,9 +309,15 @@ def problems(figures: list[Figures]) -> list[str]:
             continue
         for access, count in f.chunk_accesses.items():
             direction, width = access.split()
-            allowed = NARROW_ACCESSES[base_name(f.name).removeprefix("wide_")].get((direction, int(width)), 0)
+            allowed = narrow_accesses(f.name).get((direction, int(width)), 0)
             if int(width) != 16 and count > allowed:
                 found.append(f"{where}: {count} {direction}s of {width} bytes per chunk, {allowed} expected")
+        if f.name == FLOAT32_FORWARD:
+            share = f.chunk_opcodes["FFMA"] / f.chunk_instructions
+            if share < FLOAT32_FORWARD_SHARE:
+                found.append(
+                    f"{where}: {share:.2f} of its instructions are FFMA, not {FLOAT32_FORWARD_SHARE}"
+                )
         if (
             f.name == OUTER_FORWARD
             and f.architecture == 90
@@ -269,7 +339,9 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--architectures", type=int, nargs="+", default=list(CHECKED_ARCHITECTURES))
-    parser.add_argument("--instances", default="tensor_core_*", help="only files whose name matches")
+    parser.add_argument(
+        "--instances", nargs="+", default=PATTERNS, metavar="PATTERN", help="only files whose name matches"
+    )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the figures, like benchmarks/results/x.json"
     )
@@ -280,7 +352,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
 
-    figures, errors = collect(options.instances, options.architectures)
+    figures, errors = [], []
+    for pattern in options.instances:
+        found, wrong = collect(pattern, options.architectures)
+        figures += found
+        errors += wrong
     print(f"{compiler_release()}. Per chunk and warp, upper bounds: see --help; accesses: bytes, number")
     print(table(figures))
     if options.json and not errors:  # never incomplete ones

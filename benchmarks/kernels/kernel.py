@@ -40,7 +40,7 @@ class Kernel:
 
     @property
     def is_fast_path(self) -> bool:
-        return self.name.startswith("tensor_core::")
+        return self.name.startswith(("tensor_core::", "float32_path::"))
 
     @property
     def spills(self) -> bool:

@@ -1,8 +1,8 @@
 """Registers, spills, shared memory and blocks per SM of every kernel, by ptxas -v and cuda_occupancy.h.
 
 Threads per block are the launch bounds' (the general path may launch fewer). Dynamic shared memory is the
-launcher's for the tensor-core path; the general path's depends on the problem: its blocks per SM are at most
-those shown.
+launcher's for the tensor-core and float32 paths; the general path's depends on the problem: its blocks per SM
+are at most those shown.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from benchmarks.kernels.toolchain import (
 
 CHECKED_ARCHITECTURES = (80, 90)
 OUTER_FORWARD = "tensor_core::forward_kernel<bfloat16, outer, 16, false>"  # one query head per kv head
+FLOAT32_FORWARD = "float32_path::forward_kernel<outer>"
 # Blocks per SM that must fit. Shared memory is what grad_kv has least of, at sm_80.
-LEAST_BLOCKS = {OUTER_FORWARD: 3}
+LEAST_BLOCKS = {OUTER_FORWARD: 3, FLOAT32_FORWARD: 2}
 LEAST_BLOCKS |= {
     f"tensor_core::grad_kv_kernel<{dtype}, {feature_map}, 16, false>": 2
     for dtype in ("bfloat16", "float16")
@@ -42,7 +43,7 @@ def collect(pattern: str, architectures: list[int]) -> tuple[list[Kernel], list[
     try:
         kernels = with_dynamic_shared(kernels)
     except CompileError as error:
-        errors.append(f"dynamic shared memory of the tensor-core backward is unknown:\n{error}")
+        errors.append(f"dynamic shared memory of a fast path is unknown:\n{error}")
     return with_blocks(kernels), errors
 
 
@@ -101,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--json", type=Path, metavar="FILE", help="write the figures, like benchmarks/results/x.json"
     )
     parser.add_argument(
-        "--check", action="store_true", help="fail if a tensor-core kernel spills, or too few blocks fit"
+        "--check", action="store_true", help="fail if a fast path's kernel spills, or too few blocks fit"
     )
     options = parser.parse_args(arguments)
 

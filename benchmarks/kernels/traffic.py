@@ -1,10 +1,10 @@
-"""Global and shared-memory accesses of the tensor-core kernels, counted while they run on the emulator.
+"""Global and shared-memory accesses of the fast paths' kernels, counted while they run on the emulator.
 
-bfloat16, d = 16 (outer8: 8, outer32: 32), dv = 64, one head of 4096 tokens, "head" LayerNorm with gamma and
-beta; in one pass, and split in 4 segments. The figures are per head and token, and exact. Bytes are what
-threads ask for. Sectors are 32 bytes each, counted for every access of a warp: what L2 serves where L1 does
-not help, so two accesses to the halves of a sector count it twice. The limits hold for both. Needs g++, cmake
-and ninja on x86-64; no GPU and no nvcc.
+bfloat16, or float32 where a name says so, d = 16 (outer8: 8, outer32: 32), dv = 64, one head of 4096 tokens,
+"head" LayerNorm with gamma and beta; in one pass, and split in 4 segments. The figures are per head and token,
+and exact. Bytes are what threads ask for. Sectors are 32 bytes each, counted for every access of a warp: what
+L2 serves where L1 does not help, so two accesses to the halves of a sector count it twice. The limits hold for
+both. Needs g++, cmake and ninja on x86-64; no GPU and no nvcc.
 """
 
 from __future__ import annotations
@@ -22,33 +22,37 @@ from benchmarks.kernels.report import format_table
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 4096
+DRIVERS = ("traffic", "traffic_float32")
 COMMAND = "python -m benchmarks.kernels.traffic"
 
 
 @dataclass(frozen=True)
 class Floor:
-    """What a call has to move per head and token: v, y, grad y, grad v of 128 bytes; r, delta of 4."""
+    """What a call has to move per head and token."""
 
-    row: int = 32  # bytes of q, k
+    row: int = 32  # bytes of q, k, grad q, grad k
+    values: int = 128  # of v, y, grad y, grad v; r and delta have 4
 
     @property
     def forward(self) -> int:
-        return 2 * self.row + 128 + 128 + 4
+        return 2 * self.row + 2 * self.values + 4
 
     @property
     def backward(self) -> int:
-        grad_kv = (2 * self.row + 3 * 128 + 4) + (
-            self.row + 128 + 4
-        )  # q, k, v, y, grad y, r; grad k, grad v, delta
-        grad_q = (2 * self.row + 2 * 128 + 4 + 4) + self.row  # q, k, v, grad y, r, delta; grad q
+        # q, k, v, y, grad y, r to grad k, grad v, delta; then q, k, v, grad y, r, delta to grad q
+        grad_kv = (2 * self.row + 3 * self.values + 4) + (self.row + self.values + 4)
+        grad_q = (2 * self.row + 2 * self.values + 4 + 4) + self.row
         return grad_kv + grad_q
 
     @property
     def reverse_sums(self) -> int:
-        return (self.row + 128 + 128 + 4) * 3 // 4  # all segments but one read q, y, grad y, r once more
+        return (
+            (self.row + 2 * self.values + 4) * 3 // 4
+        )  # all segments but one read q, y, grad y, r once more
 
 
 FLOORS = {"outer": Floor(), "square": Floor(), "outer8": Floor(row=16), "outer32": Floor(row=64)}
+FLOAT32_FLOOR = Floor(row=64, values=256)
 
 # The most that the traffic may be, as a multiple of the floor.
 LIMITS = {
@@ -68,6 +72,14 @@ LIMITS = {
     "forward outer32 4": 2.65,  # the states are 143 KB a segment
     "backward outer32 1": 1.15,
     "backward outer32 4": 1.15,
+    "forward outer 1 float32": 1.05,
+    "forward square 1 float32": 1.05,
+    "forward outer 4 float32": 1.60,
+    "forward square 4 float32": 1.45,
+    "backward outer 1 float32": 1.15,  # delta is a launch of its own, which reads y and grad y
+    "backward square 1 float32": 1.15,
+    "backward outer 4 float32": 1.15,
+    "backward square 4 float32": 1.15,
 }
 
 
@@ -118,8 +130,8 @@ class Figures:
     @property
     def floor(self) -> float:
         """Of a backward in segments: with the states, as they were moved."""
-        sweep, feature_map, segments = self.name.split()
-        floor = FLOORS[feature_map]
+        sweep, feature_map, segments, *dtype = self.name.split()
+        floor = FLOAT32_FLOOR if dtype else FLOORS[feature_map]
         if sweep == "forward":
             return floor.forward
         states = sum(buffer.read + buffer.written for buffer in self.buffers if "states" in buffer.name)
@@ -135,16 +147,19 @@ class Figures:
 
 
 def measure(folder: Path = ROOT / "build/traffic") -> list[Figures]:
-    """Builds the traced driver in `folder` and runs it."""
+    """Builds the traced drivers in `folder` and runs them."""
     for command in (
         ["cmake", "-S", ROOT / "csrc/tests", "-B", folder, "-G", "Ninja", "-DSANITIZER=trace"],
-        ["cmake", "--build", folder, "-j", "2", "--target", "traffic"],
+        ["cmake", "--build", folder, "-j", "2", "--target", *DRIVERS],
     ):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stdout + done.stderr)
-    report = subprocess.run([folder / "traffic"], check=True, capture_output=True, text=True).stdout
-    return [read_figures(name, traced) for name, traced in json.loads(report).items()]
+    runs = {}
+    for driver in DRIVERS:
+        done = subprocess.run([folder / driver], check=True, capture_output=True, text=True)
+        runs |= json.loads(done.stdout)
+    return [read_figures(name, traced) for name, traced in runs.items()]
 
 
 def read_figures(name: str, traced: dict[str, Any]) -> Figures:
