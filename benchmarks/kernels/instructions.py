@@ -123,6 +123,11 @@ NARROW_ACCESSES = {
     "reverse_segment_kernel": {("load", 8): 1, ("load", 4): 1},
     "grad_kv_kernel": {("load", 8): 2, ("load", 4): 1, ("store", 8): 4, ("store", 4): 4},
     "grad_q_kernel": {("load", 8): 2, ("load", 4): 2, ("store", 8): 4},
+    "wide_forward_kernel": {("load", 8): 2, ("store", 4): 4},
+    "wide_segment_state_kernel": {("load", 8): 1},
+    "wide_reverse_segment_kernel": {("load", 8): 1, ("load", 4): 1},
+    "wide_grad_kv_kernel": {("load", 8): 2, ("load", 4): 1, ("store", 8): 8, ("store", 4): 2},
+    "wide_grad_q_kernel": {("load", 8): 2, ("load", 4): 2, ("store", 8): 8},
 }
 
 # 4 bytes: the mean and deviation of "token" LayerNorm; r of a row, and delta; a lane's feature of a row of

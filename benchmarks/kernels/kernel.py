@@ -121,7 +121,7 @@ def readable_name(symbol: str) -> str:
     name = run(["c++filt", symbol]).strip()
     name = re.sub(r"\(rebased::FeatureMap\)(\d+)", lambda match: _feature_maps()[int(match.group(1))], name)
     name = re.sub(r"^void |rebased::|cuda::", "", name)
-    name = re.sub(r"tensor_core::Slabs<(\w+), (\d+)>", r"\1, \2", name)
+    name = re.sub(r"tensor_core::Slabs<(\w+), (\d+)> ?", r"\1, \2", name)
     name = name.replace("bfloat16_t", "bfloat16").replace("half_t", "float16").replace("double", "float64")
     name = re.sub(r"\bfloat\b", "float32", name)
     depth = 0
