@@ -59,6 +59,39 @@ def _(  # type: ignore[no-untyped-def]
     )
 
 
+@torch.library.register_fake("rebased_cuda::forward_state")
+def _(k, v, gamma_k, beta_k, cu_seqlens, feature_map, *options):  # type: ignore[no-untyped-def]
+    states = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sizes = (states, k.shape[1], num_features(feature_map, k.shape[3]))
+    sums = accumulator(k.dtype)
+    return k.new_empty(*sizes, v.shape[3], dtype=sums), k.new_empty(*sizes, dtype=sums)
+
+
+@torch.library.register_fake("rebased_cuda::backward_part")
+def _(grad_y, grad_kv, grad_k, q, k, v, *rest):  # type: ignore[no-untyped-def]
+    parameters, initial_kv, cu_seqlens, feature_map, part = rest[:4], rest[4], rest[6], rest[9], rest[-1]
+    queries, keys = part in ("queries", "all"), part in ("keys", "all")
+
+    def rows(like: Tensor, wanted: bool) -> Tensor:
+        return _empty_rows(like, like.shape[1], like.shape[3]) if wanted else like.new_empty(0)
+
+    def sums(shape: Any, wanted: bool) -> Tensor:
+        return q.new_empty(shape if wanted else 0, dtype=accumulator(q.dtype))  # type: ignore[no-any-return]
+
+    states = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sizes = (states, k.shape[1], num_features(feature_map, q.shape[3]))
+    of_state = part == "reverse_state" or (keys and initial_kv is not None)
+    of_parameters = zip(parameters, (queries, queries, keys, keys), strict=True)
+    return (
+        rows(q, queries),
+        rows(k, keys),
+        rows(v, keys),
+        *(sums(0 if x is None else x.shape, wanted) for x, wanted in of_parameters),
+        sums((*sizes, v.shape[3]), of_state),
+        sums(sizes, of_state),
+    )
+
+
 @torch.library.register_fake("rebased_cuda::step")
 def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2])

@@ -54,9 +54,9 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
   const BackwardProblem& problem;
   using Call<T>::sizes, Call<T>::pairs, Call<T>::statistics, Call<T>::pack_tokens, Call<T>::pack_values;
 
-  BackwardCall(const BackwardProblem& p, int threads, Arena& arena, bool needs_state)
-      : Call<T>(p, threads, arena, needs_state, 2), GradientTargets<T>(p, arena), problem(p) {
-    this->share_keys = arena.base && this->schedule.items() <= threads;
+  BackwardCall(const BackwardProblem& p, int threads, Arena& arena, bool needs_state, int64_t parts)
+      : Call<T>(p, threads, arena, needs_state, parts), GradientTargets<T>(p, arena), problem(p) {
+    this->share_keys = arena.base && p.part == BackwardPart::all && this->schedule.items() <= threads;
   }
   Scratch scratch(Arena& arena) const {
     return Scratch(sizes, problem.kv_heads ? problem.heads / problem.kv_heads : 0, arena);

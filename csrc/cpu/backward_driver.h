@@ -3,6 +3,7 @@
 
 #include "cpu/backward_sweeps.h"
 #include "cpu/elementwise_backward.h"
+#include "cpu/state_driver.h"
 
 namespace rebased::cpu::REBASED_ISA {
 
@@ -34,6 +35,7 @@ inline void finish_token_gradients(const BackwardCall& call, const Parallel& par
                 tokens = p.batch * p.seqlen;
   for_items(parallel, 2 * p.batch * parts, [&](int64_t item, int) {
     const bool query = item < p.batch * parts;
+    if (query ? !p.wants_queries() : !p.wants_keys()) return;
     const int64_t batch = item / parts % p.batch, begin = item % parts * rows;
     const T* mean = call.statistics + (query ? 0 : 2) * tokens + batch * p.seqlen;
     const MutableRows& written = query ? call.query_target : call.key_target;
@@ -57,13 +59,15 @@ inline void finish_token_gradients(const BackwardCall& call, const Parallel& par
 // With parallel null only counts the workspace's bytes.
 template <class T, class BackwardCall>
 inline int64_t run_backward_as(const BackwardProblem& p, int threads, const Parallel* parallel) {
+  if (p.part == BackwardPart::reverse_state) return run_reverse_state<T, BackwardCall>(p, threads, parallel);
   Arena arena{parallel ? static_cast<char*>(p.workspace) : nullptr};
   const bool needs_state = p.initial_state.kv || p.grad_final_state.kv || p.grad_initial_state.kv;
-  BackwardCall call(p, threads, arena, needs_state);
+  const int64_t parts = p.part == BackwardPart::all ? 2 : 1;
+  BackwardCall call(p, threads, arena, needs_state, parts);
   const Sizes<T>& s = call.sizes;
   const Schedule<T>& schedule = call.schedule;
   const int64_t group = p.kv_heads ? p.heads / p.kv_heads : 0;
-  const int64_t most_items = Schedule<T>::bound(p, s, threads, 2) * p.kv_heads;
+  const int64_t most_items = Schedule<T>::bound(p, s, threads, parts) * p.kv_heads;
   T* key_states = call.take_states(arena, most_items);
   T* query_states = call.take_states(arena, most_items);
   call.query_affine = arena.take<T>(most_items * group * 2 * s.feature_dim);
@@ -80,22 +84,27 @@ inline int64_t run_backward_as(const BackwardProblem& p, int threads, const Para
     Arena own{arena.base, shared + worker * scratch_bytes};
     return call.scratch(own);
   };
+  const auto item_of = [&](int64_t number) {  // part 0: of keys, 1: of queries
+    Item item = schedule.item(number);
+    if (!p.wants_keys()) item.part = 1;
+    return item;
+  };
   call.compute_statistics(*parallel);
   if (schedule.cut()) {
     for_items(*parallel, schedule.items(), [&](int64_t number, int worker) {
-      const Item item = schedule.item(number);
+      const Item item = item_of(number);
       if (item.quadratic) return;
       if (item.part == 0 && !item.first)
         call.local_query_state(item, scratch_of(worker), query_states + item.number * s.state_size);
       if (item.part == 1 && !item.last)
         call.local_key_state(item, scratch_of(worker), key_states + item.number * s.state_size);
     });
-    call.sum_states(*parallel, key_states, p.initial_state, false);
-    call.sum_states(*parallel, query_states, p.grad_final_state, true);
+    if (p.wants_queries()) call.sum_states(*parallel, key_states, p.initial_state, false);
+    if (p.wants_keys()) call.sum_states(*parallel, query_states, p.grad_final_state, true);
   }
   for (int64_t i = 0; i < key_affine_size; i++) call.shared_key_affine[i] = 0;
   for_items(*parallel, schedule.items(), [&](int64_t number, int worker) {
-    const Item item = schedule.item(number);
+    const Item item = item_of(number);
     const typename BackwardCall::Scratch scratch = scratch_of(worker);
     // the state before an item's queries, or after its keys; returns whether it is zero
     call.run(item, scratch, [&](bool queries) {
@@ -112,7 +121,7 @@ inline int64_t run_backward_as(const BackwardProblem& p, int threads, const Para
     });
   });
   sum_affine(s, call.query_affine, schedule.heads(), p.kv_heads, group, p.query_affine, p.grad_query_affine);
-  for (int64_t i = 0; i < schedule.heads() * 2 * s.feature_dim; i++)
+  for (int64_t i = 0; i < schedule.heads() * 2 * s.feature_dim && p.wants_keys(); i++)
     call.key_affine[i] += call.shared_key_affine[i];
   sum_affine(s, call.key_affine, schedule.heads(), p.kv_heads, 1, p.key_affine, p.grad_key_affine);
   if (p.layer_norm == LayerNorm::token) finish_token_gradients<T>(call, *parallel);

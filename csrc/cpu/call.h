@@ -23,8 +23,10 @@ struct GradientTargets {
     accumulator_target = p.layer_norm == LayerNorm::token && !is_accumulator<T>(p.dtype);
     if (!accumulator_target) return;
     const int64_t row = p.feature_dim, head = p.seqlen * row;
-    query_target = {arena.take<T>(p.batch * p.heads * head), p.heads * head, head, row};
-    key_target = {arena.take<T>(p.batch * p.kv_heads * head), p.kv_heads * head, head, row};
+    if (p.wants_queries())
+      query_target = {arena.take<T>(p.batch * p.heads * head), p.heads * head, head, row};
+    if (p.wants_keys())
+      key_target = {arena.take<T>(p.batch * p.kv_heads * head), p.kv_heads * head, head, row};
   }
 };
 
@@ -91,12 +93,13 @@ struct Call {
 
   static constexpr int64_t kRowsOfItem = 256;  // tokens of one item of the passes over whole tokens
 
-  void compute_statistics(const Parallel& parallel) const {
+  void compute_statistics(const Parallel& parallel, bool of_queries = true, bool of_keys = true) const {
     if (!statistics) return;
     const Problem& p = base;
     const int64_t parts = (p.seqlen + kRowsOfItem - 1) / kRowsOfItem, tokens = p.batch * p.seqlen;
     for_items(parallel, 2 * p.batch * parts, [&](int64_t item, int) {
       const bool query = item < p.batch * parts;
+      if (query ? !of_queries : !of_keys) return;
       const int64_t batch = item / parts % p.batch, begin = item % parts * kRowsOfItem;
       T* mean = statistics + (query ? 0 : 2) * tokens + batch * p.seqlen;
       with_element<T>(p.dtype, [&](auto element) {
@@ -135,7 +138,7 @@ struct Call {
   // Rows of a packed batch that belong to no sequence.
   void zero_unowned_rows(const MutableRows& rows, int64_t heads, int64_t width) const {
     const Problem& p = base;
-    if (!schedule.packed) return;
+    if (!schedule.packed || !rows.data) return;
     const int64_t begin = p.num_sequences ? schedule.sequences[0].begin : p.seqlen;
     const int64_t end = p.num_sequences ? schedule.sequences[p.num_sequences - 1].end : p.seqlen;
     const int64_t bytes = bytes_of<T>(p.dtype);

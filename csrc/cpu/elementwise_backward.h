@@ -18,10 +18,11 @@ struct ElementwiseBackward : ElementwiseCall<T>, GradientTargets<T> {
   const BackwardProblem& problem;
   int shared_columns = 0;  // of grad_v, that the worker of the queries makes where it shares
 
-  ElementwiseBackward(const BackwardProblem& p, int threads, Arena& arena, bool needs_state)
-      : Base(p, threads, arena, needs_state, 2), GradientTargets<T>(p, arena), problem(p) {
+  ElementwiseBackward(const BackwardProblem& p, int threads, Arena& arena, bool needs_state, int64_t parts)
+      : Base(p, threads, arena, needs_state, parts), GradientTargets<T>(p, arena), problem(p) {
     // the keys' sweep is twice as long as the queries': where nothing else keeps a thread busy they share
-    this->share_keys = arena.base && this->schedule.items() <= threads && !p.grad_initial_state.kv;
+    this->share_keys = arena.base && p.part == BackwardPart::all && this->schedule.items() <= threads &&
+                       !p.grad_initial_state.kv;
     if (this->share_keys) shared_columns = sizes.value_columns / 2 / kLanes<T> * kLanes<T>;
   }
   Scratch scratch(Arena& arena) const { return Scratch(sizes, problem.kv_heads ? group() : 0, arena, true); }

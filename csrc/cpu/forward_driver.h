@@ -3,6 +3,7 @@
 
 #include "cpu/elementwise_forward.h"
 #include "cpu/forward.h"
+#include "cpu/state_driver.h"
 
 namespace rebased::cpu::REBASED_ISA {
 
@@ -21,6 +22,7 @@ inline int64_t column_parts(const ForwardProblem& p, int threads, bool needs_sta
 // With parallel null only counts the workspace's bytes.
 template <class T, class ForwardCall>
 inline int64_t run_forward_as(const ForwardProblem& p, int threads, const Parallel* parallel) {
+  if (p.state_only) return run_forward_state<T, ForwardCall>(p, threads, parallel);
   Arena arena{parallel ? static_cast<char*>(p.workspace) : nullptr};
   const bool needs_state = p.initial_state.kv || p.final_state.kv;
   const int64_t parts = column_parts<T>(p, threads, needs_state);

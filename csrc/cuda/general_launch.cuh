@@ -77,6 +77,7 @@ void add_segment_states(const Call<AnyProblem>& call, const ConstState& initial,
 template <class T, class AnyProblem>
 void add_fill(const Call<AnyProblem>& call, const MutableRows& rows, int64_t heads, int64_t width, T value,
               Launches* launches) {
+  if (!rows.data) return;
   if (const int64_t* const bounds = call.template region<int64_t>(call.workspace.bounds)) {
     launches->add(fill_rows_of_no_sequence<T>, heads * fill_blocks, scan_threads, 0, rows, width, value,
                   bounds, call.problem.num_sequences, call.problem.seqlen);
@@ -124,6 +125,11 @@ const char* launch_general(const ForwardProblem& problem, const Plan& plan, void
   Launches launches(stream);
   add_preparation<E>(call, &launches);
   add_segment_states<E, false>(call, problem.initial_state, plan.shared_memory_bytes, &launches);
+  if (problem.state_only) {
+    launches.add(general_whole_state<E, false, ForwardProblem>, blocks, plan.tiles.threads,
+                 plan.shared_memory_bytes, call);
+    return launches.error();
+  }
   launches.add(general_forward<E>, blocks, plan.tiles.threads, plan.shared_memory_bytes, call);
   return *launches.error() ? launches.error() : launch_fill<E>(problem, plan, stream);
 }
@@ -158,10 +164,20 @@ const char* launch_general(const BackwardProblem& problem, const Plan& plan, voi
                  problem.grad_y, static_cast<const A*>(problem.r), delta, tokens * problem.heads,
                  problem.heads, problem.seqlen, problem.head_dim);
   }
-  add_segment_states<E, true>(call, problem.grad_final_state, shared_bytes, &launches);
-  launches.add(general_grad_kv<E>, blocks, plan.tiles.threads, shared_bytes, call);
-  add_segment_states<E, false>(call, problem.initial_state, shared_bytes, &launches);
-  launches.add(general_grad_q<E>, blocks, plan.tiles.threads, shared_bytes, call);
+  if (problem.part == BackwardPart::reverse_state) {
+    add_segment_states<E, true>(call, ConstState{}, shared_bytes, &launches);
+    launches.add(general_whole_state<E, true, BackwardProblem>, blocks, plan.tiles.threads, shared_bytes,
+                 call);
+    return launches.error();
+  }
+  if (problem.wants_keys()) {
+    add_segment_states<E, true>(call, problem.grad_final_state, shared_bytes, &launches);
+    launches.add(general_grad_kv<E>, blocks, plan.tiles.threads, shared_bytes, call);
+  }
+  if (problem.wants_queries()) {
+    add_segment_states<E, false>(call, problem.initial_state, shared_bytes, &launches);
+    launches.add(general_grad_q<E>, blocks, plan.tiles.threads, shared_bytes, call);
+  }
 
   const int64_t token_blocks = divide_up(tokens, rows_per_block);
   if (const A* const gradient = call.template region<const A>(workspace.query_gradient)) {

@@ -10,21 +10,13 @@
 
 namespace rebased::REBASED_BACKEND {
 
-template <class E, bool reverse, class AnyProblem>
-KERNEL void LAUNCH_BOUNDS(256, 1) general_local_states(Call<AnyProblem> call) {
-  using A = Accumulator<E>;
-  DYNAMIC_SHARED_MEMORY(A, shared);
+// Adds the rows of the block's segment to its state.
+template <class E, bool reverse, class AnyProblem, class A>
+DEVICE void add_segment(const Call<AnyProblem>& call, const Tiles<A>& tiles, const Block& block) {
   const AnyProblem& problem = call.problem;
   const GeneralTiles& plan = call.tiles;
-  const Block block(call);
-  if (reverse ? block.first_segment() : block.last_segment()) return;
-  A* const slot = call.template region<A>(reverse ? call.workspace.reverse_states : call.workspace.states) +
-                  (reverse ? block.index - 1 : block.index + 1) * plan.slot_size();
-  const Tiles<A> tiles = make_tiles(call, shared, plan.state_in_shared ? shared + plan.state : slot);
   const HeadNorm<A> norm = reverse ? query_norm(call, tiles.features) : key_norm<A>(call);
   const int64_t group = reverse ? group_size(problem) : 1;
-
-  for (int64_t entry = threadIdx.x; entry < plan.slot_size(); entry += plan.threads) tiles.state[entry] = 0;
   for (int64_t chunk = block.chunk_begin; chunk < block.chunk_end; ++chunk) {
     const int64_t row0 = block.row_of(chunk);
     const int rows = block.rows_of(chunk);
@@ -46,11 +38,44 @@ KERNEL void LAUNCH_BOUNDS(256, 1) general_local_states(Call<AnyProblem> call) {
       sync_threads();
     }
   }
+}
+
+template <class E, bool reverse, class AnyProblem>
+KERNEL void LAUNCH_BOUNDS(256, 1) general_local_states(Call<AnyProblem> call) {
+  using A = Accumulator<E>;
+  DYNAMIC_SHARED_MEMORY(A, shared);
+  const GeneralTiles& plan = call.tiles;
+  const Block block(call);
+  if (reverse ? block.first_segment() : block.last_segment()) return;
+  A* const slot = call.template region<A>(reverse ? call.workspace.reverse_states : call.workspace.states) +
+                  (reverse ? block.index - 1 : block.index + 1) * plan.slot_size();
+  const Tiles<A> tiles = make_tiles(call, shared, plan.state_in_shared ? shared + plan.state : slot);
+  for (int64_t entry = threadIdx.x; entry < plan.slot_size(); entry += plan.threads) tiles.state[entry] = 0;
+  add_segment<E, reverse>(call, tiles, block);
   sync_threads();
   if (plan.state_in_shared) {
     for (int64_t entry = threadIdx.x; entry < plan.slot_size(); entry += plan.threads) {
       slot[entry] = tiles.state[entry];
     }
+  }
+}
+
+// Where only the state is asked for: the segment that the others come before, on top of their sums, and out.
+template <class E, bool reverse, class AnyProblem>
+KERNEL void LAUNCH_BOUNDS(256, 1) general_whole_state(Call<AnyProblem> call) {
+  using A = Accumulator<E>;
+  DYNAMIC_SHARED_MEMORY(A, shared);
+  const Block block(call);
+  if (reverse ? !block.first_segment() : !block.last_segment()) return;
+  const Region& slots = reverse ? call.workspace.reverse_states : call.workspace.states;
+  const Tiles<A> tiles = make_tiles(call, shared, state_storage(call, shared, slots));
+  start_state(call, tiles, block, slots, ConstState{}, reverse);
+  add_segment<E, reverse>(call, tiles, block);
+  sync_threads();  // after start_state, where there was no chunk
+  if constexpr (reverse) {
+    export_state(tiles, call.problem.grad_initial_state, block.state_index(), true);
+  } else {
+    export_state(tiles, call.problem.final_state, block.state_index(), false);
   }
 }
 

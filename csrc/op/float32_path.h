@@ -139,11 +139,15 @@ inline bool supports_sizes(const Problem& problem) {
          aligned(problem.k) && aligned(problem.v);
 }
 
-inline bool supports(const ForwardProblem& problem) { return supports_sizes(problem) && aligned(problem.y); }
+// States by themselves and halves of the backward take the general kernels.
+inline bool supports(const ForwardProblem& problem) {
+  return !problem.state_only && supports_sizes(problem) && aligned(problem.y);
+}
 
 inline bool supports(const BackwardProblem& problem) {
-  return supports_sizes(problem) && aligned(problem.y) && aligned(problem.grad_y) &&
-         aligned(problem.grad_q) && aligned(problem.grad_k) && aligned(problem.grad_v);
+  return problem.part == BackwardPart::all && supports_sizes(problem) && aligned(problem.y) &&
+         aligned(problem.grad_y) && aligned(problem.grad_q) && aligned(problem.grad_k) &&
+         aligned(problem.grad_v);
 }
 
 }  // namespace float32_path

@@ -32,6 +32,7 @@ int64_t mean_rows(const Problem& problem) {
 // What the general kernels need to know of a path and a direction.
 struct Sweep {
   bool backward, quadratic;
+  bool queries = true, keys = true;  // of backward: whose gradients are asked for
 };
 
 GeneralTiles general_tiles(const Problem& problem, Sweep sweep, int chunk, bool state_in_shared) {
@@ -134,17 +135,18 @@ void add_shared_regions(const Problem& problem, Workspace* workspace) {
 
 // What a backward needs beside states: delta, `parts` gradients of q' and k' each that another kernel
 // finishes, where `unfinished`, and the affine sums of `blocks` blocks for every head of a sequence.
-void add_gradient_regions(const Problem& problem, int64_t blocks, int64_t parts, bool unfinished,
+void add_gradient_regions(const Problem& problem, Sweep sweep, int64_t blocks, int64_t parts, bool unfinished,
                           Workspace* workspace) {
   const int64_t accumulator = accumulator_size(problem.dtype), tokens = problem.batch * problem.seqlen;
   const int64_t affine = problem.num_sequences * blocks * 2 * problem.feature_dim * accumulator;
   const int64_t gradient = parts * tokens * problem.feature_dim * accumulator;
   add_region(workspace, problem.normalize, &workspace->delta, tokens * problem.heads * accumulator);
-  add_region(workspace, unfinished, &workspace->query_gradient, gradient * problem.heads);
-  add_region(workspace, unfinished, &workspace->key_gradient, gradient * problem.kv_heads);
-  add_region(workspace, problem.query_affine.gamma || problem.query_affine.beta, &workspace->query_affine,
+  const auto has_affine = [](const Affine& parameters) { return parameters.gamma || parameters.beta; };
+  add_region(workspace, unfinished && sweep.queries, &workspace->query_gradient, gradient * problem.heads);
+  add_region(workspace, unfinished && sweep.keys, &workspace->key_gradient, gradient * problem.kv_heads);
+  add_region(workspace, sweep.queries && has_affine(problem.query_affine), &workspace->query_affine,
              affine * problem.heads);
-  add_region(workspace, problem.key_affine.gamma || problem.key_affine.beta, &workspace->key_affine,
+  add_region(workspace, sweep.keys && has_affine(problem.key_affine), &workspace->key_affine,
              affine * problem.kv_heads);
 }
 
@@ -170,7 +172,8 @@ Plan plan_general(const Problem& problem, const Device& device, Sweep sweep) {
   add(slots, &workspace.states, states);
   if (sweep.backward) {
     add(slots, &workspace.reverse_states, states);
-    add_gradient_regions(problem, plan.segments, 1, problem.layer_norm == LayerNorm::token, &workspace);
+    add_gradient_regions(problem, sweep, plan.segments, 1, problem.layer_norm == LayerNorm::token,
+                         &workspace);
   }
   return plan;
 }
@@ -258,22 +261,23 @@ Plan plan_float32(const BackwardProblem& problem, const Device& device) {
       plan_float32(problem, device, float32_path::BackwardShape::chunk, std::max(size(false), size(true)));
   const int64_t groups = float32_path::column_groups(problem);
   add_region(&plan.workspace, plan.segments > 1, &plan.workspace.reverse_states, plan.workspace.states.bytes);
-  add_gradient_regions(problem, plan.segments * groups, groups,
+  add_gradient_regions(problem, {true, false}, plan.segments * groups, groups,
                        groups > 1 || problem.layer_norm == LayerNorm::token, &plan.workspace);
   return plan;
 }
 
 template <class AnyProblem>
-Plan plan_sweep(const AnyProblem& problem, const Device& device, bool backward) {
+Plan plan_sweep(const AnyProblem& problem, const Device& device, Sweep sweep) {
   const bool has_tensor_cores = tensor_core::supports(problem) &&
                                 tensor_core::shared_memory_bytes(problem) <= device.shared_memory_per_block;
   const Plan fast = plan_float32(problem, device);
   const bool has_fast = !*fast.error && fast.shared_memory_bytes <= device.shared_memory_per_block;
   const int slowness = has_fast ? 2 : 1;  // by instructions and loads: 4 x 4 tiles against 8 x 8
-  Path path = has_tensor_cores                                                          ? Path::tensor_core
-              : stateless(problem) && quadratic_is_cheaper(problem, backward, slowness) ? Path::quadratic
-              : has_fast                                                                ? Path::float32
-                                                                                        : Path::general;
+  Path path = has_tensor_cores ? Path::tensor_core
+              : stateless(problem) && quadratic_is_cheaper(problem, sweep.backward, slowness)
+                  ? Path::quadratic
+              : has_fast ? Path::float32
+                         : Path::general;
   if (plan_override().force_path) path = plan_override().path;
   if ((path == Path::tensor_core && !has_tensor_cores) || (path == Path::quadratic && !stateless(problem)) ||
       (path == Path::float32 && !has_fast)) {
@@ -281,7 +285,8 @@ Plan plan_sweep(const AnyProblem& problem, const Device& device, bool backward) 
   }
   if (path == Path::float32) return fast;
   if (path == Path::tensor_core) return plan_tensor_core(problem, device);
-  return plan_general(problem, device, {backward, path == Path::quadratic});
+  sweep.quadratic = path == Path::quadratic;
+  return plan_general(problem, device, sweep);
 }
 
 }  // namespace
@@ -290,10 +295,10 @@ void set_plan_override(const PlanOverride& forced) { active_override = forced; }
 const PlanOverride& plan_override() { return active_override; }
 
 Plan plan_forward(const ForwardProblem& problem, const Device& device) {
-  return plan_sweep(problem, device, false);
+  return plan_sweep(problem, device, {false, false});
 }
 Plan plan_backward(const BackwardProblem& problem, const Device& device) {
-  return plan_sweep(problem, device, true);
+  return plan_sweep(problem, device, {true, false, problem.wants_queries(), problem.wants_keys()});
 }
 
 Plan plan_step(const StepProblem& problem, const Device&) {

@@ -76,6 +76,9 @@ struct Problem {
 };
 
 struct ForwardProblem : Problem {
+  // Only final_state is asked for, of these rows alone: q, query_affine, initial_state, y and r are absent.
+  // What one process of several gives the others of its part of a sequence.
+  bool state_only;
   ConstState initial_state;  // of each sequence
   MutableRows y;             // (batch, heads, seqlen, head_dim)
   void* r;                   // (batch, heads, seqlen): 1 / (sum_j sim(i, j) + eps), 1 when not normalize
@@ -83,7 +86,15 @@ struct ForwardProblem : Problem {
   void* workspace;           // as many bytes as the backend asks for, 64-byte aligned
 };
 
+// What of the backward is asked for, so that processes can exchange states between its halves:
+//   queries        grad_q and grad_query_affine, which need initial_state only
+//   keys           grad_k, grad_v, grad_key_affine and grad_initial_state, which need grad_final_state only
+//   reverse_state  grad_initial_state of these rows alone, as if grad_final_state were zero; k, v and their
+//                  affine are only sizes
+enum class BackwardPart { all, queries, keys, reverse_state };
+
 struct BackwardProblem : Problem {
+  BackwardPart part;
   ConstState initial_state;
   ConstRows y;
   const void* r;
@@ -93,6 +104,9 @@ struct BackwardProblem : Problem {
   AffineGradient grad_query_affine, grad_key_affine;
   MutableState grad_initial_state;  // null when not asked for
   void* workspace;
+
+  bool wants_queries() const { return part == BackwardPart::all || part == BackwardPart::queries; }
+  bool wants_keys() const { return part == BackwardPart::all || part == BackwardPart::keys; }
 };
 
 // One token per sequence: seqlen is 1, row strides mean nothing. y is the answer of the updated state.

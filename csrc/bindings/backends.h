@@ -1,0 +1,127 @@
+// Where the work of an operator goes: the native CPU backend, the CUDA kernels, or in a test build the CUDA
+// kernels emulated on the CPU. Each has the backend's functions as members, over one call's resources.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "bindings/cuda_stream.h"
+#include "bindings/tensors.h"
+#include "op/backend.h"
+
+namespace rebased {
+
+class NativeBackend {
+ public:
+  explicit NativeBackend(const Tensor&) {}
+  template <class AnyProblem>
+  int64_t workspace_bytes(const AnyProblem& problem) const {
+    return cpu::workspace_bytes(problem, parallel(problem).threads);
+  }
+  void run(const ForwardProblem& problem) const { cpu::forward(problem, parallel(problem)); }
+  void run(const BackwardProblem& problem) const { cpu::backward(problem, parallel(problem)); }
+  void run(const StepProblem& problem) const { cpu::step(problem, parallel(problem)); }
+  static constexpr bool on_host = true;
+
+ private:
+  // Waking a thread takes about as long as this many operations of the forward's products with a state.
+  static constexpr double kOperationsPerThread = 4e6;
+
+  // A step looks at the size of its state itself.
+  Parallel parallel(const StepProblem&) const { return parallel_; }
+  Parallel parallel(const Problem& p) const {
+    const double tokens = static_cast<double>(p.batch) * static_cast<double>(p.heads * p.seqlen);
+    const double operations =
+        4 * tokens * static_cast<double>(num_features(p.feature_map, p.feature_dim) * p.head_dim);
+    Parallel few = parallel_;
+    if (operations < kOperationsPerThread * few.threads)
+      few.threads = 1 + static_cast<int>(operations / kOperationsPerThread);
+    return few;
+  }
+  using Body = void (*)(int64_t, int64_t, void*);
+  static void parallel_for(int64_t count, Body body, void* context) {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+  }
+  Parallel parallel_{static_cast<int>(torch::stable::get_num_threads()), parallel_for};
+};
+
+[[maybe_unused]] inline void require_success(const char* error) {
+  if (*error == '\0') return;
+  std::string message = std::string("rebased_cuda: ") + error;
+#if defined(REBASED_CUDA)
+  if (std::strstr(error, "no kernel image") != nullptr ||
+      std::strstr(error, "invalid device function") != nullptr) {
+    message += ": this build has code for " REBASED_CUDA_ARCHITECTURES
+               " only; rebuild with this GPU's compute capability in TORCH_CUDA_ARCH_LIST";
+  }
+#endif
+  throw std::runtime_error(message);
+}
+
+#if defined(REBASED_EMULATOR)
+class EmulatedBackend {
+ public:
+  explicit EmulatedBackend(const Tensor&) { require_success(emulated::query_device(0, &device_)); }
+  template <class AnyProblem>
+  int64_t workspace_bytes(const AnyProblem& problem) const {
+    return emulated::workspace_bytes(problem, device_);
+  }
+  void run(const ForwardProblem& problem) const {
+    require_success(emulated::forward(problem, device_, nullptr));
+  }
+  void run(const BackwardProblem& problem) const {
+    require_success(emulated::backward(problem, device_, nullptr));
+  }
+  void run(const StepProblem& problem) const { require_success(emulated::step(problem, device_, nullptr)); }
+  static constexpr bool on_host = true;
+
+ private:
+  Device device_;
+};
+#endif
+
+#if defined(REBASED_CUDA)
+class CudaBackend {
+ public:
+  explicit CudaBackend(const Tensor& q)
+      : guard_(q.get_device_index()), stream_(current_cuda_stream(q.get_device_index())) {
+    require_success(cuda::query_device(q.get_device_index(), &device_));
+  }
+  template <class AnyProblem>
+  int64_t workspace_bytes(const AnyProblem& problem) const {
+    return cuda::workspace_bytes(problem, device_);
+  }
+  void run(const ForwardProblem& problem) const { require_success(cuda::forward(problem, device_, stream_)); }
+  void run(const BackwardProblem& problem) const {
+    require_success(cuda::backward(problem, device_, stream_));
+  }
+  void run(const StepProblem& problem) const { require_success(cuda::step(problem, device_, stream_)); }
+  static constexpr bool on_host = false;
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_;
+  Device device_;
+};
+#endif
+
+template <class Backend>
+struct BackendType {
+  using type = Backend;
+};
+// Calls body(BackendType<the backend of CPU tensors>). Operators are registered once per process: a test
+// build reads here which one that is.
+template <class Body>
+void with_cpu_backend(const Body& body) {
+#if defined(REBASED_EMULATOR)
+  const char* wanted = std::getenv("REBASED_CPU_BACKEND");
+  if (wanted != nullptr && std::strcmp(wanted, "emulated") == 0) return body(BackendType<EmulatedBackend>{});
+#endif
+  body(BackendType<NativeBackend>{});
+}
+
+}  // namespace rebased

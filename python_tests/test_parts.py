@@ -1,0 +1,98 @@
+"""The pieces of forward and backward between which processes exchange states, against the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import EMULATED
+from problems import MAPS, NORMS, Problem, relative_error, rounds_operands
+
+from rebased_cuda.autograd import accumulator, ops
+
+PACKED = (2, 2, 7, 30, 30, 38)
+
+
+def _calls(problem: Problem) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+    """q, k, v, the parameters; the states; cu_seqlens; the options: as the operators take them."""
+    *tensors, kv, k = problem.inputs()
+    options = problem.options()
+    scale = problem.feature_dim**-0.5
+    names = ("layer_norm", "normalize")
+    layer_norm, normalize = (options[name] for name in names)
+    arguments = (problem.feature_map, layer_norm or "none", scale, problem.eps, 1e-5, normalize)
+    return tuple(tensors), (kv, k), (options.get("cu_seqlens"),), arguments
+
+
+@pytest.mark.parametrize("variant", ["plain", "grouped", "packed"])
+@pytest.mark.parametrize("layer_norm", NORMS)
+@pytest.mark.parametrize("feature_map", MAPS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 5])  # more than heads: sequences are cut into segments
+def test_parts_are_the_whole(device, feature_map, layer_norm, variant, dtype, threads):
+    changes: dict[str, Any] = {
+        "plain": {"batch": 1, "heads": 1, "kv_heads": 1},
+        "grouped": {"kv_heads": 2},
+        "packed": {"packed": PACKED, "batch": 1},
+    }[variant]
+    problem = Problem(
+        feature_map,
+        layer_norm,
+        seqlen=100 if variant == "plain" else 40,
+        with_state=True,
+        dtype=dtype,
+        **changes,
+    ).but(device=device)
+    tensors, state, cu_seqlens, options = _calls(problem)
+    generator = torch.Generator().manual_seed(1)
+    limit = 1e-12 if dtype == torch.float64 else 2e-5
+    if device == "cpu" and not EMULATED and rounds_operands(problem):
+        limit = 1e-2  # as of results in the dtype; this feature dim has no tensor cores
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y, r, *final = ops.forward(*tensors, *state, *cu_seqlens, *options, True)
+        _, _, *from_zero = ops.forward(*tensors, None, None, *cu_seqlens, *options, True)
+        added = ops.forward_state(*tensors[1:3], *tensors[5:], *cu_seqlens, *options[:2], options[4])
+        grad_y = torch.randn(y.shape, generator=generator).to(y)
+        grad_end = [torch.randn(x.shape, generator=generator).to(x) for x in final]
+        inputs = (*tensors, *state, *cu_seqlens, y, r, *options)
+        whole = ops.backward(grad_y, *grad_end, *inputs)
+        to_zero = ops.backward(grad_y, None, None, *inputs)
+        queries = ops.backward_part(grad_y, None, None, *inputs, "queries")
+        keys = ops.backward_part(grad_y, *grad_end, *inputs, "keys")
+        alone = ops.backward_part(
+            grad_y, None, None, *tensors, None, None, *cu_seqlens, y, r, *options, "reverse_state"
+        )
+    finally:
+        torch.set_num_threads(before)
+    for x, expected in zip((*added, *alone[7:]), (*from_zero, *to_zero[7:]), strict=True):
+        assert relative_error(x, expected) <= limit
+    assert all(x.numel() == 0 for x in alone[:7])
+    for i, (expected, of_queries, of_keys) in enumerate(zip(whole, queries, keys, strict=True)):
+        mine, absent = (of_queries, of_keys) if i in (0, 3, 4) else (of_keys, of_queries)
+        assert absent.numel() == 0
+        bound = 1e-2 if mine.dtype == torch.bfloat16 else limit
+        assert relative_error(mine, expected) <= bound, i
+
+
+@pytest.mark.parametrize("packed", [(), PACKED])
+def test_opcheck(device, packed):
+    problem = Problem(
+        "taylor", kv_heads=2, seqlen=40, packed=packed, batch=1 if packed else 2, with_state=True
+    ).but(device=device, dtype=torch.float32)
+    tensors, state, cu_seqlens, options = _calls(problem)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        ops.forward_state.default,
+        (*tensors[1:3], *tensors[5:], *cu_seqlens, *options[:2], options[4]),
+        test_utils=tests,
+    )
+    y, r, *_ = ops.forward(*tensors, *state, *cu_seqlens, *options, False)
+    assert r.dtype == accumulator(y.dtype)
+    for part in ("queries", "keys", "reverse_state", "all"):
+        arguments = (torch.ones_like(y), None, None, *tensors, *state, *cu_seqlens, y, r, *options, part)
+        torch.library.opcheck(ops.backward_part.default, arguments, test_utils=tests)
+    with pytest.raises(ValueError, match="part: must be"):
+        ops.backward_part(*arguments[:-1], "values")
