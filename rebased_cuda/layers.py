@@ -6,14 +6,18 @@ layer remembers of it, step takes one token more and updates that in place.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .attention import MAX_FEATURE_DIM, MAX_HEAD_DIM, rebased_attention, rebased_attention_step
+from ._checks import MAX_FEATURE_DIM, MAX_HEAD_DIM
+from .attention import rebased_attention, rebased_attention_step
 from .reference import attention_matrix
 from .state import RebasedState, num_features
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ReBasedAttention(nn.Module):
@@ -38,6 +42,9 @@ class ReBasedAttention(nn.Module):
     Raises:
         ValueError: a size or a name is out of range; the message names the argument.
     """
+
+    context_parallel_group: ProcessGroup | None = None
+    """Set by context_parallelize: x is then this rank's rows of a sequence over the group."""
 
     def __init__(
         self,
@@ -114,9 +121,7 @@ class ReBasedAttention(nn.Module):
         Raises:
             ValueError, TypeError: x or attention_mask is not as above.
         """
-        packed, order, cu_seqlens = self._pack(x, attention_mask)
-        y = rebased_attention(*self._sequences(packed), **self._options(), cu_seqlens=cu_seqlens)
-        return self._unpack(y, order, x)
+        return self._attend(x, attention_mask, False)[0]
 
     def prefill(self, x: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, RebasedState]:
         """`forward`, and the state to go on from with `step`: (y, state) with B sequences in the state.
@@ -124,11 +129,9 @@ class ReBasedAttention(nn.Module):
         The state is float32 (float64 for float64). Gradients flow out of it; for decoding call this under
         torch.no_grad().
         """
-        packed, order, cu_seqlens = self._pack(x, attention_mask)
-        y, state = rebased_attention(
-            *self._sequences(packed), **self._options(), cu_seqlens=cu_seqlens, return_state=True
-        )
-        return self._unpack(y, order, x), state
+        y, state = self._attend(x, attention_mask, True)
+        assert state is not None
+        return y, state
 
     def step(self, x_t: Tensor, state: RebasedState) -> Tensor:
         """One token more for each sequence.
@@ -159,6 +162,23 @@ class ReBasedAttention(nn.Module):
         _check_shape("x", x, ("B", "N", self.hidden_size))
         q, k, _ = self._sequences(x)
         return attention_matrix(q, k, **self._options())
+
+    def _attend(
+        self, x: Tensor, attention_mask: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, RebasedState | None]:
+        options = {**self._options(), "return_state": return_state}
+        packed, order, cu_seqlens = self._pack(x, attention_mask)
+        if self.context_parallel_group is None:
+            result = rebased_attention(*self._sequences(packed), **options, cu_seqlens=cu_seqlens)
+        else:
+            from .context_parallel import context_parallel_rebased_attention  # which imports this module
+
+            _refuse_mask(attention_mask)
+            result = context_parallel_rebased_attention(
+                *self._sequences(packed), **options, group=self.context_parallel_group
+            )
+        y, state = result if isinstance(result, tuple) else (result, None)
+        return self._unpack(y, order, x), state
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (..., num_heads, feature_dim), k, v (..., num_kv_heads, ...) of x (..., hidden_size)."""
@@ -226,6 +246,9 @@ class GatedShortConvolution(nn.Module):
         ValueError: a size is less than 1.
     """
 
+    context_parallel_group: ProcessGroup | None = None
+    """Set by context_parallelize: u is then this rank's rows of a sequence over the group."""
+
     def __init__(self, hidden_size: int, kernel_size: int = 3) -> None:
         super().__init__()
         _check_size("hidden_size", hidden_size)
@@ -246,6 +269,14 @@ class GatedShortConvolution(nn.Module):
             ValueError, TypeError: u or attention_mask has another shape or dtype.
         """
         _check_shape("u", u, ("B", "N", self.hidden_size))
+        if self.context_parallel_group is not None:
+            from ._halo import Halo  # only where torch.distributed is in use
+
+            _refuse_mask(attention_mask)
+            before, after = Halo.apply(  # type: ignore[no-untyped-call]
+                u, self.kernel_size - 1, self.context_parallel_group
+            )
+            return self._convolve(u, before.mT)[0], after.mT.contiguous()
         if attention_mask is None:
             return self._convolve(u)
         # padding goes to the front of each row, as the zeros that stand before a sequence anyway
@@ -279,8 +310,17 @@ class GatedShortConvolution(nn.Module):
         window = torch.cat([before, u.transpose(1, 2)], -1)  # (B, hidden_size, kernel_size - 1 + N)
         cache = window[..., u.shape[1] :].contiguous()
         if u.shape[1] == 0:  # nn.Conv1d refuses a window shorter than its kernel
-            return u, cache
-        return u + self.conv(window).transpose(1, 2) * self.proj(u), cache
+            window = nn.functional.pad(window, (0, 1))
+        return u + self.conv(window)[..., : u.shape[1]].transpose(1, 2) * self.proj(u), cache
+
+
+def _refuse_mask(attention_mask: Tensor | None) -> None:
+    if attention_mask is not None:
+        raise ValueError(
+            "attention_mask: not supported under context parallelism, where a row's tokens lie on several "
+            "ranks; pad every row behind its tokens and leave the mask out, or pack them and call "
+            "context_parallel_rebased_attention with cu_seqlens"
+        )
 
 
 def _refuse_gradients(layer: str, *tensors: Tensor) -> None:

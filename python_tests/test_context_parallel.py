@@ -1,0 +1,452 @@
+"""A sequence over several processes gives what one process gives: values, gradients, states, layers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import EMULATED
+from problems import MAPS, NORMS, Problem, plain_low_precision, relative_error, run_reference
+from processes import Processes
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from rebased_cuda import GatedShortConvolution, ReBasedAttention, RebasedState, rebased_attention, reference
+from rebased_cuda import context_parallel as module
+from rebased_cuda.context_parallel import context_parallel_rebased_attention, context_parallelize
+
+SHARDS = {2: ((24, 24), (31, 17), (0, 48)), 4: ((12, 12, 12, 12), (3, 0, 25, 20), (48, 0, 0, 0))}
+PACKED = (2, 2, 7, 24, 30, 30, 41, 46)  # an empty sequence, borders on and off the shards', rows in none
+VARIANTS = {
+    "plain": {},
+    "grouped": {"kv_heads": 2},
+    "state": {"with_state": True},
+    "packed": {"packed": PACKED, "batch": 1},
+    "packed grouped state": {"packed": PACKED, "batch": 1, "kv_heads": 2, "with_state": True},
+    "unnormalised": {"normalize": False, "affine": "shared"},
+}
+if EMULATED:  # the same code over the CUDA kernels: a few cases are enough
+    VARIANTS = {name: VARIANTS[name] for name in ("plain", "packed grouped state")}
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def processes(request: pytest.FixtureRequest) -> Iterator[Processes]:
+    processes = Processes(request.param)
+    yield processes
+    processes.stop()
+
+
+@pytest.fixture(scope="module")
+def two_processes() -> Iterator[Processes]:
+    processes = Processes(2)
+    yield processes
+    processes.stop()
+
+
+# ---- what runs on every rank ----
+
+
+def _shard(inputs: list[Tensor | None], lengths: tuple[int, ...]) -> list[Tensor | None]:
+    """This rank's rows of q, k, v, and the parameters and states whole, as leaves of their own."""
+    rank = dist.get_rank()
+    rows = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
+    return [
+        x if x is None else (x[:, :, rows] if i < 3 else x).detach().clone().requires_grad_()
+        for i, x in enumerate(inputs)
+    ]
+
+
+def _call(function: Any, inputs: list[Tensor | None], problem: Problem, **more: Any) -> Any:
+    *call, kv, k = inputs
+    state = None if kv is None else RebasedState(kv, k)
+    return function(*call, initial_state=state, **problem.options(), **more)
+
+
+def _random(shape: torch.Size, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def _errors(
+    problem: Problem, lengths: tuple[int, ...], return_state: bool, judge: Any = rebased_attention
+) -> dict[str, float]:
+    """Relative errors of this rank's results and gradients against `judge` on one process (float64 inputs for
+    the reference). Every rank's loss reads its own copy of the state, rank r's r + 1 times."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    inputs = problem.inputs(requires_grad=True)
+    mine = _shard(inputs, lengths)
+    if judge is not rebased_attention:
+        inputs = [x if x is None else x.detach().double().requires_grad_() for x in inputs]
+    y, state = _call(judge, inputs, problem, return_state=True)
+    grad_y = _random(y.shape, y.dtype, 1)
+    grad_state = [_random(x.shape, x.dtype, 2) for x in state] if return_state else []
+    loss = (y * grad_y).sum()
+    times = sum(range(1, ranks + 1))
+    loss = loss + times * sum((x * g).sum() for x, g in zip(state, grad_state, strict=bool(grad_state)))
+    loss.backward()
+
+    more = {"shard_lengths": lengths} if problem.packed else {}
+    result = _call(context_parallel_rebased_attention, mine, problem, return_state=return_state, **more)
+    my_y, my_state = result if return_state else (result, ())
+    rows = slice(sum(lengths[:rank]), sum(lengths[: rank + 1]))
+    loss = (my_y * grad_y[:, :, rows].to(my_y.dtype)).sum()
+    loss = loss + (rank + 1) * sum(
+        (x * g.to(x.dtype)).sum() for x, g in zip(my_state, grad_state, strict=True)
+    )
+    loss.backward()
+
+    errors = {"y": relative_error(my_y.detach(), y.detach()[:, :, rows])}
+    for name, x, expected in zip(("kv", "k"), my_state, state, strict=bool(my_state)):
+        errors[name] = relative_error(x.detach(), expected.detach())
+    names = ("q", "k", "v", "gamma_q", "beta_q", "gamma_k", "beta_k", "initial kv", "initial k")
+    for i, (name, x, expected) in enumerate(zip(names, mine, inputs, strict=True)):
+        if x is None:
+            continue
+        assert x.grad is not None
+        assert expected.grad is not None
+        gradient = x.grad.clone()
+        if i >= 3:
+            dist.all_reduce(gradient)
+        errors[f"grad {name}"] = relative_error(
+            gradient, expected.grad[:, :, rows] if i < 3 else expected.grad
+        )
+    return errors
+
+
+# ---- the function ----
+
+
+@pytest.mark.parametrize("return_state", [False, True], ids=["y", "y and state"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_float64_is_that_of_one_process(processes, feature_map, variant, return_state):
+    for shards, layer_norm in zip(SHARDS[processes.ranks], NORMS, strict=True):
+        problem = Problem(feature_map, layer_norm, seqlen=48, **VARIANTS[variant])
+        for errors in processes.run(_errors, problem, shards, return_state):
+            assert max(errors.values()) <= 1e-12, (shards, layer_norm, errors)
+
+
+@pytest.mark.parametrize("layer_norm", NORMS)
+def test_every_way_to_cut(two_processes, layer_norm):
+    """A border at every row of packed sequences, with their states."""
+    problem = Problem("outer", layer_norm, seqlen=17, packed=(1, 4, 4, 11, 15), batch=1, with_state=True)
+    for first in range(18):
+        for errors in two_processes.run(_errors, problem, (first, 17 - first), first % 2 == 0):
+            assert max(errors.values()) <= 1e-12, (first, errors)
+
+
+def _float32_errors(problem: Problem, lengths: tuple[int, ...]) -> list[tuple[str, float, float]]:
+    """(name, our error, plain PyTorch's in float32) against the float64 reference."""
+    plain = [x if x is None else x.requires_grad_() for x in problem.inputs()]
+    exact = [x if x is None else x.detach().double().requires_grad_() for x in problem.inputs()]
+    for inputs in (plain, exact):
+        y = _call(reference.chunked, inputs, problem)
+        (y * _random(y.shape, y.dtype, 1)).sum().backward()
+    ours = _errors(problem, lengths, False, judge=reference.chunked)
+    names = ("q", "k", "v", "gamma_q", "beta_q", "gamma_k", "beta_k")
+    result = [("y", ours["y"], 0.0)]
+    for name, x, expected in zip(names, plain, exact, strict=False):
+        assert x is not None
+        assert expected is not None
+        result.append((name, ours[f"grad {name}"], relative_error(x.grad, expected.grad)))
+    return result
+
+
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_float32_error(two_processes, feature_map):
+    problem = Problem(feature_map, seqlen=600, feature_dim=16, head_dim=32, dtype=torch.float32)
+    for errors in two_processes.run(_float32_errors, problem, (250, 350)):
+        for name, error, plain in errors:
+            assert error <= (5e-6 if name == "y" else max(2e-5, 2 * plain)), (name, error, plain)
+
+
+def _low_precision_errors(problem: Problem, lengths: tuple[int, ...]) -> tuple[float, float]:
+    """Errors of y over all ranks: ours and plain PyTorch's in the same dtype."""
+    inputs = problem.inputs()
+    expected = run_reference(inputs, problem)[0]
+    shard = [x if x is None else x.detach() for x in _shard(inputs, lengths)]
+    y = _call(context_parallel_rebased_attention, shard, problem)
+    whole: list[Any] = [None] * len(lengths)
+    dist.all_gather_object(whole, y)
+    plain = plain_low_precision(*inputs[:7], problem=problem)
+    return relative_error(torch.cat(whole, 2), expected), relative_error(plain, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("feature_map", ["outer", "square"])
+def test_low_precision_error(two_processes, feature_map, dtype):
+    problem = Problem(
+        feature_map, batch=1, seqlen=150, feature_dim=16, head_dim=16, affine="none", eps=1e-2, dtype=dtype
+    )
+    ratios = []
+    for seed in range(20):
+        ours, plain = two_processes.run(_low_precision_errors, problem.but(seed=seed), (70, 80))[0]
+        ratios.append(ours / plain)
+    assert statistics.median(ratios) <= 1.25
+
+
+def _twice(problem: Problem, lengths: tuple[int, ...]) -> bool:
+    results = []
+    for _ in range(2):
+        shard = _shard(problem.inputs(), lengths)
+        y, state = _call(context_parallel_rebased_attention, shard, problem, return_state=True)
+        (y.square().sum() + state.kv.sum()).backward()
+        results.append([y, *state, *(x.grad for x in shard if x is not None)])
+    return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_repeatable_and_the_same_state_everywhere(processes):
+    lengths = SHARDS[processes.ranks][1]
+    problem = Problem(seqlen=48, dtype=torch.float32, with_state=True)
+    assert all(processes.run(_twice, problem, lengths))
+    states = processes.run(_final_state, problem, lengths)
+    assert all(state == states[0] for state in states)
+
+
+def _final_state(problem: Problem, lengths: tuple[int, ...]) -> list[float]:
+    _, state = _call(
+        context_parallel_rebased_attention, _shard(problem.inputs(), lengths), problem, return_state=True
+    )
+    return state.kv.flatten().tolist() + state.k.flatten().tolist()
+
+
+# ---- what it costs ----
+
+
+def _traffic(problem: Problem, return_state: bool) -> list[list[int]]:
+    """Bytes of each collective's message, forward and backward."""
+    sent: list[int] = []
+    original = dist.all_gather
+
+    def counted(gathered: Any, message: Tensor, **options: Any) -> Any:
+        sent.append(message.numel() * message.element_size())
+        return original(gathered, message, **options)
+
+    collectives = ("all_reduce", "broadcast", "reduce_scatter", "send", "all_to_all")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather", counted)
+        for name in collectives:
+            patch.setattr(dist, name, lambda *_, name=name, **__: pytest.fail(name))
+        lengths = (problem.seqlen // dist.get_world_size(),) * dist.get_world_size()
+        result = _call(
+            context_parallel_rebased_attention,
+            _shard(problem.inputs(), lengths),
+            problem,
+            return_state=return_state,
+            **({"shard_lengths": lengths} if problem.packed else {}),
+        )
+        forward, sent[:] = list(sent), []
+        y, kv = (result[0], result[1].kv) if return_state else (result, None)
+        (y.sum() if kv is None else y.sum() + kv.sum()).backward()
+    return [forward, sent]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_collective_of_one_state_whatever_n_is(processes, dtype):
+    for seqlen in (64, 4096):
+        problem = Problem(batch=1, seqlen=seqlen, feature_dim=16, head_dim=8, kv_heads=2, dtype=dtype)
+        state = 4 * problem.kv_heads * 136 * (problem.head_dim + 1)
+        for forward, backward in processes.run(_traffic, problem, False):
+            assert len(forward) == len(backward) == 1
+            assert forward[0] <= 1.1 * state
+            assert backward[0] <= 1.1 * state
+        for forward, backward in processes.run(_traffic, problem, True):  # and the final state's gradient
+            assert len(forward) == len(backward) == 1
+            assert forward[0] <= 1.1 * state
+            assert backward[0] <= 2.2 * state
+
+
+def test_packed_sequences_exchange_one_state(processes):
+    problem = Problem(batch=1, seqlen=64, packed=tuple(range(0, 65, 8)), feature_dim=16, head_dim=8)
+    state = 8 * problem.kv_heads * 136 * (problem.head_dim + 1)
+    for directions in processes.run(_traffic, problem, False):
+        assert directions == [[state], [state]]
+
+
+def _order() -> list[list[str]]:
+    """What happens in which order, forward and backward."""
+    events: list[str] = []
+    original = module.ops
+
+    class Ops:
+        def __getattr__(self, name: str) -> Any:
+            def call(*arguments: Any) -> Any:
+                events.append(arguments[-1] if name == "backward_part" else name)
+                return getattr(original, name)(*arguments)
+
+            return call
+
+    class Exchange(module.Exchange):
+        def __init__(self, *arguments: Any) -> None:
+            events.append("send")
+            super().__init__(*arguments)
+
+        def wait(self) -> Any:
+            events.append("wait")
+            return super().wait()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "ops", Ops())
+        patch.setattr(module, "Exchange", Exchange)
+        problem = Problem(seqlen=32, batch=1)
+        y = _call(context_parallel_rebased_attention, _shard(problem.inputs(), (16, 16)), problem)
+        forward, events[:] = list(events), []
+        y.sum().backward()
+    return [forward, events]
+
+
+def test_the_exchange_goes_on_behind_computation(two_processes):
+    first, second = two_processes.run(_order)
+    backward = ["reverse_state", "send", "queries", "wait", "keys"]
+    assert first == [["forward_state", "send", "forward", "wait"], backward]
+    assert second == [["forward_state", "send", "wait", "forward"], backward]
+
+
+# ---- groups and mistakes ----
+
+
+def _over_a_mesh(problem: Problem) -> float:
+    """On a mesh of (1, 2): its dimension "context"."""
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("data", "context"))
+    half = problem.seqlen // dist.get_world_size()
+    shard = _shard(problem.inputs(), (half,) * dist.get_world_size())
+    y = _call(context_parallel_rebased_attention, shard, problem, group=mesh["context"])
+    expected = _call(rebased_attention, problem.inputs(), problem)
+    with pytest.raises(ValueError, match=r"mesh\['its name'\]"):
+        _call(context_parallel_rebased_attention, shard, problem, group=mesh)
+    rows = slice(half * dist.get_rank(), half * (dist.get_rank() + 1))
+    return relative_error(y.detach(), expected[:, :, rows])
+
+
+def test_device_mesh(two_processes):
+    assert max(two_processes.run(_over_a_mesh, Problem(seqlen=48))) <= 1e-12
+
+
+def _groups_of_one_half() -> None:
+    """Two groups of half the ranks each work side by side."""
+    rank, half = dist.get_rank(), dist.get_world_size() // 2
+    groups = [dist.new_group(list(range(i * half, (i + 1) * half))) for i in range(2)]
+    problem = Problem(seqlen=20 * half, seed=rank // half)
+    inputs = problem.inputs()
+    expected = _call(rebased_attention, inputs, problem)
+    rows = slice(rank % half * 20, (rank % half + 1) * 20)
+    mine = [x if x is None or i > 2 else x[:, :, rows] for i, x in enumerate(inputs)]
+    y = _call(context_parallel_rebased_attention, mine, problem, group=groups[rank // half])
+    assert relative_error(y, expected[:, :, rows]) <= 1e-12
+    with pytest.raises(TypeError, match="group: expected a ProcessGroup that this process is in"):
+        _call(context_parallel_rebased_attention, mine, problem, group=groups[1 - rank // half])
+
+
+def test_subgroups(processes):
+    processes.run(_groups_of_one_half)
+
+
+def _mistakes() -> None:
+    problem = Problem(batch=1, seqlen=10, packed=(0, 7, 20))
+    inputs = [x if x is None else x[:, :, :10] if i < 3 else x for i, x in enumerate(problem.inputs())]
+
+    def call(**changes: Any) -> Any:
+        return context_parallel_rebased_attention(*inputs[:7], **{**problem.options(), **changes})
+
+    call()
+    with pytest.raises(ValueError, match="shard_lengths: needed, as cu_seqlens ends at 19"):
+        call(cu_seqlens=torch.tensor([0, 7, 19]))
+    call(cu_seqlens=torch.tensor([0, 7, 19]), shard_lengths=[10, 10])
+    with pytest.raises(ValueError, match="shard_lengths: expected 2 numbers"):
+        call(shard_lengths=[10, 10, 10])
+    with pytest.raises(ValueError, match=r"shard_lengths: expected 10 \(q's rows\) at this rank"):
+        call(shard_lengths=[9, 9])
+    with pytest.raises(ValueError, match="cu_seqlens: must not decrease"):
+        call(cu_seqlens=torch.tensor([0, 12, 11, 20]))
+    with pytest.raises(TypeError, match="group: expected a ProcessGroup"):
+        call(group="all")
+    with pytest.raises(ValueError, match="feature_map"):
+        call(feature_map="cosine")
+    assert call(cu_seqlens=torch.zeros(1, dtype=torch.int64), shard_lengths=[10, 10]).count_nonzero() == 0
+
+
+def test_mistakes_are_named_before_anything_is_sent(two_processes):
+    two_processes.run(_mistakes)
+
+
+def test_without_a_process_group():
+    x = torch.zeros(1, 1, 4, 2)
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        context_parallel_rebased_attention(x, x, x)
+
+
+def _second_derivative() -> None:
+    problem = Problem(seqlen=16, batch=1)
+    shard = _shard(problem.inputs(), (8, 8))
+    y = _call(context_parallel_rebased_attention, shard, problem)
+    (gradient,) = torch.autograd.grad(y.square().sum(), shard[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        gradient.sum().backward()
+
+
+def test_second_derivatives_raise(two_processes):
+    two_processes.run(_second_derivative)
+
+
+# ---- the layers ----
+
+
+def _layers(lengths: tuple[int, ...], layer_norm: str | None, kernel_size: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        GatedShortConvolution(6, kernel_size),
+        ReBasedAttention(6, 2, 3, layer_norm=layer_norm, eps=1e-3),
+        GatedShortConvolution(6, kernel_size),
+    ).double()
+    x = torch.randn(2, sum(lengths), 6, dtype=torch.float64)
+    grad_y = torch.randn_like(x)
+    (model(x) * grad_y).sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    y = model(x).detach()
+    _, state = model[1].prefill(model[0](x))
+    _, cache = model[0].prefill(x)
+    model.zero_grad()
+
+    assert context_parallelize(model) is model
+    rows = slice(sum(lengths[: dist.get_rank()]), sum(lengths[: dist.get_rank() + 1]))
+    mine = x[:, rows].clone().requires_grad_()
+    my_y = model(mine)
+    assert relative_error(my_y.detach(), y[:, rows]) <= 1e-12
+    (my_y * grad_y[:, rows]).sum().backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        dist.all_reduce(parameter.grad)
+        assert relative_error(parameter.grad, gradient) <= 1e-12
+    x.requires_grad_()
+    context_parallel_group, model[0].context_parallel_group = model[0].context_parallel_group, None
+    model[1].context_parallel_group = model[2].context_parallel_group = None
+    (model(x) * grad_y).sum().backward()
+    assert relative_error(mine.grad, x.grad[:, rows]) <= 1e-12
+    context_parallelize(model, context_parallel_group)
+
+    with torch.no_grad():  # every rank can go on decoding
+        hidden, my_cache = model[0].prefill(mine)
+        _, my_state = model[1].prefill(hidden)
+        assert torch.equal(my_cache, cache)
+        assert all(relative_error(a, b.detach()) <= 1e-12 for a, b in zip(my_state, state, strict=True))
+        model[1].step(model[0].step(x[:, 0].detach(), my_cache), my_state)
+    with pytest.raises(ValueError, match="attention_mask: not supported under context parallelism"):
+        model[1](mine, torch.ones(mine.shape[:2], dtype=torch.bool))
+    with pytest.raises(ValueError, match="attention_mask: not supported under context parallelism"):
+        model[0](mine, torch.ones(mine.shape[:2], dtype=torch.bool))
+
+
+@pytest.mark.parametrize("layer_norm", ["token", None])
+def test_layers(processes, layer_norm):
+    for lengths in SHARDS[processes.ranks]:
+        processes.run(_layers, lengths, layer_norm, 3)
+
+
+def test_a_convolution_longer_than_a_shard(processes):
+    """Rows from several ranks back."""
+    lengths = {2: (5, 2), 4: (4, 1, 0, 3)}[processes.ranks]
+    processes.run(_layers, lengths, "token", 5)
+    processes.run(_layers, lengths, "token", 1)

@@ -1,0 +1,375 @@
+"""rebased_attention of a sequence that is sharded along N over processes (context parallelism).
+
+Linear attention makes this cheap: what the rows of one rank mean to later ranks is one state. Forward: each
+rank computes the state that its rows add, one all_gather, each rank sums those before it in order and answers
+its rows from there. Backward the same the other way round, with the reverse state T = sum phi(q') r grad_y^T
+(and the denominator's part) of each rank's rows and the sum of those after it. A rank sends one state per
+direction, whatever N is.
+
+What hides the exchange: backward's goes on while the gradient of q is computed, which needs no reverse state.
+In forward the first rank answers its rows meanwhile; the others wait, since computing without the start state
+and adding its part later costs one more product with a state per row, far more than there is to hide.
+
+`context_parallelize` does it for a model's layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeVar, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ._checks import Options, check_call
+from ._shards import Exchange, Group, Packing, State, add_states, check_shard_lengths, process_group
+from .autograd import Attention, AttentionBackward, ops
+from .layers import GatedShortConvolution, ReBasedAttention
+from .state import RebasedState
+
+__all__ = ["context_parallel_rebased_attention", "context_parallelize"]
+
+
+class _Call(NamedTuple):
+    """What a call is beyond its tensors."""
+
+    group: dist.ProcessGroup
+    rank: int
+    ranks: int
+    packing: Packing | None
+    return_state: bool
+    options: Options
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        """Of this rank's rows."""
+        return None if self.packing is None else self.packing.local
+
+    @property
+    def crossing(self) -> Packing | None:
+        """Given where a message is the state of the one sequence that crosses a border, not of every one."""
+        return None if self.return_state else self.packing
+
+    def before(self, states: list[State]) -> State:
+        """What the rows of the ranks before this one add to the state of each sequence, in order."""
+        states = states[: self.rank]
+        if self.crossing is None:
+            return add_states(states)
+        return _place(
+            add_states(states, self.crossing.before[: self.rank]), self.crossing.head, self.crossing
+        )
+
+    def after(self, states: list[State]) -> State:
+        """What the rows of the ranks after this one add to the reverse state, the last rank's first."""
+        states = states[: self.rank : -1]
+        if self.crossing is None:
+            return add_states(states)
+        flags = self.crossing.after[self.rank + 1 :].flip(0)
+        return _place(add_states(states, flags), self.crossing.tail, self.crossing)
+
+    def owned_initial(self, kv: Tensor, k: Tensor) -> State:
+        """The gradient of the initial state as far as its sequences begin on this rank, else zero."""
+        if self.packing is not None:
+            owned = self.packing.owned
+            return torch.where(owned[:, None, None, None], kv, 0), torch.where(owned[:, None, None], k, 0)
+        return (kv, k) if self.rank == 0 else (torch.zeros_like(kv), torch.zeros_like(k))
+
+
+def _place(state: State, sequence: Tensor, packing: Packing) -> State:
+    """The state of one sequence among those of all, zero for the others."""
+    sequences = packing.local.shape[0] - 1
+    kv, k = (x.new_zeros(sequences, *x.shape[1:]).index_copy(0, sequence, x) for x in state)
+    return kv, k
+
+
+class _Attention(torch.autograd.Function):
+    """A rank's rows, from the state that the rows of the ranks before it leave behind."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gamma_q: Tensor | None,
+        beta_q: Tensor | None,
+        gamma_k: Tensor | None,
+        beta_k: Tensor | None,
+        initial_kv: Tensor | None,
+        initial_k: Tensor | None,
+        call: _Call,
+    ) -> Any:
+        feature_map, layer_norm, _, _, layer_norm_eps, _ = call.options
+        rows = call.cu_seqlens if call.crossing is None else call.crossing.tail_rows
+        key_rows, value_rows = k, v
+        if call.rank + 1 == call.ranks and not call.return_state:
+            # nobody reads the last rank's message: it is the state of no rows
+            key_rows, value_rows, rows = k[:, :, :0], v[:, :, :0], None if rows is None else rows * 0
+        own = ops.forward_state(
+            key_rows, value_rows, gamma_k, beta_k, rows, feature_map, layer_norm, layer_norm_eps
+        )
+        exchange = Exchange(own, call.group)
+        initial = [] if initial_kv is None or initial_k is None else [(initial_kv, initial_k)]
+
+        def answer(start_kv: Tensor | None, start_k: Tensor | None) -> Any:
+            inputs = (q, k, v, gamma_q, beta_q, gamma_k, beta_k, start_kv, start_k, call.cu_seqlens)
+            y, r, *_ = ops.forward(*inputs, *call.options, False)
+            ctx.save_for_backward(*inputs, y, r)
+            return y
+
+        if call.rank == 0:  # needs no message
+            y = answer(initial_kv, initial_k)
+            states = [(kv, k) for kv, k in exchange.wait()]
+        else:
+            states = [(kv, k) for kv, k in exchange.wait()]
+            y = answer(*add_states([*initial, call.before(states)]))
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return (y, *add_states([*initial, *states])) if call.return_state else y
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_y: Tensor | None, grad_kv: Tensor | None = None, grad_k: Tensor | None = None
+    ) -> Any:
+        *inputs, y, r = ctx.saved_tensors
+        grad_y = torch.zeros_like(y) if grad_y is None else grad_y
+        gradients: Any = _AttentionBackward.apply(  # type: ignore[no-untyped-call]
+            ctx.call, ctx.needs_input_grad[7], grad_y, grad_kv, grad_k, *inputs, y, r
+        )
+        wanted = ctx.needs_input_grad[:9]
+        return *(g if needed else None for g, needed in zip(gradients, wanted, strict=True)), None
+
+
+class _AttentionBackward(AttentionBackward):
+    """The gradients of a rank's rows, from the reverse state that the rows of the ranks after it leave."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: _Call,
+        of_initial: bool,
+        grad_y: Tensor,
+        grad_kv: Tensor | None,
+        grad_k: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *rest: Any,
+    ) -> Any:
+        *parameters, start_kv, start_k, cu_seqlens, y, r = rest
+
+        def part(name: str, grad_end: Any, start: Any, bounds: Tensor | None, rows: int = q.shape[2]) -> Any:
+            grad_y_, q_, k_, v_, y_, r_ = (x[:, :, :rows] for x in (grad_y, q, k, v, y, r))
+            inputs = (q_, k_, v_, *parameters, *start, bounds, y_, r_)
+            return ops.backward_part(grad_y_, *grad_end, *inputs, *call.options, name)
+
+        none, start = (None, None), (start_kv, start_k)
+        bounds = cu_seqlens if call.crossing is None else call.crossing.head_rows
+        if call.rank > 0:
+            own = part("reverse_state", none, none, bounds)[7:]
+        else:  # nobody reads the first rank's message: it is the reverse state of no rows
+            own = part("reverse_state", none, none, None if bounds is None else bounds * 0, 0)[7:]
+        of_copy: list[Tensor] = []  # the gradient of this rank's copy of the final state
+        if call.return_state:
+            given = zip((grad_kv, grad_k), own, strict=True)
+            of_copy = [torch.zeros_like(x) if g is None else g for g, x in given]
+        exchange = Exchange((*own, *of_copy), call.group)
+
+        in_halves = not (q.is_cuda and q.dtype in (torch.float16, torch.bfloat16))
+        of_queries: Any = part("queries", none, start, cu_seqlens) if in_halves else None  # needs no message
+        messages = exchange.wait()
+        ends: list[State] = [(kv, k) for *_, kv, k in messages] if call.return_state else []
+        if call.rank + 1 < call.ranks:
+            ends.append(call.after([(kv, k) for kv, k, *_ in messages]))
+        grad_end: Any = add_states(ends) if ends else none
+        if in_halves:
+            gradients = list(part("keys", grad_end, start if of_initial else none, cu_seqlens))
+            for i in (0, 3, 4):  # q, gamma_q, beta_q
+                gradients[i] = of_queries[i]
+        else:  # tensor cores have both halves only together
+            gradients = list(part("all", grad_end, start, cu_seqlens))
+        if of_initial:
+            gradients[7:] = call.owned_initial(gradients[7], gradients[8])
+        return tuple(gradients)
+
+
+@overload
+def context_parallel_rebased_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gamma_q: Tensor | None = None,
+    beta_q: Tensor | None = None,
+    gamma_k: Tensor | None = None,
+    beta_k: Tensor | None = None,
+    *,
+    group: Group = None,
+    feature_map: str = "outer",
+    layer_norm: str | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    layer_norm_eps: float = 1e-5,
+    normalize: bool = True,
+    initial_state: RebasedState | None = None,
+    return_state: Literal[False] = False,
+    cu_seqlens: Tensor | None = None,
+    shard_lengths: Sequence[int] | None = None,
+) -> Tensor: ...
+
+
+@overload
+def context_parallel_rebased_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gamma_q: Tensor | None = None,
+    beta_q: Tensor | None = None,
+    gamma_k: Tensor | None = None,
+    beta_k: Tensor | None = None,
+    *,
+    group: Group = None,
+    feature_map: str = "outer",
+    layer_norm: str | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    layer_norm_eps: float = 1e-5,
+    normalize: bool = True,
+    initial_state: RebasedState | None = None,
+    return_state: Literal[True],
+    cu_seqlens: Tensor | None = None,
+    shard_lengths: Sequence[int] | None = None,
+) -> tuple[Tensor, RebasedState]: ...
+
+
+@overload
+def context_parallel_rebased_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gamma_q: Tensor | None = None,
+    beta_q: Tensor | None = None,
+    gamma_k: Tensor | None = None,
+    beta_k: Tensor | None = None,
+    *,
+    group: Group = None,
+    feature_map: str = "outer",
+    layer_norm: str | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    layer_norm_eps: float = 1e-5,
+    normalize: bool = True,
+    initial_state: RebasedState | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    shard_lengths: Sequence[int] | None = None,
+) -> Tensor | tuple[Tensor, RebasedState]: ...
+
+
+def context_parallel_rebased_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gamma_q: Tensor | None = None,
+    beta_q: Tensor | None = None,
+    gamma_k: Tensor | None = None,
+    beta_k: Tensor | None = None,
+    *,
+    group: Group = None,
+    feature_map: str = "outer",
+    layer_norm: str | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    layer_norm_eps: float = 1e-5,
+    normalize: bool = True,
+    initial_state: RebasedState | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    shard_lengths: Sequence[int] | None = None,
+) -> Tensor | tuple[Tensor, RebasedState]:
+    """`rebased_attention` of a sequence whose rows are spread over the processes of a group.
+
+    Rank 0 has the first rows, rank 1 those that follow, and so on; shards may differ in length and may be
+    empty. Every rank calls it with the same options and takes part in the backward. Losses are taken to be
+    each rank's own and to count together: gradients are those of their sum over the ranks. The gradients of
+    what all ranks have alike (gamma, beta, initial_state) are each rank's share, to be summed over the ranks
+    as those of any other parameter are.
+
+    Args:
+        q, k, v: this rank's rows (B, heads, its N, ...), otherwise as in `rebased_attention`, and so are
+            gamma_q to beta_k, feature_map, layer_norm, scale, eps, layer_norm_eps and normalize.
+        group: a ProcessGroup, a DeviceMesh of one dimension (``mesh["context"]``), or None: all processes.
+        initial_state: what came before the first rank's rows, the same on every rank. Its gradient is on the
+            rank where its sequence begins, and zero on the others.
+        return_state: also return the state after the last rank's rows, on every rank.
+        cu_seqlens: of the packed sequences over all shards, the same on every rank.
+        shard_lengths: the number of rows of every rank. Only read with cu_seqlens, and only needed there if
+            shards differ in length.
+
+    Returns:
+        y (B, Hq, its N, dv) of this rank's rows; with return_state, (y, RebasedState).
+
+    Raises:
+        ValueError, TypeError: as `rebased_attention`, and for group and shard_lengths.
+        RuntimeError: torch.distributed is not initialised; in double backward.
+
+    Each direction is one all_gather to which a rank adds one state (kv, k) of B sequences, in float32. Of
+    packed sequences it is the state of the one that crosses to the next rank; with return_state it is that
+    of all of them, and in backward the gradient of the returned state goes with it.
+    """
+    tensors, cu_seqlens, options = check_call(
+        q,
+        k,
+        v,
+        gamma_q,
+        beta_q,
+        gamma_k,
+        beta_k,
+        feature_map=feature_map,
+        layer_norm=layer_norm,
+        scale=scale,
+        eps=eps,
+        layer_norm_eps=layer_norm_eps,
+        normalize=normalize,
+        initial_state=initial_state,
+        return_state=return_state,
+        cu_seqlens=cu_seqlens,
+    )
+    group = process_group(group)
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    packing = None
+    if cu_seqlens is not None:
+        offsets = check_shard_lengths(shard_lengths, ranks, rank, q.shape[2], cu_seqlens)
+        packing = Packing(cu_seqlens, offsets, rank) if cu_seqlens.shape[0] > 1 else None
+    if cu_seqlens is not None and packing is None:  # no sequence: nothing to tell the others
+        result: Any = Attention.apply(  # type: ignore[no-untyped-call]
+            *tensors, torch.zeros_like(cu_seqlens), return_state, *options
+        )
+    else:
+        call = _Call(group, rank, ranks, packing, return_state, options)
+        result = _Attention.apply(*tensors, call)  # type: ignore[no-untyped-call]
+    return (result[0], RebasedState(result[1], result[2])) if return_state else result
+
+
+LayerModule = TypeVar("LayerModule", bound=nn.Module)
+
+
+def context_parallelize(module: LayerModule, group: Group = None) -> LayerModule:
+    """Makes every ReBasedAttention and GatedShortConvolution in `module` work on shards of sequences.
+
+    Their input is then this rank's rows (B, its N, hidden_size), rank 0 having the first ones. `forward` and
+    `prefill` go over the group; `step` stays as it is, on the state that prefill gives to every rank.
+    Parameters stay what they are: synchronise their gradients over the group, as for data parallelism.
+
+    Args:
+        module: changed in place.
+        group: as in `context_parallel_rebased_attention`; None takes all processes.
+
+    Returns:
+        module.
+    """
+    group = process_group(group)
+    for layer in module.modules():
+        if isinstance(layer, (ReBasedAttention, GatedShortConvolution)):
+            layer.context_parallel_group = group
+    return module
