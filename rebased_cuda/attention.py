@@ -132,7 +132,8 @@ def rebased_attention(
         gamma_k, beta_k: (d,) or (Hkv, d), optional each.
         feature_map: "outer": sim = (scale q'.k')^2, what the authors' released kernel computes; "square":
             sim = sum q'^2 k'^2, the paper's formula read literally; "taylor": sim = 1 + u + u^2/2 with
-            u = scale q'.k' (Based); "elu": phi = elu(x) + 1 (Katharopoulos et al., 2020).
+            u = scale q'.k' (Based); "elu": phi = elu(x) + 1 (Katharopoulos et al., 2020);
+            "identity": phi = x, for q and k that are features already.
         layer_norm: None, "token" (one LayerNorm over all heads' features of a token together, the authors'
             layer) or "head" (each head's d features). Population variance.
         scale: of "outer" and "taylor"; d ** -0.5 when None. The other maps ignore it.

@@ -38,7 +38,7 @@ from torch import Tensor
 State = tuple[Tensor, Tensor]  # kv (B, Hkv, F, dv), k (B, Hkv, F)
 Result = Tensor | tuple[Tensor, State]
 
-FEATURE_MAPS = ("outer", "square", "taylor", "elu")
+FEATURE_MAPS = ("outer", "square", "taylor", "elu", "identity")
 LAYER_NORMS = ("token", "head", None)
 
 
@@ -90,6 +90,8 @@ def key_features(k: Tensor, feature_map: str = "outer") -> Tensor:
         return k.square()
     if feature_map == "elu":
         return torch.nn.functional.elu(k) + 1
+    if feature_map == "identity":
+        return k
     if feature_map == "taylor":
         return torch.cat([torch.ones_like(k[..., :1]), k, circulant(k)], -1)
     return circulant(k)
@@ -102,7 +104,7 @@ def query_features(q: Tensor, feature_map: str = "outer", scale: float | None = 
     the d squares weigh s^2, all other products 2 s^2. `taylor` takes half of that.
     """
     features = key_features(q, feature_map)
-    if feature_map in ("square", "elu"):
+    if feature_map in ("square", "elu", "identity"):
         return features
     d = q.shape[-1]
     s = d**-0.5 if scale is None else scale
@@ -117,7 +119,7 @@ def sim(q: Tensor, k: Tensor, feature_map: str = "outer", scale: float | None = 
 
     With u = s q'.k' it is u^2 for `outer` and 1 + u + u^2 / 2 for `taylor`: no features needed.
     """
-    if feature_map in ("square", "elu"):
+    if feature_map in ("square", "elu", "identity"):
         return key_features(q, feature_map) @ key_features(k, feature_map).mT
     _check("feature_map", feature_map, FEATURE_MAPS)
     s = q.shape[-1] ** -0.5 if scale is None else scale

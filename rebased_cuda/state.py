@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 FEATURE_MAPS = ("outer", "square", "taylor", "elu")
+IDENTITY = "identity"  # q and k are features already: plain linear attention, beside the models' own maps
 
 
 def num_features(feature_map: str, feature_dim: int) -> int:
-    """How many features phi has: d(d+1)/2 for outer, 1 + d + d(d+1)/2 for taylor, d for square and elu.
+    """How many features phi has: d(d+1)/2 for outer, 1 + d + d(d+1)/2 for taylor, d for the others.
 
     Raises:
-        ValueError: `feature_map` is not one of the four.
+        ValueError: `feature_map` is unknown.
     """
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"feature_map: must be one of {', '.join(FEATURE_MAPS)}, got {feature_map!r}")
+    known = (*FEATURE_MAPS, IDENTITY)
+    if feature_map not in known:
+        raise ValueError(f"feature_map: must be one of {', '.join(known)}, got {feature_map!r}")
     circulant = feature_dim * (feature_dim + 1) // 2
     return {"outer": circulant, "taylor": 1 + feature_dim + circulant}.get(feature_map, feature_dim)
 
@@ -31,7 +33,7 @@ class RebasedState(NamedTuple):
     * outer: circulant: entry (e, i) is k'_i k'_((i+e) mod d), e = 0..d//2; for even d the last offset keeps
       only its first d/2 entries, since the others repeat them;
     * taylor: 1, then k' (d entries), then the circulant entries;
-    * square: k'^2; elu: elu(k') + 1.
+    * square: k'^2; elu: elu(k') + 1; identity: k'.
     """
 
     kv: Tensor

@@ -44,7 +44,7 @@ Enum parse(const char* argument, const std::string& text, const char* const (&na
 }
 
 constexpr const char* dtype_names[] = {"float32", "float64", "float16", "bfloat16"};
-constexpr const char* feature_map_names[] = {"outer", "square", "taylor", "elu"};
+constexpr const char* feature_map_names[] = {"outer", "square", "taylor", "elu", "identity"};
 constexpr const char* layer_norm_names[] = {"none", "token", "head"};
 constexpr const char* path_names[] = {"general", "tensor_core", "quadratic", "float32"};
 

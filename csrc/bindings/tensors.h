@@ -69,8 +69,10 @@ inline FeatureMap feature_map_of(const std::string& name) {
   if (name == "outer") return FeatureMap::outer;
   if (name == "square") return FeatureMap::square;
   if (name == "taylor") return FeatureMap::taylor;
-  require(name == "elu", [&] { return "feature_map: must be outer, square, taylor or elu, got " + name; });
-  return FeatureMap::elu;
+  if (name == "elu") return FeatureMap::elu;
+  require(name == "identity",
+          [&] { return "feature_map: must be outer, square, taylor, elu or identity, got " + name; });
+  return FeatureMap::identity;
 }
 inline LayerNorm layer_norm_of(const std::string& name) {
   if (name == "none") return LayerNorm::none;

@@ -24,9 +24,7 @@ struct FeaturePair {
 };
 
 // phi works on each entry alone: no scores, no chunks, recurrence.h.
-inline bool is_elementwise(const Problem& p) {
-  return p.feature_map == FeatureMap::square || p.feature_map == FeatureMap::elu;
-}
+inline bool is_elementwise(const Problem& p) { return !is_polynomial(p.feature_map); }
 
 template <class T>
 struct Sizes {

@@ -7,7 +7,7 @@
 // features (F of k', F of each query head) lie in the worker's scratch.
 #pragma once
 
-#include "cpu/plan.h"
+#include "cpu/token_rows.h"
 
 namespace rebased::cpu::REBASED_ISA {
 
@@ -96,14 +96,10 @@ inline void token_features(const StepProblem& p, const Sizes<T>& s, bool weighte
                            int64_t padded) {
   const int d = s.feature_dim;
   if (!s.polynomial) {
-    for (int e = 0; e < d; e += kWidth<T>) {
-      const Vector<T> value = read<T>(x + e, d - e);
-      const Vector<T> feature =
-          p.feature_map == FeatureMap::square
-              ? value * value
-              : (value > 0 ? value + T(1) : exp_nonpositive<T>(value > 0 ? Vector<T>{} : value));
-      store(features + e, feature);
-    }
+    with_map(p.feature_map, [&](auto map) {
+      for (int e = 0; e < d; e += kWidth<T>)
+        store(features + e, elementwise_feature<T, decltype(map)::value>(read<T>(x + e, d - e)));
+    });
   } else {
     T* target = features;
     if (p.feature_map == FeatureMap::taylor) {

@@ -57,11 +57,13 @@ inline void head_statistics(const TokenRows<T>& t, int tokens, T eps, T* mean, T
 template <class T, FeatureMap Map>
 REBASED_INLINE Vector<T> elementwise_feature(Vector<T> x) {
   if (Map == FeatureMap::square) return x * x;
+  if (Map == FeatureMap::identity) return x;
   return x > 0 ? x + T(1) : exp_nonpositive<T>(x > 0 ? Vector<T>{} : x);
 }
 template <class T, FeatureMap Map>
 REBASED_INLINE Vector<T> elementwise_derivative(Vector<T> x) {
   if (Map == FeatureMap::square) return 2 * x;
+  if (Map == FeatureMap::identity) return broadcast<T>(1);
   return x > 0 ? broadcast<T>(1) : exp_nonpositive<T>(x > 0 ? Vector<T>{} : x);
 }
 
@@ -73,6 +75,8 @@ template <class Body>
 REBASED_INLINE void with_map(FeatureMap map, const Body& body) {
   if (map == FeatureMap::square)
     body(MapConstant<FeatureMap::square>{});
+  else if (map == FeatureMap::identity)
+    body(MapConstant<FeatureMap::identity>{});
   else
     body(MapConstant<FeatureMap::elu>{});
 }

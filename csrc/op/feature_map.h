@@ -5,7 +5,7 @@
 //   only
 //           its first d/2 entries, since the others repeat them: d(d+1)/2 entries
 //   taylor  1, then x (d entries), then the circulant entries
-//   square  x_i^2                elu   elu(x_i) + 1
+//   square  x_i^2                elu   elu(x_i) + 1                identity   x_i
 // Key features carry no weight and no scale, so a state does not depend on `scale`; the query side carries
 // both: sim(q', k') = sum_f weight(f) phi_f(q') phi_f(k').
 //
@@ -78,6 +78,7 @@ template <class T>
 REBASED_HOST_DEVICE inline T feature(FeatureMap map, int64_t f, const T* x, int64_t feature_dim) {
   if (map == FeatureMap::square) return x[f] * x[f];
   if (map == FeatureMap::elu) return elu_feature(x[f]);
+  if (map == FeatureMap::identity) return x[f];
   const int64_t entry = f - circulant_begin(map, feature_dim);
   if (entry >= 0) {
     const CirculantEntry pair = circulant_entry(entry, feature_dim);

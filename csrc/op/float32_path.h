@@ -133,10 +133,11 @@ inline int64_t column_groups(const Problem& problem) { return (problem.head_dim 
 
 // Narrower heads than 16 would leave most of a tile's columns empty.
 inline bool supports_sizes(const Problem& problem) {
-  return problem.dtype == Dtype::float32 && problem.num_sequences > 0 && problem.seqlen > 0 &&
-         problem.feature_dim == feature_dim && problem.head_dim >= 16 && problem.head_dim <= 256 &&
-         problem.head_dim % 4 == 0 && problem.group_size() <= max_group_size && aligned(problem.q) &&
-         aligned(problem.k) && aligned(problem.v);
+  return problem.dtype == Dtype::float32 && problem.feature_map != FeatureMap::identity &&
+         problem.num_sequences > 0 && problem.seqlen > 0 && problem.feature_dim == feature_dim &&
+         problem.head_dim >= 16 && problem.head_dim <= 256 && problem.head_dim % 4 == 0 &&
+         problem.group_size() <= max_group_size && aligned(problem.q) && aligned(problem.k) &&
+         aligned(problem.v);
 }
 
 // States by themselves and halves of the backward take the general kernels.

@@ -13,7 +13,7 @@ namespace rebased {
 enum class Dtype { float32, float64, float16, bfloat16 };
 
 // phi; feature_map.h has the formulas.
-enum class FeatureMap { outer, square, taylor, elu };
+enum class FeatureMap { outer, square, taylor, elu, identity };
 
 // What one LayerNorm runs over: nothing, all heads' features of a token together, or each head's own.
 enum class LayerNorm { none, token, head };

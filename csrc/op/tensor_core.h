@@ -24,6 +24,7 @@ inline bool aligned(const Rows& rows) {
 inline int64_t column_groups(const Problem& problem) { return (problem.head_dim + columns - 1) / columns; }
 
 inline bool supports_features(const Problem& problem) {
+  if (problem.feature_map == FeatureMap::identity) return false;
   return problem.feature_dim == 16 || (problem.feature_map == FeatureMap::outer &&
                                        (problem.feature_dim == 8 || problem.feature_dim == 32));
 }

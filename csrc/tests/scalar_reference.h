@@ -146,6 +146,8 @@ struct Reference {
         grad_x[f] += 2 * x[f] * g;
       } else if (sizes.feature_map == FeatureMap::elu) {
         grad_x[f] += elu_feature_derivative(x[f]) * g;
+      } else if (sizes.feature_map == FeatureMap::identity) {
+        grad_x[f] += g;
       } else if (f >= circulant) {
         const CirculantEntry pair = circulant_entry(f - circulant, dim);
         grad_x[pair.first] += g * x[pair.second];

@@ -36,6 +36,8 @@ const char* visit_map(FeatureMap map, const Visitor& visit) {
       return visit(std::integral_constant<FeatureMap, FeatureMap::taylor>());
     case FeatureMap::elu:
       return visit(std::integral_constant<FeatureMap, FeatureMap::elu>());
+    case FeatureMap::identity:
+      break;  // left to the general kernels
   }
   return "unknown feature map";
 }
