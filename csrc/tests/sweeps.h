@@ -34,7 +34,7 @@ struct Case {
   Path path = Path::general;  // that the plan should come to
 
   std::string name() const {
-    static const char* const maps[] = {"outer", "square", "taylor", "elu"};
+    static const char* const maps[] = {"outer", "square", "taylor", "elu", "identity"};
     static const char* const dtypes[] = {"float32", "float64", "float16", "bfloat16"};
     static const char* const norms[] = {"none", "token", "head"};
     char text[256];
@@ -202,13 +202,14 @@ struct Run {
             &grad_initial_k};
   }
 
-  void sweep(const Device& device) {
+  // in_parts: the backward's two halves apart, and states as the given one plus what the rows alone add.
+  void sweep(const Device& device, bool in_parts = false) {
     auto forward = problem<ForwardProblem>();
     if (c.states) forward.initial_state = {initial_kv.data(), initial_k.data()};
     if (c.states) forward.final_state = {final_kv.data(), final_k.data()};
     forward.y = y.rows<MutableRows>();
     forward.r = r.data();
-    expect_path(plan_forward(forward, device));
+    if (!in_parts) expect_path(plan_forward(forward, device));
     call(forward, device, BACKEND::forward);
 
     auto backward = problem<BackwardProblem>();
@@ -225,9 +226,35 @@ struct Run {
                                   c.beta ? grad_beta_q.data() : nullptr};
     backward.grad_key_affine = {c.gamma ? grad_gamma_k.data() : nullptr,
                                 c.beta ? grad_beta_k.data() : nullptr};
-    expect_path(plan_backward(backward, device));
-    call(backward, device, BACKEND::backward);
+    if (!in_parts) {
+      expect_path(plan_backward(backward, device));
+      call(backward, device, BACKEND::backward);
+      for (Tensor* result : results()) result->download();
+      return;
+    }
+    BackwardProblem part = backward;
+    part.part = BackwardPart::queries;
+    part.grad_k = part.grad_v = MutableRows{}, part.grad_key_affine = {}, part.grad_initial_state = {};
+    call(part, device, BACKEND::backward);
+    part = backward;
+    part.part = BackwardPart::keys;
+    part.grad_q = MutableRows{}, part.grad_query_affine = {};
+    call(part, device, BACKEND::backward);
+    if (c.states) {
+      part.part = BackwardPart::reverse_state;
+      part.grad_k = part.grad_v = MutableRows{}, part.grad_key_affine = {};
+      part.initial_state = part.grad_final_state = ConstState{};
+      call(part, device, BACKEND::backward);
+      forward.state_only = true;
+      forward.initial_state = ConstState{}, forward.y = MutableRows{}, forward.r = nullptr;
+      call(forward, device, BACKEND::forward);
+    }
     for (Tensor* result : results()) result->download();
+    const auto add = [&](Tensor& sum, const Tensor& given) {
+      for (size_t i = 0; c.states && i < sum.values.size(); ++i) sum.values[i] += given.values[i];
+    };
+    add(grad_initial_kv, grad_final_kv), add(grad_initial_k, grad_final_k);
+    add(final_kv, initial_kv), add(final_k, initial_k);
   }
 
   // What sequence `s` should give, from its own rows.
@@ -254,6 +281,29 @@ struct Run {
     return expected;
   }
 };
+
+// Against what the reference says, whose r is 1 / r.
+inline void check_results(const Case& c, Run& run, Run& expected) {
+  const auto match = [&](const char* what, Tensor Run::* tensor) {
+    const bool gradient = std::strncmp(what, "grad", 4) == 0;
+    compare(c.name(), what, (run.*tensor).values, (expected.*tensor).values, tolerance(c, gradient));
+  };
+  match("y", &Run::y);
+  // r of a small denominator would outweigh the others
+  for (double& inverse : run.r.values) inverse = 1 / inverse;
+  match("1/r", &Run::r);
+  match("grad q", &Run::grad_q);
+  match("grad k", &Run::grad_k);
+  match("grad v", &Run::grad_v);
+  if (c.gamma) match("grad gamma q", &Run::grad_gamma_q), match("grad gamma k", &Run::grad_gamma_k);
+  if (c.beta) match("grad beta q", &Run::grad_beta_q), match("grad beta k", &Run::grad_beta_k);
+  if (c.states) {
+    match("final state kv", &Run::final_kv);
+    match("final state k", &Run::final_k);
+    match("grad initial state kv", &Run::grad_initial_kv);
+    match("grad initial state k", &Run::grad_initial_k);
+  }
+}
 
 inline void check_sweeps(const Case& c, const Device& device, std::mt19937& random) {
   set_plan_override(c.plan);
@@ -301,25 +351,12 @@ inline void check_sweeps(const Case& c, const Device& device, std::mt19937& rand
     add(expected.grad_gamma_k, one.grad_gamma_k);
     add(expected.grad_beta_k, one.grad_beta_k);
   }
-  const auto match = [&](const char* what, Tensor Run::* tensor) {
-    const bool gradient = std::strncmp(what, "grad", 4) == 0;
-    compare(c.name(), what, (run.*tensor).values, (expected.*tensor).values, tolerance(c, gradient));
-  };
-  match("y", &Run::y);
-  for (Run* each : {&run, &expected}) {  // r of a small denominator would outweigh the others
-    for (double& inverse : each->r.values) inverse = 1 / inverse;
-  }
-  match("1/r", &Run::r);
-  match("grad q", &Run::grad_q);
-  match("grad k", &Run::grad_k);
-  match("grad v", &Run::grad_v);
-  if (c.gamma) match("grad gamma q", &Run::grad_gamma_q), match("grad gamma k", &Run::grad_gamma_k);
-  if (c.beta) match("grad beta q", &Run::grad_beta_q), match("grad beta k", &Run::grad_beta_k);
-  if (c.states) {
-    match("final state kv", &Run::final_kv);
-    match("final state k", &Run::final_k);
-    match("grad initial state kv", &Run::grad_initial_kv);
-    match("grad initial state k", &Run::grad_initial_k);
+  for (double& inverse : expected.r.values) inverse = 1 / inverse;
+  check_results(c, run, expected);
+  const bool has_parts = c.path == Path::general || c.path == Path::quadratic;
+  if (has_parts || !c.plan.force_path) {
+    run.sweep(device, true);
+    check_results(c, run, expected);
   }
   set_plan_override({});
 }
