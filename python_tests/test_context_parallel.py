@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +23,7 @@ from rebased_cuda import GatedShortConvolution, ReBasedAttention, RebasedState, 
 from rebased_cuda import context_parallel as module
 from rebased_cuda.context_parallel import context_parallel_rebased_attention, context_parallelize
 
+ROOT = Path(__file__).parent.parent
 SHARDS = {2: ((24, 24), (31, 17), (0, 48)), 4: ((12, 12, 12, 12), (3, 0, 25, 20), (48, 0, 0, 0))}
 PACKED = (2, 2, 7, 24, 30, 30, 41, 46)  # an empty sequence, borders on and off the shards', rows in none
 VARIANTS = {
@@ -450,3 +455,18 @@ def test_a_convolution_longer_than_a_shard(processes):
     lengths = {2: (5, 2), 4: (4, 1, 0, 3)}[processes.ranks]
     processes.run(_layers, lengths, "token", 5)
     processes.run(_layers, lengths, "token", 1)
+
+
+@pytest.mark.skipif(EMULATED, reason="times mean nothing there")
+def test_the_benchmark_leaves_its_figures(tmp_path):
+    path = tmp_path / "figures.json"
+    arguments = ["--seqlen", "256", "--rounds", "2", "--json", str(path)]
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.speed.context_parallel", *arguments], cwd=ROOT, check=True
+    )
+    figures = json.loads(path.read_text())
+    assert figures["error"] <= 5e-6
+    for name, method in figures["methods"].items():
+        assert len(method["seconds"]) == 2
+        assert method["median"] > 0
+        assert (method["over_one_process"] is None) == ("processes" not in name)

@@ -79,7 +79,8 @@ def check_shard_lengths(
 
 
 class Packing:
-    """Where packed sequences lie from one rank's point of view. All values stay on cu_seqlens' device.
+    """Where packed sequences lie from one rank's point of view. All values stay on cu_seqlens' device, and
+    nothing waits for it.
 
     At most one sequence crosses each border between two ranks. `head` is the one that crosses into this
     rank, `tail` the one that crosses out of it; where there is none, their rows are none and no rank counts.
@@ -89,8 +90,6 @@ class Packing:
         start, end = offsets[rank], offsets[rank + 1]
         cu_seqlens = cu_seqlens.cummax(0).values.clamp(0, offsets[-1])
         begins, ends = cu_seqlens[:-1], cu_seqlens[1:]
-        starts = cu_seqlens.new_tensor(offsets[:-1])  # of every rank's rows
-        stops = cu_seqlens.new_tensor(offsets[1:])
         self.local = cu_seqlens.clamp(start, end) - start
         """(sequences + 1,): cu_seqlens of this rank's rows; sequences elsewhere have none."""
         last = rank + 2 == len(offsets)
@@ -98,7 +97,7 @@ class Packing:
         """(sequences,): whether the sequence begins on this rank; true on one rank for each."""
 
         def crossing(row: int) -> tuple[Tensor, Tensor]:
-            index = torch.searchsorted(cu_seqlens, cu_seqlens.new_tensor([row]), right=True) - 1
+            index = torch.searchsorted(cu_seqlens, torch.full_like(cu_seqlens[:1], row), right=True) - 1
             index = index.clamp(0, begins.shape[0] - 1)
             return index, (begins[index] < row) & (ends[index] > row)
 
@@ -109,10 +108,10 @@ class Packing:
         self.head_rows = torch.cat([torch.zeros_like(head_end), head_end])
         """(2,): cu_seqlens of the head sequence alone, as far as it is here."""
         self.tail_rows = torch.cat([tail_begin, torch.full_like(tail_begin, end - start)])
-        self.before = enters & (stops > begins[self.head])
-        """(ranks,): which ranks before this one have rows of the head sequence."""
-        self.after = leaves & (starts < ends[self.tail])
-        """(ranks,): which ranks after this one have rows of the tail sequence."""
+        self.before = torch.stack([enters & (begins[self.head] < stop) for stop in offsets[1:]])
+        """(ranks, 1): which ranks before this one have rows of the head sequence."""
+        self.after = torch.stack([leaves & (ends[self.tail] > begin) for begin in offsets[:-1]])
+        """(ranks, 1): which ranks after this one have rows of the tail sequence."""
 
 
 class Exchange:

@@ -1,0 +1,338 @@
+"""The compatible calls against the formulas that their originals publish, written out here."""
+
+from __future__ import annotations
+
+import inspect
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from problems import relative_error
+from torch import Tensor, nn
+
+from rebased_cuda import rebased_attention, rebased_attention_step, reference
+from rebased_cuda.compat import ReBased, chunk_linear_attn, parallel_rebased
+from rebased_cuda.state import RebasedState
+
+LIMITS = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+def _qkv(dtype: torch.dtype, *, positive: bool = False, batch: int = 2, seqlen: int = 37) -> list[Tensor]:
+    """(B, T, H, width), with 5 features and values of width 7."""
+    q, k, v = (torch.randn(batch, seqlen, 3, width, dtype=torch.float64) for width in (5, 5, 7))
+    if positive:
+        q, k = q.exp(), k.exp()
+    return [x.to(dtype).requires_grad_() for x in (q, k, v)]
+
+
+def _agree(ours: Any, formula: Any, inputs: list[Tensor], *arguments: Any, **options: Any) -> None:
+    """Values and gradients of a call against those of `formula` on the same numbers in float64."""
+    limit = LIMITS[inputs[0].dtype]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    results, expected = ours(*inputs, *arguments, **options), formula(*exact)
+    results, expected = (x if isinstance(x, tuple) else (x,) for x in (results, expected))
+    weights = [torch.randn_like(x) for x in expected]
+    sum((x * w.to(x.dtype)).sum() for x, w in zip(results, weights, strict=True)).backward()
+    sum((x * w).sum() for x, w in zip(expected, weights, strict=True)).backward()
+    for x, y in zip((*results, *inputs), (*expected, *exact), strict=True):
+        assert relative_error(x.detach(), y.detach()) <= limit
+        if x.is_leaf:
+            assert relative_error(x.grad, y.grad) <= limit
+
+
+# ---- fla.ops.rebased.parallel_rebased ----
+
+
+def _rebased_sums(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """o (B, H, T, V) = sum_{s <= t} (scale q_t.k_s)^2 v_s, and z (B, H, T), the same with v = 1."""
+    sim = (scale * torch.einsum("bthd,bshd->bhts", q, k)) ** 2
+    sim = sim * torch.ones(sim.shape[-2:], dtype=sim.dtype).tril()
+    return torch.einsum("bhts,bshv->bhtv", sim, v), sim.sum(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("use_scale", [True, False])
+def test_parallel_rebased(dtype, use_scale):
+    scale = 5**-0.5 if use_scale else 1.0
+
+    def normalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        o, z = _rebased_sums(q, k, v, scale)
+        return (o / (z[..., None] + 0.3)).transpose(1, 2)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _rebased_sums(q, k, v, scale)[0].transpose(1, 2)
+
+    def both(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return _rebased_sums(q, k, v, scale)
+
+    _agree(parallel_rebased, normalised, _qkv(dtype), 0.3, use_scale)
+    _agree(parallel_rebased, plain, _qkv(dtype), use_scale=use_scale, use_normalize=False)
+    _agree(parallel_rebased, both, _qkv(dtype), use_scale=use_scale, return_both=True)
+
+
+def test_parallel_rebased_defaults_and_layouts():
+    q, k, v = _qkv(torch.float64)
+    o, z = _rebased_sums(q, k, v, 5**-0.5)
+    expected = (o / (z[..., None] + 1e-5)).transpose(1, 2)
+    assert relative_error(parallel_rebased(q, k, v), expected) <= 1e-12
+    head_first = parallel_rebased(*(x.transpose(1, 2) for x in (q, k, v)), head_first=True)
+    assert relative_error(head_first, expected.transpose(1, 2)) <= 1e-12
+    assert parallel_rebased(*_qkv(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_parallel_rebased_mistakes():
+    q, k, v = _qkv(torch.float32)
+    with pytest.raises(ValueError, match="q: expected a feature dim from 1 to 128"):
+        parallel_rebased(q.repeat(1, 1, 1, 26), k.repeat(1, 1, 1, 26), v)
+    with pytest.raises(ValueError, match="v: expected a width up to 255 with return_both"):
+        parallel_rebased(q, k, torch.zeros(2, 37, 3, 256), return_both=True)
+    with pytest.raises(ValueError, match=r"k: expected shape \(B, T, H, width\)"):
+        parallel_rebased(q, k[0], v)
+
+
+# ---- fla.ops.linear_attn.chunk_linear_attn ----
+
+
+def _linear(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, normalize: bool, kv: Any = 0.0, z: Any = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token by token: o (B, T, H, V), kv (B, H, K, V), z (B, H, K)."""
+    rows = []
+    for t in range(q.shape[1]):
+        kv = kv + k[:, t, :, :, None] * v[:, t, :, None, :]
+        z = z + k[:, t]
+        o = torch.einsum("bhk,bhkv->bhv", scale * q[:, t], kv)
+        rows.append(o / ((scale * q[:, t] * z).sum(-1, keepdim=True) + 1e-10) if normalize else o)
+    return torch.stack(rows, 1), kv, z
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_chunk_linear_attn(dtype, normalize, scale):
+    factor = 5**-0.5 if scale is None else scale
+
+    def expected(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        o, kv, z = _linear(q, k, v, factor, normalize)
+        return (o, kv, z[:, None]) if normalize else (o, kv)
+
+    def ours(*inputs: Tensor) -> tuple[Tensor, ...]:
+        o, state = chunk_linear_attn(*inputs, scale=scale, normalize=normalize, output_final_state=True)
+        return (o, *state) if normalize else (o, state)
+
+    _agree(ours, expected, _qkv(dtype, positive=normalize))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_chunk_linear_attn_goes_on_from_a_state(normalize):
+    q, k, v = _qkv(torch.float64, positive=True)
+    whole, state = chunk_linear_attn(q, k, v, normalize=normalize, output_final_state=True)
+    state_of = None
+    pieces = []
+    for rows in (slice(0, 11), slice(11, 37)):
+        o, state_of = chunk_linear_attn(
+            q[:, rows], k[:, rows], v[:, rows], None, state_of, True, normalize=normalize
+        )
+        pieces.append(o)
+    assert relative_error(torch.cat(pieces, 1), whole) <= 1e-12
+    for x, y in zip(state_of, state, strict=True):
+        assert relative_error(x, y) <= 1e-12
+    if normalize:  # kv alone: the sum of sim counts from these tokens on
+        kv = state[0]
+        o, _ = chunk_linear_attn(q, k, v, initial_state=kv)
+        assert relative_error(o, _linear(q, k, v, 5**-0.5, True, kv)[0]) <= 1e-12
+
+
+def test_chunk_linear_attn_packed():
+    q, k, v = _qkv(torch.float64, positive=True, batch=1)
+    bounds = [0, 9, 9, 37]
+    kv, z = (torch.rand(3, *shape, dtype=torch.float64) for shape in ((3, 5, 7), (1, 3, 5)))
+    o, state = chunk_linear_attn(
+        q,
+        k,
+        v,
+        initial_state=(kv, z),
+        output_final_state=True,
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+    )
+    for s, (first, last) in enumerate(pairwise(bounds)):
+        if first == last:
+            assert torch.equal(state[0][s], kv[s])
+            continue
+        rows = (x[:, first:last] for x in (q, k, v))
+        expected = _linear(*rows, 5**-0.5, True, kv[s : s + 1], z[s : s + 1, 0])
+        for x, y in zip(
+            (o[:, first:last], state[0][s], state[1][s, 0]),
+            (expected[0], *(e[0] for e in expected[1:])),
+            strict=True,
+        ):
+            assert relative_error(x, y) <= 1e-12
+
+
+def test_chunk_linear_attn_defaults_and_mistakes():
+    q, k, v = _qkv(torch.float32, positive=True)
+    o, state = chunk_linear_attn(q, k, v)
+    assert state is None
+    assert relative_error(o, _linear(q, k, v, 5**-0.5, True)[0]) <= 2e-5
+    with pytest.raises(ValueError, match="q: expected up to 128 features, got 130"):
+        chunk_linear_attn(q.repeat(1, 1, 1, 26), k.repeat(1, 1, 1, 26), v)
+    with pytest.raises(TypeError, match="initial_state: expected one tensor"):
+        chunk_linear_attn(q, k, v, initial_state=(None, None), normalize=False)
+    with pytest.raises(ValueError, match="initial_state: expected z of shape"):
+        chunk_linear_attn(q, k, v, initial_state=(None, torch.zeros(2, 3, 5)))
+    with pytest.raises(ValueError, match=r"initial_state\.kv"):
+        chunk_linear_attn(q, k, v, initial_state=torch.zeros(2, 3, 5, 8), normalize=False)
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (
+            parallel_rebased,
+            "q, k, v, eps=1e-05, use_scale=True, use_normalize=True, return_both=False, head_first=False",
+        ),
+        (
+            chunk_linear_attn,
+            "q, k, v, scale=None, initial_state=None, output_final_state=False, normalize=True, "
+            "cu_seqlens=None",
+        ),
+        (
+            ReBased,
+            "d_model, l_max=2048, feature_dim=16, num_key_value_heads=12, num_heads=12, "
+            "feature_name='taylor_exp', eps=1e-12, causal=True, mode='parallel', use_beta=True, "
+            "use_gamma=True, normalize=True",
+        ),
+    ],
+)
+def test_signatures(function, expected):
+    parameters = inspect.signature(function).parameters.values()
+    names = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters]
+    assert ", ".join(names) == expected
+
+
+# ---- the feature map that chunk_linear_attn needs ----
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_identity_is_a_map_like_the_others(device, kv_heads, normalize):
+    """Values, gradients, states and the step, LayerNorm and affine included."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (
+        (1, 4, 9, 3),
+        (1, kv_heads, 9, 3),
+        (1, kv_heads, 9, 2),
+        (4, 3),
+        (4, 3),
+        (kv_heads, 3),
+        (kv_heads, 3),
+    )
+    tensors = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+    for beta in (4, 6):  # far from where a sum of q'.k' has its roots
+        tensors[beta] = 5 + tensors[beta].abs()
+    tensors = [x.to(device).requires_grad_() for x in tensors]
+    options: dict[str, Any] = {
+        "feature_map": "identity",
+        "layer_norm": "head",
+        "eps": 1e-3,
+        "normalize": normalize,
+    }
+
+    def function(*inputs: Tensor) -> tuple[Tensor, ...]:
+        y, state = rebased_attention(*inputs, **options, return_state=True)
+        return (y, *state)
+
+    expected = reference.quadratic(*tensors, **options, return_state=True)
+    for x, y in zip(function(*tensors), (expected[0], *expected[1]), strict=True):
+        assert relative_error(x, y) <= 1e-12
+    assert torch.autograd.gradcheck(function, tensors, eps=1e-4, atol=1e-6, rtol=1e-5)
+
+    with torch.no_grad():
+        q, k, v, *affine = tensors
+        state = RebasedState.zeros(
+            1, kv_heads, 3, 2, feature_map="identity", dtype=torch.float64, device=device
+        )
+        for t in range(9):
+            y = rebased_attention_step(q[:, :, t], k[:, :, t], v[:, :, t], state, *affine, **options)
+            assert relative_error(y, expected[0][:, :, t]) <= 1e-12
+
+
+# ---- the authors' mixer ----
+
+LAYER_NORM = {"use_beta": True, "use_gamma": True, "normalize": True}
+WAYS = {
+    "layer norm": LAYER_NORM,
+    "gamma and beta": {**LAYER_NORM, "normalize": False},
+    "gamma": {"use_beta": False, "use_gamma": True, "normalize": False},
+    "none": {"use_beta": False, "use_gamma": False, "normalize": False},
+}
+
+
+def _mixer(x: Tensor, weights: dict[str, Tensor], way: str, heads: int) -> Tensor:
+    """Projections, the norm over all heads' features of a token, (q.k)^2 / d, its row sums + 1e-12."""
+    q, k, v = (x @ weights[f"proj_{name}.weight"].T for name in "qkv")
+    if way == "layer norm":
+        q, k = (
+            nn.functional.layer_norm(
+                y, y.shape[-1:], weights[f"ln_{name}.weight"], weights[f"ln_{name}.bias"], 1e-5
+            )
+            for y, name in ((q, "q"), (k, "k"))
+        )
+    elif way != "none":
+        q, k = (
+            y * weights[f"ln_{name}.gamma"] + (weights[f"ln_{name}.beta"] if "beta" in way else 0)
+            for y, name in ((q, "q"), (k, "k"))
+        )
+    q, k, v = (y.unflatten(-1, (heads, -1)) for y in (q, k, v))
+    o, z = _rebased_sums(q, k, v, q.shape[-1] ** -0.5)
+    o = (o / (z[..., None] + 1e-12)).transpose(1, 2).flatten(2)
+    return o @ weights["proj_o.weight"].T
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_mixer(way):
+    mixer = ReBased(12, feature_dim=5, num_key_value_heads=3, num_heads=3, **WAYS[way]).double()
+    shapes = {"proj_q.weight": (15, 12), "proj_k.weight": (15, 12)}
+    shapes |= {"proj_v.weight": (12, 12), "proj_o.weight": (12, 12)}
+    names = {"layer norm": ("weight", "bias"), "none": ()}.get(way, ("gamma", "beta"))
+    shapes |= {f"ln_{side}.{name}": (15,) for side in "qk" for name in names}
+    checkpoint = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    mixer.load_state_dict(checkpoint)  # strict: the names and shapes of the original's checkpoints
+    weights = {name: x.requires_grad_() for name, x in checkpoint.items()}
+
+    x = torch.randn(2, 19, 12, dtype=torch.float64, requires_grad=True)
+    y = mixer(x, position_ids=None)
+    assert relative_error(y, _mixer(x, weights, way, 3)) <= 1e-12
+    grad_y = torch.randn_like(y)
+    y.backward(grad_y)
+    gradient, x.grad = x.grad, None
+    _mixer(x, weights, way, 3).backward(grad_y)
+    assert relative_error(gradient, x.grad) <= 1e-9  # without a norm first tokens are ill-conditioned
+    for name, parameter in mixer.named_parameters():
+        if weights[name].grad is None:
+            assert parameter.grad is None
+        else:
+            assert relative_error(parameter.grad, weights[name].grad) <= 1e-9, name
+
+
+def test_mixer_defaults():
+    mixer = ReBased(768)
+    assert sum(p.numel() for p in mixer.parameters()) == 2 * 768 * 192 + 2 * 768**2 + 4 * 192
+    assert mixer(torch.zeros(1, 3, 768)).shape == (1, 3, 768)
+
+
+@pytest.mark.parametrize(
+    ("argument", "arguments"),
+    [
+        ("num_key_value_heads", {"num_key_value_heads": 4}),
+        ("causal", {"causal": False}),
+        ("mode", {"mode": "fused_chunk"}),
+        ("normalize", {"use_gamma": False}),
+        ("normalize", {"use_beta": False}),
+        ("use_beta", {"use_gamma": False, "normalize": False}),
+    ],
+)
+def test_mixer_mistakes(argument, arguments):
+    with pytest.raises(ValueError, match=f"^{argument}: expected"):
+        ReBased(768, **arguments)

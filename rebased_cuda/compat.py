@@ -1,0 +1,253 @@
+"""The calls that people make today, over this package's op: change the import and nothing else.
+
+    from fla.ops.rebased import parallel_rebased        from rebased_cuda.compat import parallel_rebased
+    from fla.ops.linear_attn import chunk_linear_attn   from rebased_cuda.compat import chunk_linear_attn
+    from src.mixers.rebased import ReBased              from rebased_cuda.compat import ReBased
+
+Signatures, defaults, layouts, scale, eps and normalisation of the functions are flash-linear-attention
+0.6.0's, those of ReBased are those of the paper's repository. They differ from each other:
+
+    ==================  ==============  ========  =======  =====================================
+                        layout          scale     eps      sim
+    ==================  ==============  ========  =======  =====================================
+    parallel_rebased    (B, T, H, D)    D^-0.5    1e-5     (scale q.k)^2
+    chunk_linear_attn   (B, T, H, D)    D^-0.5    1e-10    scale q.k: q and k are features
+    ReBased             (B, T, width)   D^-0.5    1e-12    (scale q'.k')^2, LayerNorm over a token
+    ==================  ==============  ========  =======  =====================================
+
+Sums, states and the division are float32 inside (float64 for float64), where the originals round them to q's
+dtype. What cannot be mapped raises an error that names the argument.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import MAX_FEATURE_DIM, MAX_HEAD_DIM
+from .attention import rebased_attention
+from .autograd import accumulator
+from .layers import ReBasedAttention
+from .state import IDENTITY, RebasedState
+
+__all__ = ["ReBased", "chunk_linear_attn", "parallel_rebased"]
+
+
+def parallel_rebased(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    eps: float = 1e-5,
+    use_scale: bool = True,
+    use_normalize: bool = True,
+    return_both: bool = False,
+    head_first: bool = False,
+) -> Any:
+    """fla's parallel_rebased: causal attention with sim = (scale q.k)^2, in time linear in T.
+
+    Args:
+        q, k: (B, T, H, K), K up to 128. fla has no LayerNorm here, nor gamma and beta.
+        v: (B, T, H, V), V up to 256.
+        eps: added to the sum of sim.
+        use_scale: scale = K ** -0.5; False: 1.
+        use_normalize: divide by the sum of sim.
+        return_both: return the sums instead: o (B, H, T, V) without the division, and z (B, H, T), the sum
+            of sim. Head-first whatever the inputs are, as fla has it.
+        head_first: inputs and output are (B, H, T, ...): an argument of fla's releases before 0.6.
+
+    Returns:
+        o (B, T, H, V) in q's dtype, or (o, z).
+
+    Raises:
+        ValueError, TypeError: as `rebased_attention`; also v: return_both takes V up to 255.
+    """
+    if not head_first:
+        q, k, v = (_head_first(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    options: dict[str, Any] = {"scale": None if use_scale else 1.0, "eps": eps}
+    if return_both:
+        if v.shape[-1] == MAX_HEAD_DIM:
+            raise ValueError(
+                f"v: expected a width up to {MAX_HEAD_DIM - 1} with return_both, got {v.shape[-1]}"
+            )
+        # the sum of sim is the sum over values of 1
+        both = rebased_attention(q, k, nn.functional.pad(v, (0, 1), value=1.0), normalize=False, **options)
+        return both[..., :-1], both[..., -1]
+    o = rebased_attention(q, k, v, normalize=use_normalize, **options)
+    return o if head_first else o.transpose(1, 2)
+
+
+def chunk_linear_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
+    output_final_state: bool = False,
+    normalize: bool = True,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Any]:
+    """fla's chunk_linear_attn: causal attention with sim = scale q.k, where q and k are features already.
+
+    Args:
+        q, k: (B, T, H, K), K up to 128.
+        v: (B, T, H, V), V up to 256.
+        scale: K ** -0.5 when None.
+        initial_state: without normalize (B, H, K, V); with it (kv, z), z (B, 1, H, K), either of them None
+            for zeros, or kv alone.
+        output_final_state: also return the state after the last token, of the same shape, float32.
+        normalize: divide by the sum of sim + 1e-10.
+        cu_seqlens: (S + 1,): S sequences packed along T; B must be 1, and states have first dimension S.
+
+    Returns:
+        (o, final state): o (B, T, H, V) in q's dtype; None without output_final_state.
+
+    Raises:
+        ValueError, TypeError: as `rebased_attention`.
+    """
+    q, k, v = (_head_first(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    feature_dim = q.shape[-1]
+    if feature_dim > MAX_FEATURE_DIM:
+        raise ValueError(
+            f"q: expected up to {MAX_FEATURE_DIM} features, got {feature_dim}; those of a map that this "
+            "package has need not be made: see rebased_attention's feature_map"
+        )
+    sums = accumulator(q.dtype)
+    scale = feature_dim**-0.5 if scale is None else scale
+    result = rebased_attention(
+        q,
+        k,
+        v,
+        gamma_q=torch.full((feature_dim,), scale, dtype=sums, device=q.device),
+        feature_map=IDENTITY,
+        eps=1e-10,
+        normalize=normalize,
+        initial_state=_initial_state(initial_state, q, k, v, normalize, cu_seqlens),
+        return_state=output_final_state,
+        cu_seqlens=cu_seqlens,
+    )
+    if not isinstance(result, tuple):
+        return result.transpose(1, 2), None
+    o, state = result
+    return o.transpose(1, 2), (state.kv, state.k.unsqueeze(1)) if normalize else state.kv
+
+
+def _initial_state(
+    given: Tensor | tuple[Tensor | None, Tensor | None] | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    normalize: bool,
+    cu_seqlens: Tensor | None,
+) -> RebasedState | None:
+    kv, z = given if isinstance(given, tuple) else (given, None)
+    if isinstance(given, tuple) and not normalize:
+        raise TypeError("initial_state: expected one tensor (B, H, K, V) without normalize, got a tuple")
+    if kv is None and z is None:
+        return None
+    states = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sizes = (states, k.shape[1], q.shape[-1])
+    if z is not None and tuple(z.shape) != (states, 1, *sizes[1:]):
+        raise ValueError(
+            f"initial_state: expected z of shape {(states, 1, *sizes[1:])}, got {tuple(z.shape)}"
+        )
+    sums = accumulator(q.dtype)
+    return RebasedState(
+        q.new_zeros(*sizes, v.shape[-1], dtype=sums) if kv is None else kv.to(sums),
+        q.new_zeros(sizes, dtype=sums) if z is None else z.squeeze(1).to(sums),
+    )
+
+
+def _head_first(name: str, x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{name}: expected shape (B, T, H, width), got {tuple(x.shape)}")
+    return x.transpose(1, 2)
+
+
+class ReBased(ReBasedAttention):
+    """The mixer of the paper's repository: its constructor, its forward, its state dict.
+
+    Args:
+        d_model: width of hidden_states.
+        l_max, feature_name: without effect, as in the original.
+        feature_dim, num_heads, eps: as in `ReBasedAttention`; num_key_value_heads must equal num_heads, since
+            the original splits v into num_heads.
+        causal, mode: True and "parallel", which is all that the original runs.
+        use_beta, use_gamma, normalize: all three: LayerNorm over a token with gamma and beta (ln_q.weight and
+            .bias). Without normalize: gamma alone or gamma and beta (ln_q.gamma and .beta, both in the state
+            dict), or none of the three.
+
+    Raises:
+        ValueError: a combination that the original cannot run either; the message names the argument.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        l_max: int = 2048,
+        feature_dim: int = 16,
+        num_key_value_heads: int = 12,
+        num_heads: int = 12,
+        feature_name: str = "taylor_exp",
+        eps: float = 1e-12,
+        causal: bool = True,
+        mode: str = "parallel",
+        use_beta: bool = True,
+        use_gamma: bool = True,
+        normalize: bool = True,
+    ) -> None:
+        if num_key_value_heads != num_heads:
+            raise ValueError(
+                f"num_key_value_heads: expected num_heads {num_heads}, got {num_key_value_heads}; "
+                "ReBasedAttention has grouped heads"
+            )
+        if not causal:
+            raise ValueError("causal: expected True, got False: the op is causal, and so is the original")
+        if mode != "parallel":
+            raise ValueError(f'mode: expected "parallel", got {mode!r}')
+        if normalize and not (use_gamma and use_beta):
+            raise ValueError(
+                f"normalize: expected use_gamma and use_beta with it, got {use_gamma} and {use_beta}; "
+                "ReBasedAttention has LayerNorm without them"
+            )
+        if use_beta and not use_gamma:
+            raise ValueError("use_beta: expected use_gamma with it; ReBasedAttention has beta alone")
+        super().__init__(
+            d_model,
+            num_heads,
+            feature_dim,
+            layer_norm="token" if normalize else None,
+            use_gamma=use_gamma,
+            use_beta=use_beta,
+            eps=eps,
+        )
+        if use_gamma and not normalize:
+            self.ln_q = _Scaler(num_heads * feature_dim, use_beta)  # type: ignore[assignment]
+            self.ln_k = _Scaler(num_heads * feature_dim, use_beta)  # type: ignore[assignment]
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """`ReBasedAttention.forward`; other keywords have no effect, as in the original."""
+        return super().forward(hidden_states, attention_mask)
+
+
+class _Scaler(nn.Module):
+    """gamma and beta under the names of the original, where the layer finds them as weight and bias."""
+
+    def __init__(self, width: int, use_beta: bool) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+        self.beta = nn.Parameter(torch.zeros(width))
+        self.use_beta = use_beta
+
+    @property
+    def weight(self) -> Tensor:
+        return self.gamma
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.beta if self.use_beta else None
