@@ -157,6 +157,7 @@ def test_features_make_sim(feature_map, feature_dim, scale):
         "elu": torch.einsum(
             "bhid,bhjd->bhij", torch.where(q > 0, q + 1, q.exp()), torch.where(k > 0, k + 1, k.exp())
         ),
+        "identity": torch.einsum("bhid,bhjd->bhij", q, k),
     }
     assert_close(similarity, by_hand[feature_map])
 
