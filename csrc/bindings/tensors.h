@@ -81,11 +81,21 @@ inline LayerNorm layer_norm_of(const std::string& name) {
   return LayerNorm::head;
 }
 
-// Backends want a last stride of 1; anything else is copied. A size-1 dimension may have any stride.
+// Backends want a last stride of 1, and every row at a multiple of 16 bytes where rows have as many: anything
+// else is copied. A size-1 dimension may have any stride.
 inline Tensor with_dense_rows(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  if (tensor.size(last) == 1 || tensor.stride(last) == 1) return tensor;
-  return torch_call([&] { return torch::stable::contiguous(tensor); });
+  const int64_t last = tensor.dim() - 1, unit = 16, size = static_cast<int64_t>(tensor.element_size());
+  const bool dense = tensor.size(last) == 1 || tensor.stride(last) == 1;
+  bool aligned = true;
+  if (tensor.size(last) * size % unit == 0) {
+    aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % unit == 0;
+    for (int64_t i = 0; i < last; ++i) {
+      aligned = aligned && (tensor.size(i) == 1 || tensor.stride(i) * size % unit == 0);
+    }
+  }
+  if (dense && aligned) return tensor;
+  return torch_call(
+      [&] { return dense ? torch::stable::clone(tensor) : torch::stable::contiguous(tensor); });
 }
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch_call([&] { return torch::stable::contiguous(tensor); });
@@ -94,9 +104,12 @@ inline OptionalTensor as_contiguous(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(as_contiguous(*tensor)) : OptionalTensor();
 }
 
+inline int64_t used_stride(const Tensor& tensor, int64_t dimension) {
+  return tensor.size(dimension) == 1 ? 0 : tensor.stride(dimension);
+}
 inline ConstRows const_rows(const Tensor& tensor) {
-  const int64_t row_stride = tensor.dim() == 4 ? tensor.stride(2) : 0;
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), row_stride};
+  const int64_t row_stride = tensor.dim() == 4 ? used_stride(tensor, 2) : 0;
+  return {tensor.const_data_ptr(), used_stride(tensor, 0), used_stride(tensor, 1), row_stride};
 }
 inline MutableRows mutable_rows(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
