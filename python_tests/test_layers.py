@@ -355,3 +355,10 @@ def test_arguments_of_the_wrong_type_are_named(make):
         layer(x, [[1, 0]])
     with pytest.raises(ValueError, match=r"^attention_mask: expected x's device"):
         layer(x, torch.ones(x.shape[:2], dtype=torch.bool, device="meta"))
+
+
+def test_attention_matrix_refuses_a_shared_out_sequence():
+    layer = ReBasedAttention(24, 2, 4)
+    layer.context_parallel_group = object()
+    with pytest.raises(RuntimeError, match="attention_matrix: needs the whole sequence"):
+        layer.attention_matrix(torch.randn(1, 5, 24))

@@ -157,8 +157,13 @@ class ReBasedAttention(nn.Module):
     def attention_matrix(self, x: Tensor) -> Tensor:
         """Where each token of x (B, N, hidden_size) attends: (B, num_heads, N, N), in O(N^2).
 
-        See `rebased_cuda.attention_matrix`; times v it is what proj_o is applied to.
+        See `rebased_cuda.attention_matrix`; times v it is what proj_o is applied to. Raises RuntimeError
+        where the sequence is shared out over processes: no rank has all of it.
         """
+        if self.context_parallel_group is not None:
+            raise RuntimeError(
+                "attention_matrix: needs the whole sequence, which context_parallelize shares out"
+            )
         _check_shape("x", x, ("B", "N", self.hidden_size))
         q, k, _ = self._sequences(x)
         return attention_matrix(q, k, **self._options())
