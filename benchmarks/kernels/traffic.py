@@ -4,8 +4,8 @@ bfloat16, or float32 where a name says so, d = 16 (outer8: 8, outer32: 32), dv =
 tokens, "head" LayerNorm with gamma and beta; in one pass, and split in 4 segments. The figures are per head
 and token, and exact. Bytes are what threads ask for. Sectors are 32 bytes each, counted for every access of a
 warp: what L2 serves where L1 does not help, so two accesses to the halves of a sector count it twice. The
-limits hold for both; for float32, whose threads copy rows 16 bytes at a time, only for bytes. Needs g++, cmake
-and ninja on x86-64; no GPU and no nvcc.
+limits hold for both; for float32, whose threads copy rows 16 bytes at a time, only for bytes. Needs g++,
+cmake and ninja on x86-64; no GPU and no nvcc.
 """
 
 from __future__ import annotations
