@@ -22,7 +22,7 @@ KERNEL void numbers(const float* x, const float* y, const half_t* halves, uint32
   put(11, ballot(a > b));
 }
 
-// x (32); out (4, 32)
+// x (32); out (5, 32)
 KERNEL void exchanges(const uint32_t* x, uint32_t* out) {
   const int lane = static_cast<int>(threadIdx.x);
   const uint32_t value = x[lane];
@@ -30,6 +30,7 @@ KERNEL void exchanges(const uint32_t* x, uint32_t* out) {
   out[32 + lane] = shuffle_xor(value, 5);
   out[64 + lane] = shuffle_up(value, 3);
   out[96 + lane] = shuffle_down(value, 3);
+  out[128 + lane] = static_cast<uint32_t>(thread_index_anew());
 }
 
 // matrices (4, 8, 8) of 16-bit elements; out (15, 32): the registers of the six loads, then the transposed
@@ -59,7 +60,7 @@ KERNEL void matrices(const uint16_t* matrices, uint32_t* out) {
   put(transpose_matrix(r1[0]));
 }
 
-// fragments (10, 32): a (4), b (2), d (4, float); out (4, 32)
+// fragments (10, 32): a (4), b (2), d (4, float); out (5, 32)
 template <class Multiply>
 DEVICE void multiply(const uint32_t* fragments, float* out, const Multiply& product) {
   const unsigned lane = threadIdx.x;

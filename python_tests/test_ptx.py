@@ -94,12 +94,13 @@ def test_numbers(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_exchanges(architecture):
     x = np.random.default_rng(1).integers(0, 2**32, 32, np.uint64).astype(np.uint32)
-    out = run_wrapper("exchanges", architecture, [x], 4 * 32, "u4").reshape(4, 32)
+    out = run_wrapper("exchanges", architecture, [x], 5 * 32, "u4").reshape(5, 32)
     lane = np.arange(32)
     np.testing.assert_array_equal(out[0], x[::-1])
     np.testing.assert_array_equal(out[1], x[lane ^ 5])
     np.testing.assert_array_equal(out[2], np.concatenate([x[:3], x[:-3]]))
     np.testing.assert_array_equal(out[3], np.concatenate([x[3:], x[-3:]]))
+    np.testing.assert_array_equal(out[4], lane)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
