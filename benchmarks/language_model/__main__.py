@@ -139,6 +139,7 @@ def _run(arguments: argparse.Namespace, mixer: str, folder: Path, strategy: str)
             "model": asdict(model),
             "training": asdict(training),
         }
+        del trainer  # before its process group: see `processes`
         _say(
             f"held-out perplexity {perplexity.all:.2f}; AR tokens ({perplexity.recall_share:.0%}) "
             f"{perplexity.recall:.2f}, others {perplexity.other:.2f}; {duration(seconds)} a step",

@@ -9,6 +9,7 @@ what two processes wrote, one reads, and the other way round.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,6 +117,10 @@ STRATEGIES = {
 def processes(name: str, device: torch.device) -> Iterator[OneProcess]:
     """The strategy of that name, with a process group around it where it wants one.
 
+    The wrapped model must be gone at the end of the block. It holds the process group, whose gloo threads still
+    want the GIL to let go of the last tensors they sent, and get it neither while DistributedDataParallel frees
+    the group (deadlock) nor while the interpreter ends (abort).
+
     Raises:
         ValueError: torchrun did not start this process, or it did and the strategy is "none".
     """
@@ -138,6 +143,8 @@ def processes(name: str, device: torch.device) -> Iterator[OneProcess]:
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield STRATEGIES[name](device)
+        gc.collect()  # what a dead model leaves in cycles
+        distributed.barrier()  # waits without the GIL
     finally:
         distributed.destroy_process_group()
 
