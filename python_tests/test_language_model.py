@@ -369,8 +369,6 @@ def perplexities(printed: str) -> list[float]:
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "context"])
 def test_two_processes_have_the_losses_of_one(tmp_path: Path, strategy: str) -> None:
-    if strategy == "context":
-        pytest.importorskip("rebased_cuda.context_parallel")
     (tmp_path / "text").mkdir()
     sources(tmp_path / "text")
     options = ("--checkpoint-every", "30", "--clip", "0.5")

@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from rebased_cuda.context_parallel import context_parallelize
+
 
 class OneProcess:
     """No communication; also the interface: a strategy overrides what it does differently.
@@ -86,8 +88,6 @@ class ContextParallel(DataParallel):
     """Every process has the whole model and a run of each row's tokens; gradients are averaged as in DDP."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        from rebased_cuda.context_parallel import context_parallelize
-
         if model.positions is not None:
             raise ValueError("parallel: context wants the mixer rebased or based, attention reads whole rows")
         # a group of its own: the layers' exchanges must not wait for the gradients'
@@ -117,9 +117,9 @@ STRATEGIES = {
 def processes(name: str, device: torch.device) -> Iterator[OneProcess]:
     """The strategy of that name, with a process group around it where it wants one.
 
-    The wrapped model must be gone at the end of the block. It holds the process group, whose gloo threads still
-    want the GIL to let go of the last tensors they sent, and get it neither while DistributedDataParallel frees
-    the group (deadlock) nor while the interpreter ends (abort).
+    The wrapped model must be gone at the end of the block. It holds the process group, whose gloo threads
+    still want the GIL to let go of the last tensors they sent, and get it neither while
+    DistributedDataParallel frees the group (deadlock) nor while the interpreter ends (abort).
 
     Raises:
         ValueError: torchrun did not start this process, or it did and the strategy is "none".

@@ -94,8 +94,7 @@ inline Tensor with_dense_rows(const Tensor& tensor) {
     }
   }
   if (dense && aligned) return tensor;
-  return torch_call(
-      [&] { return dense ? torch::stable::clone(tensor) : torch::stable::contiguous(tensor); });
+  return torch_call([&] { return dense ? torch::stable::clone(tensor) : torch::stable::contiguous(tensor); });
 }
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch_call([&] { return torch::stable::contiguous(tensor); });
