@@ -49,17 +49,18 @@ struct ElementwiseCall : Call<T> {
   }
   template <class Pointer>
   static Stream<Pointer> reversed(const Stream<Pointer>& s, int tokens) {
-    return {s.data + (tokens - 1) * s.token_stride, -s.token_stride, s.head_stride, -s.ahead};
+    return {s.data + (tokens - 1) * s.token_stride, -s.token_stride, s.head_stride, s.ahead};
   }
   bool in_place() const { return is_accumulator<T>(base.dtype) && sizes.head_dim % kWidth<T> == 0; }
 
-  // `count` heads of v, y or grad_y from `head` on, one chunk; the part of the columns that is worked on.
+  // `count` heads of v, y or grad_y from `head` on, one chunk; the part of the columns that is worked on. The
+  // rows that lie `ahead` of each are fetched meanwhile.
   Stream<const T*> value_rows(const ConstRows& source, int64_t batch, int64_t head, int64_t count,
-                              int64_t row, int tokens, T* copy) const {
+                              int64_t row, int tokens, T* copy, int64_t ahead) const {
     const int64_t offset = row * source.row_stride + sizes.first_column;
     if (in_place())
       return {reinterpret_cast<const T*>(head_rows<T>(source, batch, head, base.dtype)) + offset,
-              source.row_stride, source.head_stride, sizes.chunk * source.row_stride};
+              source.row_stride, source.head_stride, ahead * source.row_stride};
     with_element<T>(base.dtype, [&](auto element) {
       using E = typename decltype(element)::type;
       for (int64_t g = 0; g < count; g++) {
@@ -67,23 +68,26 @@ struct ElementwiseCall : Call<T> {
             reinterpret_cast<const E*>(head_rows<T>(source, batch, head + g, base.dtype)) + offset;
         T* target = copy + g * sizes.chunk * sizes.value_columns;
         for (int i = 0; i < tokens; i++)
-          for (int n = 0; n < sizes.value_columns; n += kWidth<T>)
+          for (int n = 0; n < sizes.value_columns; n += kWidth<T>) {
+            __builtin_prefetch(rows + (i + ahead) * source.row_stride + n, 0, 2);
             store(target + i * sizes.value_columns + n,
                   read<T>(rows + i * source.row_stride + n, sizes.head_dim - n));
+          }
       }
     });
     return packed<const T*>(copy, sizes.value_columns);
   }
   // Where a recurrence leaves rows of y or grad_v; write_values brings them to the tensor.
-  Stream<T*> value_sums(const MutableRows& target, int64_t batch, int64_t head, int64_t row, T* copy) const {
+  Stream<T*> value_sums(const MutableRows& target, int64_t batch, int64_t head, int64_t row, T* copy,
+                        int64_t ahead) const {
     if (!in_place()) return packed(copy, sizes.value_columns);
     const int64_t offset = batch * target.batch_stride + head * target.head_stride + row * target.row_stride;
     return {static_cast<T*>(target.data) + offset + sizes.first_column, target.row_stride, target.head_stride,
-            sizes.chunk * target.row_stride};
+            ahead * target.row_stride};
   }
   // Columns [begin, end), of those that are worked on.
   void write_values(const MutableRows& target, int64_t batch, int64_t head, int64_t count, int64_t row,
-                    int tokens, const T* copy, int begin, int end) const {
+                    int tokens, const T* copy, int begin, int end, int64_t ahead) const {
     if (in_place()) return;
     with_element<T>(base.dtype, [&](auto element) {
       using E = typename decltype(element)::type;
@@ -92,9 +96,11 @@ struct ElementwiseCall : Call<T> {
                   (head + g) * target.head_stride + row * target.row_stride + sizes.first_column;
         const T* source = copy + g * sizes.chunk * sizes.value_columns;
         for (int i = 0; i < tokens; i++)
-          for (int n = begin; n < end; n += kWidth<T>)
+          for (int n = begin; n < end; n += kWidth<T>) {
+            __builtin_prefetch(rows + (i + ahead) * target.row_stride + n, 0, 2);
             write<T>(rows + i * target.row_stride + n, load(source + i * sizes.value_columns + n),
                      sizes.head_dim - n);
+          }
       }
     });
   }
@@ -114,12 +120,13 @@ struct ElementwiseCall : Call<T> {
   }
   // The tokens of the group's query head `place`, or of the key for place = group; statistics included.
   TokenRows<T> token_rows(const ElementwiseScratch<T>& scratch, const Item& item, int64_t place, int64_t row,
-                          int tokens) const {
+                          int tokens, int64_t ahead) const {
     const bool query = place < group();
     const Tokens<T> t = head_tokens<T>(base, sizes, query, statistics, item.batch,
                                        query ? item.kv_head * group() + place : item.kv_head);
     TokenRows<T> rows;
     rows.data = t.data + row * t.row_stride * bytes_of<T>(t.dtype), rows.stride = t.row_stride;
+    rows.ahead = ahead;
     rows.dtype = t.dtype, rows.map = t.map, rows.norm = t.norm;
     rows.feature_dim = t.feature_dim, rows.width = width();
     rows.gamma = scratch.affine + place * 2 * width(), rows.beta = rows.gamma + width();
@@ -129,15 +136,15 @@ struct ElementwiseCall : Call<T> {
     if (!given) head_statistics(rows, tokens, t.eps, mean, rstd);
     return rows;
   }
-  TokenRows<T> pack_keys(const ElementwiseScratch<T>& scratch, const Item& item, int64_t row,
-                         int tokens) const {
-    const TokenRows<T> rows = token_rows(scratch, item, group(), row, tokens);
+  TokenRows<T> pack_keys(const ElementwiseScratch<T>& scratch, const Item& item, int64_t row, int tokens,
+                         int64_t ahead) const {
+    const TokenRows<T> rows = token_rows(scratch, item, group(), row, tokens, ahead);
     pack_features(rows, tokens, scratch.keys);
     return rows;
   }
   TokenRows<T> pack_queries(const ElementwiseScratch<T>& scratch, const Item& item, int64_t place,
-                            int64_t row, int tokens) const {
-    const TokenRows<T> rows = token_rows(scratch, item, place, row, tokens);
+                            int64_t row, int tokens, int64_t ahead) const {
+    const TokenRows<T> rows = token_rows(scratch, item, place, row, tokens, ahead);
     pack_features(rows, tokens, queries_of(scratch, place));
     return rows;
   }
@@ -151,13 +158,14 @@ struct ElementwiseCall : Call<T> {
     pad_affine(scratch, item);
     for (int64_t row = item.begin; row < item.end; row += sizes.chunk) {
       const int tokens = int(smaller<int64_t>(sizes.chunk, item.end - row));
-      pack_keys(scratch, item, row, tokens);
+      pack_keys(scratch, item, row, tokens, sizes.chunk);
       for (int e = 0; e < width(); e++)
         for (int i = 0; i < tokens; i++) state[sizes.state_kv + e] += scratch.keys[i * width() + e];
       Recurrence<T> s{};
       s.tokens = tokens, s.rows = width(), s.lanes = sizes.value_columns, s.updates = 1, s.state = state;
       s.update_rows = packed<const T*>(scratch.keys, width());
-      s.update_lanes = value_rows(base.v, item.batch, item.kv_head, 1, row, tokens, scratch.values);
+      s.update_lanes =
+          value_rows(base.v, item.batch, item.kv_head, 1, row, tokens, scratch.values, sizes.chunk);
       recur(s);
     }
   }

@@ -27,12 +27,15 @@ struct ElementwiseBackward : ElementwiseCall<T>, GradientTargets<T> {
   }
   Scratch scratch(Arena& arena) const { return Scratch(sizes, problem.kv_heads ? group() : 0, arena, true); }
 
-  Stream<const T*> gradient_rows(const Scratch& scratch, const Item& item, int64_t row, int tokens) const {
+  // `ahead` here and below: where the sweep goes on, in rows.
+  Stream<const T*> gradient_rows(const Scratch& scratch, const Item& item, int64_t row, int tokens,
+                                 int64_t ahead) const {
     return this->value_rows(problem.grad_y, item.batch, item.kv_head * group(), group(), row, tokens,
-                            scratch.rows);
+                            scratch.rows, ahead);
   }
-  Stream<const T*> values(const Scratch& scratch, const Item& item, int64_t row, int tokens) const {
-    return this->value_rows(problem.v, item.batch, item.kv_head, 1, row, tokens, scratch.values);
+  Stream<const T*> values(const Scratch& scratch, const Item& item, int64_t row, int tokens,
+                          int64_t ahead) const {
+    return this->value_rows(problem.v, item.batch, item.kv_head, 1, row, tokens, scratch.values, ahead);
   }
   const T* r_of(const Item& item, int64_t g, int64_t row) const {
     return static_cast<const T*>(problem.r) +
@@ -41,10 +44,10 @@ struct ElementwiseBackward : ElementwiseCall<T>, GradientTargets<T> {
 
   // -grad_y . y of each query, 0 where nothing was divided.
   void dot_outputs(const Scratch& scratch, const Item& item, int64_t row, int tokens,
-                   const Stream<const T*>& gradients) const {
+                   const Stream<const T*>& gradients, int64_t ahead) const {
     if (!problem.normalize) return this->clear(scratch.factors, group() * sizes.chunk);
     const Stream<const T*> y = this->value_rows(problem.y, item.batch, item.kv_head * group(), group(), row,
-                                                tokens, scratch.outputs);
+                                                tokens, scratch.outputs, ahead);
     for (int64_t g = 0; g < group(); g++)
       sum_tokens<T>(tokens, scratch.factors + g * sizes.chunk, [&](int i) {
         const T* a = gradients.data + g * gradients.head_stride + i * gradients.token_stride;
@@ -60,9 +63,10 @@ struct ElementwiseBackward : ElementwiseCall<T>, GradientTargets<T> {
   void clear(T* target, int64_t count) const { __builtin_memset(target, 0, count * sizeof(T)); }
 
   // phi(q) r of the group's queries; and, backwards, what they add to m: m after each token.
-  void pack_weighted_queries(const Scratch& scratch, const Item& item, int64_t row, int tokens) const {
+  void pack_weighted_queries(const Scratch& scratch, const Item& item, int64_t row, int tokens,
+                             int64_t ahead) const {
     for (int64_t g = 0; g < group(); g++) {
-      this->pack_queries(scratch, item, g, row, tokens);
+      this->pack_queries(scratch, item, g, row, tokens, ahead);
       const T* r = r_of(item, g, row);
       T* queries = this->queries_of(scratch, g);
       for (int i = 0; i < tokens; i++)
@@ -114,9 +118,9 @@ struct ElementwiseBackward : ElementwiseCall<T>, GradientTargets<T> {
     T* z = scratch.state + sizes.state_kv;
     for (int64_t row = item.begin; row < item.end; row += sizes.chunk) {
       const int tokens = int(smaller<int64_t>(sizes.chunk, item.end - row));
-      this->pack_keys(scratch, item, row, tokens);
-      const Stream<const T*> gradients = gradient_rows(scratch, item, row, tokens);
-      dot_outputs(scratch, item, row, tokens, gradients);
+      this->pack_keys(scratch, item, row, tokens, sizes.chunk);
+      const Stream<const T*> gradients = gradient_rows(scratch, item, row, tokens, sizes.chunk);
+      dot_outputs(scratch, item, row, tokens, gradients, sizes.chunk);
       for (int64_t g = group() - 1; g >= 0; g--)
         for (int e = 0; e < width(); e += kWidth<T>) {
           Vector<T> sum = load(z + e);
@@ -130,13 +134,13 @@ struct ElementwiseBackward : ElementwiseCall<T>, GradientTargets<T> {
       Recurrence<T> s{};
       s.tokens = tokens, s.rows = sizes.value_columns, s.lanes = width(), s.state = scratch.turned;
       s.updates = 1, s.queries = int(group()), s.accumulate = true;
-      s.update_rows = values(scratch, item, row, tokens);
+      s.update_rows = values(scratch, item, row, tokens, sizes.chunk);
       s.update_lanes = this->template packed<const T*>(scratch.keys, width());
       s.query_rows = gradients;
       s.sums = this->packed(scratch.grad_tokens, width());
       recur(s);
       for (int64_t g = 0; g < group(); g++)
-        finish(scratch, this->token_rows(scratch, item, g, row, tokens), g, r_of(item, g, row),
+        finish(scratch, this->token_rows(scratch, item, g, row, tokens, sizes.chunk), g, r_of(item, g, row),
                this->query_target, item.batch, item.kv_head * group() + g, row, tokens);
     }
     write_affine(scratch, group(), this->query_affine + item.number * group() * 2 * sizes.feature_dim);
@@ -151,19 +155,19 @@ struct ElementwiseBackward : ElementwiseCall<T>, GradientTargets<T> {
     const int64_t chunks = (item.end - item.begin + sizes.chunk - 1) / sizes.chunk;
     for (int64_t row = item.begin + (chunks - 1) * sizes.chunk; row >= item.begin; row -= sizes.chunk) {
       const int tokens = int(smaller<int64_t>(sizes.chunk, item.end - row));
-      const TokenRows<T> keys = this->pack_keys(scratch, item, row, tokens);
-      pack_weighted_queries(scratch, item, row, tokens);
+      const TokenRows<T> keys = this->pack_keys(scratch, item, row, tokens, -sizes.chunk);
+      pack_weighted_queries(scratch, item, row, tokens, -sizes.chunk);
       const auto back = [&](const auto& stream) { return this->reversed(stream, tokens); };
-      const Stream<const T*> gradients = gradient_rows(scratch, item, row, tokens);
+      const Stream<const T*> gradients = gradient_rows(scratch, item, row, tokens, -sizes.chunk);
       const Stream<const T*> queries = back(this->template packed<const T*>(scratch.queries, width()));
       Recurrence<T> t{};
       t.tokens = tokens, t.updates = int(group()), t.queries = 1;
       if (with_keys) {
-        dot_outputs(scratch, item, row, tokens, gradients);
+        dot_outputs(scratch, item, row, tokens, gradients, -sizes.chunk);
         sum_denominators(scratch, tokens, scratch.state + sizes.state_kv, scratch.grad_tokens);
         t.rows = sizes.value_columns, t.lanes = width(), t.state = scratch.turned, t.accumulate = true;
         t.update_rows = back(gradients), t.update_lanes = queries;
-        t.query_rows = back(values(scratch, item, row, tokens));
+        t.query_rows = back(values(scratch, item, row, tokens, -sizes.chunk));
         t.sums = back(this->packed(scratch.grad_tokens, width()));
         recur(t);
         finish(scratch, keys, group(), nullptr, this->key_target, item.batch, item.kv_head, row, tokens);
@@ -172,9 +176,11 @@ struct ElementwiseBackward : ElementwiseCall<T>, GradientTargets<T> {
       t.state = scratch.state + int64_t(begin) * width();
       t.update_rows = queries, t.update_lanes = back(gradients).from(begin);
       t.query_rows = back(this->template packed<const T*>(scratch.keys, width()));
-      t.sums = back(this->value_sums(p.grad_v, item.batch, item.kv_head, row, scratch.outputs)).from(begin);
+      t.sums = back(this->value_sums(p.grad_v, item.batch, item.kv_head, row, scratch.outputs, -sizes.chunk))
+                   .from(begin);
       recur(t);
-      this->write_values(p.grad_v, item.batch, item.kv_head, 1, row, tokens, scratch.outputs, begin, end);
+      this->write_values(p.grad_v, item.batch, item.kv_head, 1, row, tokens, scratch.outputs, begin, end,
+                         -sizes.chunk);
     }
     if (with_keys) write_affine(scratch, 1, this->key_affine + item.number * 2 * sizes.feature_dim);
   }
@@ -204,9 +210,9 @@ struct ElementwiseBackward : ElementwiseCall<T>, GradientTargets<T> {
     this->pad_affine(scratch, item);
     for (int64_t row = item.begin; row < item.end; row += sizes.chunk) {
       const int tokens = int(smaller<int64_t>(sizes.chunk, item.end - row));
-      pack_weighted_queries(scratch, item, row, tokens);
-      const Stream<const T*> gradients = gradient_rows(scratch, item, row, tokens);
-      dot_outputs(scratch, item, row, tokens, gradients);
+      pack_weighted_queries(scratch, item, row, tokens, sizes.chunk);
+      const Stream<const T*> gradients = gradient_rows(scratch, item, row, tokens, sizes.chunk);
+      dot_outputs(scratch, item, row, tokens, gradients, sizes.chunk);
       sum_denominators(scratch, tokens, state + sizes.state_kv, scratch.grad_tokens);
       Recurrence<T> t{};
       t.tokens = tokens, t.rows = width(), t.lanes = sizes.value_columns, t.state = state;

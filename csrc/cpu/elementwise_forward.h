@@ -56,19 +56,20 @@ struct ElementwiseForward : ElementwiseCall<T> {
     this->pad_affine(scratch, item);
     for (int64_t row = item.begin; row < item.end; row += sizes.chunk) {
       const int tokens = int(smaller<int64_t>(sizes.chunk, item.end - row));
-      this->pack_keys(scratch, item, row, tokens);
-      for (int64_t g = 0; g < group(); g++) this->pack_queries(scratch, item, g, row, tokens);
+      this->pack_keys(scratch, item, row, tokens, sizes.chunk);
+      for (int64_t g = 0; g < group(); g++) this->pack_queries(scratch, item, g, row, tokens, sizes.chunk);
       divide(scratch, item, row, tokens);
       Recurrence<T> s{};
       s.tokens = tokens, s.rows = width(), s.lanes = sizes.value_columns, s.state = scratch.state;
       s.updates = 1, s.queries = int(group());
       s.update_rows = this->template packed<const T*>(scratch.keys, width());
-      s.update_lanes = this->value_rows(p.v, item.batch, item.kv_head, 1, row, tokens, scratch.values);
+      s.update_lanes =
+          this->value_rows(p.v, item.batch, item.kv_head, 1, row, tokens, scratch.values, sizes.chunk);
       s.query_rows = this->template packed<const T*>(scratch.queries, width());
-      s.sums = this->value_sums(p.y, item.batch, item.kv_head * group(), row, scratch.outputs);
+      s.sums = this->value_sums(p.y, item.batch, item.kv_head * group(), row, scratch.outputs, sizes.chunk);
       recur(s);
       this->write_values(p.y, item.batch, item.kv_head * group(), group(), row, tokens, scratch.outputs, 0,
-                         sizes.value_columns);
+                         sizes.value_columns, sizes.chunk);
     }
     if (item.last && p.final_state.kv)
       export_state(sizes, scratch.state, p.final_state, item.sequence * p.kv_heads + item.kv_head);

@@ -1,9 +1,9 @@
 // The one inner loop of the elementwise maps: a state of F x head_dim walked token by token,
 //   state += rows(token) lanes(token)^T, for each update;   sums(token) (+)= rows(token)^T state, for each
 //   query
-// where `rows` are scalars and `lanes` vectors. A tile of the state, kStateRows x one vector, stays in
-// registers for a whole chunk, so that the only loads are the operands: 2 F head_dim multiply-adds a token
-// and query, no scores, no transposes. A state lies either way round: lanes are value columns (y, dv) or
+// where `rows` are scalars and `lanes` vectors. A tile of the state stays in registers for a whole chunk, so
+// that the only loads are the operands: 2 F head_dim multiply-adds a token and query, no scores, no
+// transposes. A state lies either way round: lanes are value columns (y, dv) or
 // features (dq, dk, whose sums run over the columns), so no product ever sums over lanes.
 #pragma once
 
@@ -11,7 +11,10 @@
 
 namespace rebased::cpu::REBASED_ISA {
 
-constexpr int kStateRows = REBASED_VECTOR_BYTES == 64 ? 16 : 8;  // half of the register file
+// A tile fills half of the register file. AVX-512 multiplies by a scalar in memory, so its tile is as tall as
+// it can be; elsewhere every scalar is a load of its own, which two vectors share.
+constexpr int kStateRows = REBASED_VECTOR_BYTES == 64 ? 16 : 4,
+              kStateVectors = REBASED_VECTOR_BYTES == 64 ? 1 : 2;
 
 // One row a token and head, from the token that is processed first; strides may be negative.
 template <class Pointer>
@@ -33,7 +36,7 @@ struct Recurrence {
   T* state;         // [panel of lanes][rows][columns of the panel]
 };
 
-template <class T, int Rows, bool Single>
+template <class T, int Rows, int NV, bool Single>
 inline void recur_tile(const Recurrence<T>& call, bool accumulate, int row, int lane, T* state,
                        int64_t stride) {
   const Stream<const T*> update_rows = call.update_rows.from(row),
@@ -41,47 +44,61 @@ inline void recur_tile(const Recurrence<T>& call, bool accumulate, int row, int 
   const Stream<const T*> query_rows = call.query_rows.from(row);
   const Stream<T*> sums = call.sums.from(lane);
   const int updates = Single ? 1 : call.updates, queries = Single ? 1 : call.queries;
-  Vector<T> tile[Rows];
+  Vector<T> tile[Rows][NV];
 #pragma GCC unroll 16
-  for (int r = 0; r < Rows; r++) tile[r] = load(state + r * stride);
+  for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; n++) tile[r][n] = load(state + r * stride + n * kWidth<T>);
   for (int64_t token = 0; token < call.tokens; token++) {
     for (int64_t head = 0; head < updates; head++) {
       const T* a = update_rows.data + token * update_rows.token_stride + head * update_rows.head_stride;
       const T* b = update_lanes.data + token * update_lanes.token_stride + head * update_lanes.head_stride;
-      const Vector<T> column = load(b);
       __builtin_prefetch(a + update_rows.ahead, 0, 2);
       __builtin_prefetch(b + update_lanes.ahead, 0, 2);
+      Vector<T> columns[NV];
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) columns[n] = load(b + n * kWidth<T>);
 #pragma GCC unroll 16
-      for (int r = 0; r < Rows; r++) tile[r] += a[r] * column;
+      for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; n++) tile[r][n] += a[r] * columns[n];
     }
     for (int64_t head = 0; head < queries; head++) {
       const T* a = query_rows.data + token * query_rows.token_stride + head * query_rows.head_stride;
       T* target = sums.data + token * sums.token_stride + head * sums.head_stride;
       __builtin_prefetch(a + query_rows.ahead, 0, 2);
       __builtin_prefetch(target + sums.ahead, 0, 2);
-      Vector<T> sum = accumulate ? load(target) : Vector<T>{};
+      Vector<T> sum[NV];
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) sum[n] = accumulate ? load(target + n * kWidth<T>) : Vector<T>{};
 #pragma GCC unroll 16
-      for (int r = 0; r < Rows; r++) sum += a[r] * tile[r];
-      store(target, sum);
+      for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; n++) sum[n] += a[r] * tile[r][n];
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) store(target + n * kWidth<T>, sum[n]);
     }
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < Rows; r++) store(state + r * stride, tile[r]);
+  for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; n++) store(state + r * stride + n * kWidth<T>, tile[r][n]);
 }
 
 template <class T, bool Single>
 inline void recur(const Recurrence<T>& call) {
   for_panels<T>(call.lanes, [&](auto vectors, int column) {
     constexpr int columns = decltype(vectors)::value * kWidth<T>;
-    for (int lane = 0; lane < columns; lane += kWidth<T>) {
+    constexpr int NV = decltype(vectors)::value < kStateVectors ? decltype(vectors)::value : kStateVectors;
+    for (int lane = 0; lane < columns; lane += NV * kWidth<T>) {
       T* state = call.state + int64_t(column) * call.rows + lane;
       int row = 0;
       for (; row + kStateRows <= call.rows; row += kStateRows)
-        recur_tile<T, kStateRows, Single>(call, call.accumulate || row > 0, row, column + lane,
-                                          state + int64_t(row) * columns, columns);
+        recur_tile<T, kStateRows, NV, Single>(call, call.accumulate || row > 0, row, column + lane,
+                                              state + int64_t(row) * columns, columns);
       for (; row < call.rows; row += kWidth<T>)
-        recur_tile<T, kWidth<T>, Single>(call, call.accumulate || row > 0, row, column + lane,
-                                         state + int64_t(row) * columns, columns);
+        recur_tile<T, kWidth<T>, NV, Single>(call, call.accumulate || row > 0, row, column + lane,
+                                             state + int64_t(row) * columns, columns);
     }
   });
 }

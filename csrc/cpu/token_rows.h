@@ -11,6 +11,7 @@ template <class T>
 struct TokenRows {
   const char* data;
   int64_t stride;
+  int64_t ahead;  // rows on to those that are fetched into the cache meanwhile
   Dtype dtype;
   FeatureMap map;
   LayerNorm norm;
@@ -90,6 +91,7 @@ inline void pack_features(const TokenRows<T>& t, int tokens, T* features) {
         const Vector<T> gamma = load(t.gamma + e), beta = load(t.beta + e);
         const auto valid = lane_numbers<T>() < typename Simd<T>::Int(t.feature_dim - e);
         for (int i = 0; i < tokens; i++) {
+          __builtin_prefetch(rows + (i + t.ahead) * t.stride + e, 0, 2);
           const Vector<T> x = read<T>(rows + i * t.stride + e, t.feature_dim - e);
           const Vector<T> scaled = (x - t.mean[i]) * t.rstd[i] * gamma + beta;
           const Vector<T> feature = elementwise_feature<T, decltype(map)::value>(scaled);
@@ -115,6 +117,7 @@ inline void token_rows_backward(const TokenRows<T>& t, int tokens, const T* toke
         for (int i = 0; i < tokens; i++) {
           const Vector<T> x = read<T>(rows + i * t.stride + e, t.feature_dim - e);
           const Vector<T> centered = (x - t.mean[i]) * t.rstd[i];
+          __builtin_prefetch(target + (i + t.ahead) * target_stride + e, 0, 2);
           Vector<T> own = load(gradient + i * t.width + e) *
                           elementwise_derivative<T, decltype(map)::value>(centered * gamma + beta);
           if (token_factor) own *= token_factor[i];
