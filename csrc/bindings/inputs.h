@@ -50,6 +50,8 @@ class Inputs {
     p.dtype = dtype_of(q);
     p.feature_map = feature_map_of(options.feature_map);
     p.layer_norm = layer_norm_of(options.layer_norm);
+    // over one head both are the same, and a head's own needs no pass over the tokens beforehand
+    if (p.layer_norm == LayerNorm::token && p.heads == 1) p.layer_norm = LayerNorm::head;
     p.normalize = options.normalize;
     p.scale = options.scale;
     p.eps = options.eps;
