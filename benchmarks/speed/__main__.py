@@ -21,7 +21,7 @@ import benchmarks.speed
 from rebased_cuda import _measure, build_info
 
 from . import ceilings, questions, report
-from .harness import OURS, Row
+from .harness import OURS, Row, keep_freed_memory
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -77,6 +77,7 @@ def _measure_all(arguments: argparse.Namespace) -> int:
     start = time.monotonic()
     device = arguments.device
     machine = _measure.machine()
+    kept = device == "cpu" and keep_freed_memory()
     _tell("the machine's ceilings")
     limits = ceilings.measure(device)
     where = (
@@ -85,7 +86,8 @@ def _measure_all(arguments: argparse.Namespace) -> int:
     print(f"{where}; torch {machine['torch']}, commit {report.commit() or 'unknown'}")
     print(
         f"CPU instruction set {build_info()['cpu_instruction_set']}, "
-        f"OMP_PROC_BIND={os.environ.get('OMP_PROC_BIND')}"
+        f"OMP_PROC_BIND={os.environ.get('OMP_PROC_BIND')}, "
+        f"freed memory {'is kept' if kept else 'may go back to the system'}"
     )
     rates = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in limits.flops.items())
     print(f"matmul GFLOP/s: {rates}; copy {limits.copy_bytes / 1e9:.1f} GB/s (read + written)")

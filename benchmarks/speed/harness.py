@@ -29,6 +29,17 @@ ROUNDS = (3, 15)  # fewest and most
 QUICK = 5e-3  # seconds: what is shorter is called once more before its repetitions are chosen
 
 
+def keep_freed_memory() -> bool:
+    """Tells the C library to give no memory back to the system; whether it does so (glibc).
+
+    Outputs then lie in pages that are there already, for every method. Else calls also time the system
+    handing out pages and clearing them, more or less of it as the methods before have left the heap.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, -1))
+
+
 class UnavailableError(Exception):
     """A peer that does not run here; the message is its row."""
 

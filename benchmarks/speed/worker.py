@@ -14,7 +14,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from .harness import OURS, Method, Prepared, Shape, UnavailableError
+from .harness import OURS, Method, Prepared, Shape, UnavailableError, keep_freed_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,6 +70,7 @@ def main() -> None:
 
     from . import peers
 
+    keep_freed_memory()
     prepared: Prepared | None = None
     for line in sys.stdin:
         if line == "run\n":

@@ -16,7 +16,7 @@ SECONDS = (12.0, 8.0)
 
 def rows(run: Run) -> Iterator[Row]:
     """The choice is made once a process: each has one of its own, and they take turns."""
-    if run.device == "cuda" or build_info()["cpu_instruction_set"] != "avx512":
+    if run.device == "cuda" or not str(build_info()["cpu_instruction_set"]).startswith("avx512"):
         return
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(Worker(name)) for name in ("avx512", "avx2")]
