@@ -361,6 +361,13 @@ def test_killed_runs_have_the_losses_of_whole_ones(tmp_path: Path) -> None:
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
+def documented(strategy: str) -> list[str]:
+    """The page's torchrun line for that strategy, to which settings can be added."""
+    page = (ROOT / "benchmarks" / "language_model" / "README.md").read_text()
+    (line,) = re.findall(rf"^torchrun (.* --parallel {strategy}\b.*)$", page, re.MULTILINE)
+    return ["-m", "torch.distributed.run", "--standalone", *line.split()]
+
+
 def perplexities(printed: str) -> list[float]:
     """Over all, AR and other tokens, as a run said them, once."""
     (found,) = re.findall(r"perplexity (\S+); AR tokens \(\S+\) (\S+), others (\S+);", printed)
@@ -373,8 +380,8 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path, strategy: str) -> 
     sources(tmp_path / "text")
     options = ("--checkpoint-every", "30", "--clip", "0.5")
     said = finish(command_line(tmp_path, "--name", "one", *options))
-    more = ("--activation-checkpointing", "--parallel", strategy)
-    said_by_two = finish([*TORCHRUN, *command_line(tmp_path, "--name", "two", *options, *more)])
+    settings = command_line(tmp_path, "--name", "two", *options, "--activation-checkpointing")[4:]
+    said_by_two = finish([*documented(strategy), *settings])
     one, two = (losses_of(tmp_path / "output" / name / "checkpoint.pt") for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-4)
     assert perplexities(said_by_two) == pytest.approx(perplexities(said), abs=0.02)

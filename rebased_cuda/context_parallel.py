@@ -6,9 +6,10 @@ its rows from there. Backward the same the other way round, with the reverse sta
 (and the denominator's part) of each rank's rows and the sum of those after it. A rank sends one state per
 direction, whatever N is.
 
-What hides the exchange: backward's goes on while the gradient of q is computed, which needs no reverse state.
-In forward the first rank answers its rows meanwhile; the others wait, since computing without the start state
-and adding its part later costs one more product with a state per row, far more than there is to hide.
+What hides the exchange: backward's goes on while the gradient of q is computed, which needs no reverse state
+(but for 16-bit inputs on a GPU, whose kernels make all gradients in one call). In forward the first rank
+answers its rows meanwhile; the others wait, since computing without the start state and adding its part later
+costs one more product with a state per row, far more than there is to hide.
 
 `context_parallelize` does it for a model's layers.
 """

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from . import plots
     except ImportError:
-        print("no pictures: matplotlib is not installed (pip install '.[bench]')")
+        print("no pictures: matplotlib is not installed (pip install -e '.[bench]')")
     else:
         made += plots.draw(lines, seqlen, folder)
     seconds = sum(line["seconds"] for line in lines)

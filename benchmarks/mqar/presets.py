@@ -53,6 +53,7 @@ def figure1(small: bool) -> list[Cell]:
                 SMALL | {"seqlen": n, "pairs": n // 4, "batch": 2048 // n, "steps": 600},
                 mixer=mixers,
                 width=(24, 48),
+                learning_rate=(3e-3, 1e-2),
             )
             for n in (32, 64)
         ]

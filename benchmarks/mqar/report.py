@@ -126,17 +126,17 @@ def table1(lines: Sequence[Line]) -> str:
     sizes = sorted({key[1:] for key in ours})
     columns = ["q and k", *(f"paper, N = {n}, mean" for n in PAPER_LENGTHS)]
     for n, width in sizes:
-        if n in PAPER_LENGTHS and width in PAPER_WIDTHS:
-            columns.append(f"paper, N = {n}, width {width}")
+        if width in PAPER_WIDTHS:
+            columns += [f"paper, N = {paper_n}, width {width}" for paper_n in PAPER_LENGTHS]
         columns += [f"`outer`, N = {n}, width {width}", f"`square`, N = {n}, width {width}"]
     rows = []
     for mixer in ("based", *ABLATION):
         paper = PAPER_TABLE1[mixer]
         cells = [TITLES[mixer], *(f"{mean:.2f}" for mean in PAPER_MEANS[mixer])]
         for n, width in sizes:
-            if n in PAPER_LENGTHS and width in PAPER_WIDTHS:
-                mean, deviation = paper[PAPER_LENGTHS.index(n)][PAPER_WIDTHS.index(width)]
-                cells.append(f"{mean:.2f} ± {deviation:.2f}")
+            if width in PAPER_WIDTHS:
+                printed = [of_length[PAPER_WIDTHS.index(width)] for of_length in paper]
+                cells += [f"{mean:.2f} ± {deviation:.2f}" for mean, deviation in printed]
             for name in (mixer, mixer + SQUARE):
                 cells.append(str(ours.get((name, n, width), "")))
         rows.append(cells)
@@ -195,7 +195,7 @@ def show(command: str, lines: Sequence[Line], folder: Path) -> None:
     try:
         from . import plots
     except ImportError:
-        print("no pictures: matplotlib is not installed (pip install '.[bench]')")
+        print("no pictures: matplotlib is not installed (pip install -e '.[bench]')")
     else:
         made += plots.draw(command, lines, folder)
     seconds = sum(line["seconds"] for line in lines)

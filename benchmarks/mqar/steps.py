@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.training import append_json_line, seed_everything
+from benchmarks.training import append_json_line, read_json_lines, seed_everything
 from rebased_cuda import _baselines, _measure
 
 from . import data
@@ -112,9 +112,10 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def report(folder: Path, device: torch.device, small: bool) -> None:
-    """Measures, prints and adds a line for each length to the folder's results."""
-    lines = []
+    """Measures the lengths that the folder has no line of yet, adds theirs, prints all."""
+    path = folder / "results.jsonl"
+    done = {line["seqlen"] for line in read_json_lines(path)}
     for seqlen in LENGTHS:
-        lines.append(measure(seqlen, device, TOKENS[small]))
-        append_json_line(folder / "results.jsonl", lines[-1])
-    print(table(lines))
+        if seqlen not in done:
+            append_json_line(path, measure(seqlen, device, TOKENS[small]))
+    print(table(read_json_lines(path)))
