@@ -4,6 +4,8 @@ CPU tensors go to the native backend, or with REBASED_CPU_BACKEND=emulated (a te
 kernels on the emulator; the choice is made at import, so .ci/run runs pytest once for each.
 """
 
+from collections.abc import Iterator
+
 import hypothesis
 import pytest
 import torch
@@ -54,6 +56,15 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For small problems: no faster on several threads, and many times slower where a core is taken."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_report_header() -> str:

@@ -365,7 +365,7 @@ def documented(strategy: str) -> list[str]:
     """The page's torchrun line for that strategy, to which settings can be added."""
     page = (ROOT / "benchmarks" / "language_model" / "README.md").read_text()
     (line,) = re.findall(rf"^torchrun (.* --parallel {strategy}\b.*)$", page, re.MULTILINE)
-    return ["-m", "torch.distributed.run", "--standalone", *line.split()]
+    return [*TORCHRUN[:3], *line.split()]
 
 
 def perplexities(printed: str) -> list[float]:

@@ -1,7 +1,6 @@
 """Models learn through the op: recall is learned where it should be, and as it is with the reference."""
 
 import statistics
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -30,14 +29,7 @@ CELL = Cell(
 )
 CPU = torch.device("cpu")
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models as small as these are no faster on two, and many times slower where a core is taken."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.slow

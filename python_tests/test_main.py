@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,16 +15,10 @@ from rebased_cuda import __main__ as main_module
 from rebased_cuda import _demo_checks, _demo_training, rebased_attention
 from rebased_cuda._demo_report import Report
 
-pytestmark = pytest.mark.skipif(EMULATED, reason="the main job runs on the backends that users have")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Problems this small are slower on several threads, much so where other tests run beside them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.skipif(EMULATED, reason="the main job runs on the backends that users have"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
