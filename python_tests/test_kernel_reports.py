@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
-from benchmarks.kernels import instructions, registers, toolchain
+from benchmarks.kernels import instructions, profile, registers, toolchain
 from benchmarks.kernels.instructions import Figures, Nest, per_chunk
 from benchmarks.kernels.kernel import Kernel
 from benchmarks.kernels.sass import Function
@@ -169,3 +174,75 @@ def test_widths_of_accesses():
     assert instructions.global_access("STG.E.64") == ("store", 8)
     assert instructions.global_access("ST.E") == ("store", 4)
     assert instructions.global_access("STS.128") is None
+
+
+# ---- kernels' times, with no GPU ----
+
+
+def test_times_are_those_of_kernels_per_call():
+    def event(key, microseconds, count, device_type=DeviceType.CUDA):
+        return SimpleNamespace(
+            key=key, self_device_time_total=microseconds, count=count, device_type=device_type
+        )
+
+    name = (
+        "void rebased::cuda::tensor_core::forward_kernel<rebased::cuda::tensor_core::Slabs"
+        "<rebased::cuda::bfloat16_t, 16>, (rebased::FeatureMap)0, false>(rebased::cuda::Arguments)"
+    )
+    events = [
+        event("void at::native::(anonymous namespace)::copy_kernel<float>(int)", 3.0, 6),
+        event(name, 600.0, 3),
+        event("cudaLaunchKernel", 900.0, 9, DeviceType.CPU),
+    ]
+    first, second = profile.kernel_times(events, 3)
+    assert first.pop("seconds") == pytest.approx(200e-6)
+    assert second.pop("seconds") == pytest.approx(1e-6)
+    assert first == {"kernel": "tensor_core::forward_kernel<bfloat16, 16, outer, false>", "launches": 1}
+    assert second == {"kernel": events[0].key, "launches": 2}
+
+
+def test_times_need_a_gpu(capsys):
+    if profile.usable():
+        pytest.skip("there is one")
+    assert profile.main([]) == 1
+    assert "torch sees no GPU" in capsys.readouterr().err
+
+
+def test_every_call_is_timed_and_written(monkeypatch, tmp_path, capsys, one_thread):
+    """On the CPU, in place of whose events stands what a GPU's would say, but for one of the calls."""
+    of_events, projections, shapes = profile.kernel_times, profile.projections, []
+
+    def inputs(shape, device):
+        shapes.append(shape)
+        return projections(shape, device)
+
+    def kernel_times(events, profiled):
+        assert len(events) > 0
+        assert of_events(events, profiled) == []  # none was on a GPU
+        is_elu = shapes[-1].feature_map == "elu"
+        return [] if is_elu else [{"kernel": "some_kernel", "launches": 1.0, "seconds": 2e-3}]
+
+    for size in profile.SIZES:
+        monkeypatch.setitem(profile.SIZES, size, (1, 2, 40, 8))
+    monkeypatch.setattr(profile, "DEVICE", "cpu")
+    monkeypatch.setattr(profile, "usable", lambda: True)
+    monkeypatch.setattr(profile, "ProfilerActivity", SimpleNamespace(CUDA=ProfilerActivity.CPU))
+    monkeypatch.setattr(profile, "projections", inputs)
+    monkeypatch.setattr(profile, "kernel_times", kernel_times)
+    path = tmp_path / "kernels.json"
+    assert profile.main(["--json", str(path)]) == 1
+    printed = capsys.readouterr().out
+    assert "some_kernel" in printed
+    assert "the profiler saw nothing" in printed
+    contents = json.loads(path.read_text())
+    assert contents["machine"]["torch"] == torch.__version__
+    failed = [call["shape"]["feature_map"] for call in contents["calls"] if "failed" in call]
+    assert failed == ["elu"]
+    timed = [call for call in contents["calls"] if "failed" not in call]
+    assert len(timed) == 13
+    assert all(0 < call["forward"] < call["forward_backward"] for call in timed)
+    assert [(step["sequences"], step["seconds"] > 0) for step in contents["steps"]] == [
+        (256, True),
+        (1, True),
+    ] * 2
+    assert profile.main(["--shapes", "R2"]) == 0

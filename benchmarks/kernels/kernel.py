@@ -118,7 +118,11 @@ def _feature_maps() -> list[str]:
 @functools.cache
 def readable_name(symbol: str) -> str:
     """A mangled symbol -> tensor_core::forward_kernel<bfloat16, outer, 16, false>."""
-    name = run(["c++filt", symbol]).strip()
+    return readable(run(["c++filt", symbol]).strip())
+
+
+def readable(name: str) -> str:
+    """The same of a demangled name."""
     name = re.sub(r"\(rebased::FeatureMap\)(\d+)", lambda match: _feature_maps()[int(match.group(1))], name)
     name = re.sub(r"^void |rebased::|cuda::", "", name)
     name = re.sub(r"tensor_core::Slabs<(\w+), (\d+)> ?", r"\1, \2", name)
