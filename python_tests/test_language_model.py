@@ -299,6 +299,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 def command_line(folder: Path, *more: str) -> list[str]:
     sizes = "--vocabulary 300 --width 32 --layers 2 --heads 2 --context 32 --batch 4 --steps 60 --warmup 5"
+    sizes += " --learning-rate 3e-3"  # at twice that a rounding grows by a factor of 10,000 on the way
     places = ["--text", str(folder / "text"), "--output", str(folder / "output"), "--device", "cpu"]
     return ["-m", "benchmarks.language_model", "train", "--small", *places, *sizes.split(), *more]
 
@@ -383,12 +384,13 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path, strategy: str) -> 
     settings = command_line(tmp_path, "--name", "two", *options, "--activation-checkpointing")[4:]
     said_by_two = finish([*documented(strategy), *settings])
     one, two = (losses_of(tmp_path / "output" / name / "checkpoint.pt") for name in ("one", "two"))
-    assert two == pytest.approx(one, rel=1e-4)
+    assert two == pytest.approx(one, rel=1e-5)
     assert perplexities(said_by_two) == pytest.approx(perplexities(said), abs=0.02)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "first"), [("ddp", 1), ("ddp", 2), ("fsdp", 1), ("fsdp", 2)])
+@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "context"])
 def test_what_some_processes_saved_others_take_up(tmp_path: Path, strategy: str, first: int) -> None:
     """One process and two, one of them killed on its way, the other to the end."""
     (tmp_path / "text").mkdir()
@@ -401,7 +403,7 @@ def test_what_some_processes_saved_others_take_up(tmp_path: Path, strategy: str,
     assert 0 < len(losses_of(path)) < 60
     finish(on_two if first == 1 else mixed)
     whole = losses_of(tmp_path / "output" / "whole" / "checkpoint.pt")
-    assert losses_of(path) == pytest.approx(whole, rel=1e-4)
+    assert losses_of(path) == pytest.approx(whole, rel=1e-5)
 
 
 def test_processes_want_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
