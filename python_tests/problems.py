@@ -127,7 +127,7 @@ def rounds_operands(problem: Problem) -> bool:
     if problem.device == "cuda" or built["cpu_backend"] == "emulated":
         return True
     return (
-        built["cpu_instruction_set"] == "avx512_bf16"
+        built["cpu_instruction_set"] in ("avx512_amx", "avx512_bf16")
         and problem.dtype == torch.bfloat16
         and problem.feature_map in ("outer", "taylor")
     )

@@ -112,7 +112,7 @@ def test_jobs_are_bounded(script, monkeypatch):
 def test_build_info_has_the_facts():
     info = rebased_cuda.build_info()
     assert info["cpu_backend"] in ("native", "emulated")
-    assert info["cpu_instruction_set"] in ("avx512_bf16", "avx512", "avx2", "portable")
+    assert info["cpu_instruction_set"] in ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable")
     assert bool(info["cuda_architectures"]) == info["cuda"]
     assert info["torch_version"].startswith("2.")
 

@@ -21,9 +21,10 @@ except ImportError as error:
 _BACKEND = os.environ.get("REBASED_CPU_BACKEND", "native")
 if _BACKEND not in ("native", "emulated"):
     raise ImportError(f"REBASED_CPU_BACKEND: must be native or emulated, got {_BACKEND!r}.")
-_ISA = os.environ.get("REBASED_CPU_ISA", "avx512_bf16")
-if _ISA not in ("avx512_bf16", "avx512", "avx2", "portable"):
-    raise ImportError(f"REBASED_CPU_ISA: must be avx512_bf16, avx512, avx2 or portable, got {_ISA!r}.")
+_ISA = os.environ.get("REBASED_CPU_ISA", "avx512_amx")
+_ISAS = ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable")
+if _ISA not in _ISAS:
+    raise ImportError(f"REBASED_CPU_ISA: must be one of {', '.join(_ISAS)}, got {_ISA!r}.")
 if _BACKEND == "emulated" and not _C.build_info()["emulator"]:
     raise ImportError(
         "REBASED_CPU_BACKEND=emulated, but this build has no emulator: build it with REBASED_EMULATOR=1."
@@ -36,7 +37,7 @@ def build_info() -> dict[str, Any]:
     Returns:
         A dict: `cuda` (bool), `cuda_version`, `cuda_architectures` ("80-real 90": machine code for 8.0,
         machine code and PTX for 9.0), `emulator` (bool), `torch_version` (built against), `compiler`,
-        `cpu_instruction_set` (what this processor gets: avx512_bf16, avx512, avx2 or portable), `cpu_backend`
-        (native, or emulated: the CUDA kernels run on the CPU, for tests).
+        `cpu_instruction_set` (what this processor gets: avx512_amx, avx512_bf16, avx512, avx2 or portable),
+        `cpu_backend` (native, or emulated: the CUDA kernels run on the CPU, for tests).
     """
     return {**_C.build_info(), "cpu_backend": _BACKEND}

@@ -114,15 +114,20 @@ struct Bf16BackwardCall : BackwardCall<float> {
     }
   }
 
+  // v or ghat of block b as pairs of columns
+  void round_columns(const Scratch& scratch, int b) const {
+    const float* transposed = scratch.transposed + int64_t(b) * sizes.value_columns * lanes;
+    for (int c = 0; c < sizes.value_columns; c += 2)
+      for (int n = 0; n < lanes; n += width)
+        store_pairs(scratch.column_pairs + c / 2 * lanes + n,
+                    pair(load(transposed + c * lanes + n), load(transposed + (c + 1) * lanes + n)));
+  }
+
   template <bool Weighted>
   void gradient_from_state(const Scratch& scratch, int b, const float* token_weights, const float* X,
                            float* dX) const {
     const Sizes<float>& s = sizes;
-    const float* transposed = scratch.transposed + int64_t(b) * s.value_columns * lanes;
-    for (int c = 0; c < s.value_columns; c += 2)
-      for (int n = 0; n < lanes; n += width)
-        store_pairs(scratch.column_pairs + c / 2 * lanes + n,
-                    pair(load(transposed + c * lanes + n), load(transposed + (c + 1) * lanes + n)));
+    round_columns(scratch, b);
     FloatVector weights[kVectors];
     for (int n = 0; n < kVectors; n++)
       weights[n] = token_weights ? load(token_weights + n * width) : broadcast<float>(1);

@@ -159,6 +159,15 @@ struct Bf16ForwardCall : ForwardCall<float> {
                     pair(load(rows + r * columns + n), load(rows + (r + 1) * columns + n)));
   }
 
+  void round_state(const Scratch& scratch) const {
+    for (int f = 0; f < sizes.feature_pad; f += kRows)
+      for_panels<float>(sizes.value_columns, [&](auto vectors, int column) {
+        constexpr int columns = decltype(vectors)::value * width;
+        round_rows(scratch, f, column, columns,
+                   scratch.state + int64_t(column) * sizes.feature_pad + f * columns);
+      });
+  }
+
   // S += phi(k) v^T, z += phi(k), and S's rounded copy.
   void update_pairs(const Scratch& scratch, int rows) const {
     const Sizes<float>& s = sizes;
@@ -194,40 +203,42 @@ struct Bf16ForwardCall : ForwardCall<float> {
       });
     }
   }
+};
+
+// The walk over an item's chunks; Products: Bf16ForwardCall, or amx_forward.h's.
+template <class Products>
+struct Bf16ForwardSweep : Products {
+  using Scratch = typename Products::Scratch;
+  using Products::Products, Products::sizes, Products::problem, Products::statistics;
 
   void run(const Item& item, const Scratch& scratch, bool state_is_zero) const {
-    if (item.quadratic) return Base::run(item, scratch, state_is_zero);
+    if (item.quadratic) return ForwardCall<float>::run(item, scratch, state_is_zero);
     const ForwardProblem& p = problem;
     const Sizes<float>& s = sizes;
     const int64_t group = p.heads / p.kv_heads;
     const Tokens<float> keys = head_tokens<float>(p, s, false, statistics, item.batch, item.kv_head);
     const bool keep_state = item.last && p.final_state.kv;
     const Ahead next{scratch.queue, s.chunk};
-    if (!state_is_zero)
-      for (int f = 0; f < s.feature_pad; f += kRows)
-        for_panels<float>(s.value_columns, [&](auto vectors, int column) {
-          constexpr int columns = decltype(vectors)::value * width;
-          round_rows(scratch, f, column, columns,
-                     scratch.state + int64_t(column) * s.feature_pad + f * columns);
-        });
+    if (!state_is_zero) this->round_state(scratch);
     for (int64_t row = item.begin; row < item.end; row += s.chunk) {
       scratch.queue->clear();
       const int rows = int(smaller<int64_t>(s.chunk, item.end - row));
-      pack_tokens(keys, row, rows, next, scratch.keys);
-      pack_value_pairs(item, row, rows, next, scratch.value_pairs);
+      this->pack_tokens(keys, row, rows, next, scratch.keys);
+      this->pack_value_pairs(item, row, rows, next, scratch.value_pairs);
       for (int64_t g = 0; g < group; g++) {
         const int64_t head = item.kv_head * group + g;
-        pack_tokens(head_tokens<float>(p, s, true, statistics, item.batch, head), row, rows, next,
-                    scratch.queries);
-        queue_rows(next, head_rows<float>(p.y, item.batch, head, p.dtype), row, rows, p.y.row_stride,
-                   s.head_dim);
-        for (int b = 0; b * lanes < rows; b++) {
-          meet_pairs(scratch, b, rows, state_is_zero ? nullptr : scratch.state);
-          write_block(scratch, b, item, head, row + b * lanes, smaller(rows - b * lanes, lanes));
+        this->pack_tokens(head_tokens<float>(p, s, true, statistics, item.batch, head), row, rows, next,
+                          scratch.queries);
+        this->queue_rows(next, head_rows<float>(p.y, item.batch, head, p.dtype), row, rows, p.y.row_stride,
+                         s.head_dim);
+        for (int b = 0; b * kLanes<float> < rows; b++) {
+          this->meet_pairs(scratch, b, rows, state_is_zero ? nullptr : scratch.state);
+          this->write_block(scratch, b, item, head, row + b * kLanes<float>,
+                            smaller(rows - b * kLanes<float>, kLanes<float>));
         }
       }
       if (row + rows == item.end && !keep_state) continue;
-      update_pairs(scratch, rows);
+      this->update_pairs(scratch, rows);
       state_is_zero = false;
     }
     if (keep_state) export_state(s, scratch.state, p.final_state, item.sequence * p.kv_heads + item.kv_head);

@@ -1,19 +1,41 @@
 // The backend's entry points: the instruction set of this process and the accumulation type of the problem.
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "cpu/instruction_set.h"
+#include "op/feature_map.h"
 
 namespace rebased::cpu {
 namespace {
 
-enum class InstructionSet { portable, avx2, avx512, avx512_bf16 };
+enum class InstructionSet { portable, avx2, avx512, avx512_bf16, avx512_amx };
 
 const char* name(InstructionSet set) {
-  static const char* const names[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+  static const char* const names[] = {"portable", "avx2", "avx512", "avx512_bf16", "avx512_amx"};
   return names[static_cast<int>(set)];
 }
+
+#if defined(__x86_64__)
+// Whether this process may use the AMX tiles: Linux hands out their large state on request.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
+InstructionSet avx512_products() {
+  if (!__builtin_cpu_supports("avx512bf16")) return InstructionSet::avx512;
+  return has_amx() ? InstructionSet::avx512_amx : InstructionSet::avx512_bf16;
+}
+#endif
 
 // What the processor has, lowered (never raised) by the environment variable REBASED_CPU_ISA.
 InstructionSet detect() {
@@ -24,13 +46,18 @@ InstructionSet detect() {
     best = InstructionSet::avx2;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-      best = __builtin_cpu_supports("avx512bf16") ? InstructionSet::avx512_bf16 : InstructionSet::avx512;
+      best = avx512_products();
   }
 #endif
   if (const char* wanted = std::getenv("REBASED_CPU_ISA")) {
-    for (InstructionSet set : {InstructionSet::portable, InstructionSet::avx2, InstructionSet::avx512})
-      if (!std::strcmp(wanted, name(set)) && set < best) return set;
+    for (int i = 0; i < static_cast<int>(best); i++)
+      if (!std::strcmp(wanted, name(static_cast<InstructionSet>(i)))) return static_cast<InstructionSet>(i);
+    return best;
   }
+#if defined(__x86_64__)
+  // Intel's vdpbf16ps does a pair at half the rate of two multiply-adds: without AMX float32 is faster there.
+  if (best == InstructionSet::avx512_bf16 && __builtin_cpu_is("intel")) return InstructionSet::avx512;
+#endif
   return best;
 }
 
@@ -39,10 +66,12 @@ InstructionSet chosen() {
   return set;
 }
 
-// bfloat16 products: where phi is elementwise no product is large enough for them, a step is one token.
-[[maybe_unused]] bool takes_bf16_products(const Problem& problem) {
-  return chosen() == InstructionSet::avx512_bf16 && problem.dtype == Dtype::bfloat16 &&
-         (problem.feature_map == FeatureMap::outer || problem.feature_map == FeatureMap::taylor);
+// The instruction set of bfloat16 products: where phi is elementwise none is large enough, a step is one
+// token, and AMX takes values that fill whole panels of 32 columns.
+[[maybe_unused]] InstructionSet products(const Problem& problem) {
+  if (problem.dtype != Dtype::bfloat16 || !is_polynomial(problem.feature_map)) return InstructionSet::avx512;
+  const bool whole_panels = (problem.head_dim + 15) / 16 % 2 == 0;
+  return chosen() == InstructionSet::avx512_amx && !whole_panels ? InstructionSet::avx512 : chosen();
 }
 
 #if defined(__x86_64__)
@@ -52,8 +81,9 @@ InstructionSet chosen() {
   auto* run = set >= InstructionSet::avx512 ? (wide ? avx512::kernel##_double : avx512::kernel##_float) \
               : set == InstructionSet::avx2 ? (wide ? avx2::kernel##_double : avx2::kernel##_float)     \
                                             : (wide ? portable::kernel##_double : portable::kernel##_float);
-#define REBASED_DISPATCH_BF16(kernel) \
-  if (takes_bf16_products(problem)) run = avx512_bf16::kernel##_float;
+#define REBASED_DISPATCH_BF16(kernel)                                                      \
+  if (products(problem) == InstructionSet::avx512_bf16) run = avx512_bf16::kernel##_float; \
+  if (products(problem) == InstructionSet::avx512_amx) run = avx512_amx::kernel##_float;
 #else
 #define REBASED_DISPATCH(kernel) \
   auto* run = problem.dtype == Dtype::float64 ? portable::kernel##_double : portable::kernel##_float;

@@ -19,6 +19,7 @@ REBASED_DECLARE_ENTRIES(portable)
 #if defined(__x86_64__)
 REBASED_DECLARE_ENTRIES(avx2)
 REBASED_DECLARE_ENTRIES(avx512)
-REBASED_DECLARE_ENTRIES(avx512_bf16)  // defined: forward_float and backward_float
+REBASED_DECLARE_ENTRIES(avx512_bf16)  // of these two are defined: forward_float and backward_float
+REBASED_DECLARE_ENTRIES(avx512_amx)
 #endif
 #undef REBASED_DECLARE_ENTRIES

@@ -53,6 +53,12 @@ template <class T>
 constexpr int kLanes = kVectors * kWidth<T>;  // tokens of a block, and columns of a panel of values
 // Rows of a tile: kRows * kVectors accumulators and kVectors operands fill the register file.
 constexpr int kRows = REBASED_VECTOR_BYTES == 64 ? 8 : 4;
+// Features are padded to whole tiles: with AMX to whole products of amx_products.h.
+#if defined(__AMX_BF16__)
+constexpr int kFeatureMultiple = 32;
+#else
+constexpr int kFeatureMultiple = kRows;
+#endif
 
 template <class T>
 REBASED_INLINE T smaller(T a, T b) {

@@ -17,7 +17,7 @@ struct Parallel {
 };
 
 namespace cpu {
-const char* instruction_set();  // "avx512_bf16", "avx512", "avx2" or "portable": what this process runs
+const char* instruction_set();  // a name of dispatch.cpp: what this process runs
 int64_t workspace_bytes(const ForwardProblem&, int threads);
 int64_t workspace_bytes(const BackwardProblem&, int threads);
 int64_t workspace_bytes(const StepProblem&, int threads);

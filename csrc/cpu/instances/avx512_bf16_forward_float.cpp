@@ -7,5 +7,5 @@
 
 int64_t rebased::cpu::avx512_bf16::forward_float(const ForwardProblem& problem, int threads,
                                                  const Parallel* parallel) {
-  return run_forward_as<float, Bf16ForwardCall>(problem, threads, parallel);
+  return run_forward_as<float, Bf16ForwardSweep<Bf16ForwardCall>>(problem, threads, parallel);
 }
