@@ -100,10 +100,11 @@ def _names(words: str) -> str:
     return rf"^(rebased_cuda: )?{re.escape(words)}"
 
 
+@pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("name", [*BAD, *BAD_FORWARD])
-def test_forward_names_the_argument(name):
+def test_forward_names_the_argument(name, grad):
     changes, error, words = {**BAD, **BAD_FORWARD}[name]
-    with pytest.raises(error, match=_names(words)):
+    with torch.set_grad_enabled(grad), pytest.raises(error, match=_names(words)):
         rebased_attention(**arguments(**changes))
 
 
@@ -123,13 +124,14 @@ def step_arguments(**changes):
     return {**base, **changes}
 
 
+@pytest.mark.parametrize("grad", [True, False])  # where there are no gradients the operator looks first
 @pytest.mark.parametrize("name", SHARED)
-def test_step_names_the_argument_and_leaves_the_state(name):
+def test_step_names_the_argument_and_leaves_the_state(name, grad):
     changes, error, words = SHARED[name]
     state = RebasedState.zeros(2, 2, 5, 7)
     if name in ("q dims", "k dims"):
         changes = {key: x[:, 0] for key, x in changes.items()}
-    with pytest.raises(error, match=_names(words)):
+    with torch.set_grad_enabled(grad), pytest.raises(error, match=_names(words)):
         rebased_attention_step(**step_arguments(**changes), state=state)
     assert not state.kv.any()
     assert not state.k.any()

@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._checks import (
     Options,
@@ -19,9 +20,11 @@ from ._checks import (
     check_state,
     fail,
 )
-from .autograd import Attention, ops
+from .autograd import Attention, accumulator, ops
 from .state import RebasedState, num_features
 
+# what an operator, or the options' checks before it, raise for arguments that are wrong
+_REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError)
 # `typed` keeps True and 1 apart; what cannot be hashed raises a TypeError
 _cached_options = functools.lru_cache(maxsize=256, typed=True)(check_options)
 
@@ -157,14 +160,27 @@ def rebased_attention(
     Under autocast q, k, v are cast to its dtype, gamma and beta are not. torch.func transforms (vmap, jvp)
     are not supported and raise.
     """
+    parameters = (gamma_q, beta_q, gamma_k, beta_k)
+    state = (None, None) if initial_state is None else initial_state
+    unsuited: Exception | None = None
+    if (
+        _is_plain(q, 4, state)
+        and type(return_state) is bool
+        and _fit(q, parameters, cu_seqlens, (k, v, *state))
+    ):
+        # The operator checks its arguments itself, in a tenth of the time; what it refuses gets words below.
+        try:
+            options = _cached_options(
+                feature_map, layer_norm, scale, eps, layer_norm_eps, normalize, q.shape[3]
+            )
+            return _attend([q, k, v, *parameters, *state], cu_seqlens, return_state, options)
+        except _REFUSALS as error:
+            unsuited = error
     tensors, cu_seqlens, options = check_call(
         q,
         k,
         v,
-        gamma_q,
-        beta_q,
-        gamma_k,
-        beta_k,
+        *parameters,
         feature_map=feature_map,
         layer_norm=layer_norm,
         scale=scale,
@@ -175,11 +191,27 @@ def rebased_attention(
         return_state=return_state,
         cu_seqlens=cu_seqlens,
     )
-    # always through the Function: the bare operator would give forward-mode AD silent zeros
-    result = Attention.apply(  # type: ignore[no-untyped-call]
-        *tensors, cu_seqlens, return_state, *options
-    )
-    return (result[0], RebasedState(result[1], result[2])) if return_state else result
+    if unsuited is not None:
+        raise unsuited
+    return _attend(tensors, cu_seqlens, return_state, options)
+
+
+def _attend(
+    tensors: list[Tensor | None], cu_seqlens: Tensor | None, return_state: bool, options: Options
+) -> Tensor | tuple[Tensor, RebasedState]:
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or forward_ad._current_level >= 0  # where the bare operator would give silent zeros
+        or torch._C._are_functorch_transforms_active()
+    ):
+        result = Attention.apply(  # type: ignore[no-untyped-call]
+            *tensors, cu_seqlens, return_state, *options
+        )
+        y, *final = result if return_state else (result,)
+    else:
+        y, _, *final = ops.forward(*tensors, cu_seqlens, *options, return_state)
+    return (y, RebasedState(*final)) if return_state else y
 
 
 def rebased_attention_step(
@@ -221,32 +253,48 @@ def rebased_attention_step(
         ValueError, TypeError: an argument is wrong; the state is untouched.
         RuntimeError: grad mode is on and an input requires grad: call it under torch.no_grad().
     """
-    tensors = (gamma_q, beta_q, gamma_k, beta_k, state_index)
+    parameters = (gamma_q, beta_q, gamma_k, beta_k)
+    tensors = (*parameters, state_index)
     options = (feature_map, layer_norm, scale, eps, layer_norm_eps, normalize)
-    if _is_plain(q, state):
-        # The operator checks its arguments itself, before it touches the state, and in a tenth of the time;
-        # what it refuses is checked again below, in words, or made to fit.
+    if (
+        _is_plain(q, 3, state)
+        and not torch.is_grad_enabled()
+        and _fit(q, parameters, state_index, (k, v, *state))
+    ):
+        # as in rebased_attention; the operator looks at everything before it touches the state
         try:
-            return _run_step(q, k, v, state, tensors, _cached_options(*options, q.shape[-1]))
-        except (ValueError, TypeError, RuntimeError, IndexError) as error:
-            checked = _check_step(q, k, v, state, tensors, options)
-            if all(x is y for x, y in zip(checked[4], tensors, strict=True)):
-                raise error
-            return _run_step(*checked)
+            return _run_step(q, k, v, state, tensors, _cached_options(*options, q.shape[2]))
+        except _REFUSALS as error:
+            _check_step(q, k, v, state, tensors, options)
+            raise error
     return _run_step(*_check_step(q, k, v, state, tensors, options))
 
 
-def _is_plain(q: Tensor, state: RebasedState) -> bool:
-    """Whether the operator can take the arguments of a step as they are, if they are right."""
+def _is_plain(q: Tensor, dims: int, state: tuple[Any, ...]) -> bool:
+    """Whether an operator can take the arguments as they are, if they are right."""
     return (
         type(q) is Tensor
         and (q.is_cpu or q.is_cuda)
-        and q.dim() == 3
+        and q.dim() == dims
         and isinstance(state, tuple)
         and len(state) == 2
-        and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(q.device.type)
         and not torch.compiler.is_compiling()
+    )
+
+
+def _fit(
+    q: Tensor, parameters: tuple[Tensor | None, ...], index: Tensor | None, others: tuple[Any, ...]
+) -> bool:
+    """Whether dtypes are those that the operator wants, which casts nothing, and all are on q's device.
+
+    A tensor on the device "meta" would make the call one that computes nothing.
+    """
+    sums, device = accumulator(q.dtype), q.device
+    if index is not None and getattr(index, "dtype", None) != torch.int64:
+        return False
+    return all(x is None or getattr(x, "dtype", None) == sums for x in parameters) and all(
+        x is None or getattr(x, "device", None) == device for x in (index, *parameters, *others)
     )
 
 
