@@ -20,7 +20,7 @@ from ._checks import (
     check_state,
     fail,
 )
-from .autograd import Attention, accumulator, ops
+from .autograd import Attention, ops
 from .state import RebasedState, num_features
 
 # what an operator, or the options' checks before it, raise for arguments that are wrong
@@ -290,12 +290,20 @@ def _fit(
 
     A tensor on the device "meta" would make the call one that computes nothing.
     """
-    sums, device = accumulator(q.dtype), q.device
-    if index is not None and getattr(index, "dtype", None) != torch.int64:
+    dtype, device = q.dtype, q.device
+    sums = torch.float64 if dtype is torch.float64 else torch.float32
+    try:  # loops, since this is for calls of microseconds
+        if index is not None and (index.dtype is not torch.int64 or index.device != device):
+            return False
+        for x in parameters:
+            if x is not None and (x.dtype is not sums or x.device != device):
+                return False
+        for x in others:
+            if x is not None and x.device != device:
+                return False
+    except AttributeError:  # no tensor
         return False
-    return all(x is None or getattr(x, "dtype", None) == sums for x in parameters) and all(
-        x is None or getattr(x, "device", None) == device for x in (index, *parameters, *others)
-    )
+    return True
 
 
 def _run_step(
