@@ -22,7 +22,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from rebased_cuda import GatedShortConvolution, ReBasedAttention, RebasedState, rebased_attention, reference
 from rebased_cuda import context_parallel as module
-from rebased_cuda.context_parallel import context_parallel_rebased_attention, context_parallelize
+from rebased_cuda.context_parallel import (
+    begin_exchange,
+    context_parallel_rebased_attention,
+    context_parallelize,
+)
 
 ROOT = Path(__file__).parent.parent
 SHARDS = {2: ((24, 24), (31, 17), (0, 48)), 4: ((12, 12, 12, 12), (3, 0, 25, 20), (48, 0, 0, 0))}
@@ -304,14 +308,62 @@ def _order() -> list[list[str]]:
         y = _call(context_parallel_rebased_attention, _shard(problem.inputs(), (16, 16)), problem)
         forward, events[:] = list(events), []
         y.sum().backward()
-    return [forward, events]
+        backward, events[:] = list(events), []
+        layer = context_parallelize(ReBasedAttention(6, 2, 3))
+        for name in ("proj_q", "proj_k", "proj_v", "proj_o"):
+            getattr(layer, name).register_forward_hook(lambda *_, name=name: events.append(name))
+        layer(torch.randn(1, 16, 6))
+    return [forward, backward, events]
 
 
 def test_the_exchange_goes_on_behind_computation(two_processes):
     first, second = two_processes.run(_order)
     backward = ["reverse_state", "send", "queries", "wait", "keys"]
-    assert first == [["forward_state", "send", "forward", "wait"], backward]
-    assert second == [["forward_state", "send", "wait", "forward"], backward]
+    layer = ["proj_k", "proj_v", "forward_state", "send", "proj_q"]
+    assert first == [
+        ["forward_state", "send", "forward", "wait"],
+        backward,
+        [*layer, "forward", "wait", "proj_o"],
+    ]
+    assert second == [
+        ["forward_state", "send", "wait", "forward"],
+        backward,
+        [*layer, "wait", "forward", "proj_o"],
+    ]
+
+
+def _begun_early(problem: Problem, lengths: tuple[int, ...], return_state: bool) -> None:
+    """The same bits, values and gradients, as of a call that begins the exchange itself."""
+    results = []
+    for early in (False, True):
+        mine = _shard(problem.inputs(), lengths)
+        options = {"return_state": return_state, "shard_lengths": lengths if problem.packed else None}
+        if early:
+            names = ("feature_map", "layer_norm")
+            given = {name: problem.options()[name] for name in names} | options
+            if problem.packed:
+                given["cu_seqlens"] = options["cu_seqlens"] = problem.options()["cu_seqlens"]
+            options["exchange"] = begin_exchange(mine[1], mine[2], mine[5], mine[6], **given)
+        *call, kv, k = mine
+        state = None if kv is None else RebasedState(kv, k)
+        whole = {**problem.options(), **options}
+        result = context_parallel_rebased_attention(*call, initial_state=state, **whole)
+        outputs = [result[0], *result[1]] if return_state else [result]
+        gradients = torch.autograd.grad(
+            sum(x.square().sum() for x in outputs), [x for x in mine if x is not None]
+        )
+        results.append([*outputs, *gradients])
+        if early:
+            with pytest.raises(ValueError, match="exchange: was given to a call before"):
+                context_parallel_rebased_attention(*call, initial_state=state, **whole)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("return_state", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_exchange_begun_early(processes, variant, return_state):
+    problem = Problem(seqlen=48, **VARIANTS[variant])
+    processes.run(_begun_early, problem, SHARDS[processes.ranks][1], return_state)
 
 
 # ---- groups and mistakes ----
@@ -375,6 +427,16 @@ def _mistakes() -> None:
     with pytest.raises(ValueError, match="feature_map"):
         call(feature_map="cosine")
     assert call(cu_seqlens=torch.zeros(1, dtype=torch.int64), shard_lengths=[10, 10]).count_nonzero() == 0
+    with pytest.raises(TypeError, match="exchange: expected what begin_exchange returned"):
+        call(exchange="early")
+    options = {"layer_norm": "token", "cu_seqlens": problem.options()["cu_seqlens"]}
+    _, k, v, _, _, gamma_k, beta_k, *_ = inputs
+    for changes in ({"layer_norm_eps": 1e-3}, {"return_state": True}, {"feature_map": "square"}, {}):
+        begun = begin_exchange(k, v.clone() if not changes else v, gamma_k, beta_k, **{**options, **changes})
+        with pytest.raises(ValueError, match="exchange: was begun with other k, v, parameters or options"):
+            call(exchange=begun, cu_seqlens=options["cu_seqlens"])
+    with pytest.raises(ValueError, match="v: expected k's 4 heads"):
+        begin_exchange(k, v[:, :1], gamma_k, beta_k, **options)
 
 
 def test_mistakes_are_named_before_anything_is_sent(two_processes):
@@ -472,4 +534,6 @@ def test_the_benchmark_leaves_its_figures(tmp_path):
     for name, method in figures["methods"].items():
         assert len(method["seconds"]) == 2
         assert method["median"] > 0
-        assert (method["over_one_process"] is None) == ("processes" not in name)
+        assert (method["over_one_process"] is None) == ("processes" not in name or "layer" in name)
+        assert (method["waited"] is None) == ("processes" not in name)
+        assert method["waited"] is None or 0 < method["waited"] < method["median"] * 3  # three in a row

@@ -8,10 +8,11 @@ direction, whatever N is.
 
 What hides the exchange: backward's goes on while the gradient of q is computed, which needs no reverse state
 (but for 16-bit inputs on a GPU, whose kernels make all gradients in one call). In forward the first rank
-answers its rows meanwhile; the others wait, since computing without the start state and adding its part later
-costs one more product with a state per row, far more than there is to hide.
+answers its rows meanwhile. The others cannot: computing without the start state and adding its part later
+costs one more product with a state per row, far more than there is to hide. But what is sent is made of keys
+and values alone: `begin_exchange` sends it, and the queries are projected while it is on its way.
 
-`context_parallelize` does it for a model's layers.
+`context_parallelize` does all that for a model's layers.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .autograd import Attention, AttentionBackward, ops
 from .layers import GatedShortConvolution, ReBasedAttention
 from .state import RebasedState
 
-__all__ = ["context_parallel_rebased_attention", "context_parallelize"]
+__all__ = ["StateExchange", "begin_exchange", "context_parallel_rebased_attention", "context_parallelize"]
 
 
 class _Call(NamedTuple):
@@ -84,6 +85,17 @@ def _place(state: State, sequence: Tensor, packing: Packing) -> State:
     return kv, k
 
 
+def _send_state(call: _Call, k: Tensor, v: Tensor, gamma_k: Tensor | None, beta_k: Tensor | None) -> Exchange:
+    """Sends what this rank's rows add to the state."""
+    feature_map, layer_norm, _, _, layer_norm_eps, _ = call.options
+    rows = call.cu_seqlens if call.crossing is None else call.crossing.tail_rows
+    if call.rank + 1 == call.ranks and not call.return_state:
+        # nobody reads the last rank's message: it is the state of no rows
+        k, v, rows = k[:, :, :0], v[:, :, :0], None if rows is None else rows * 0
+    own = ops.forward_state(k, v, gamma_k, beta_k, rows, feature_map, layer_norm, layer_norm_eps)
+    return Exchange(own, call.group)
+
+
 class _Attention(torch.autograd.Function):
     """A rank's rows, from the state that the rows of the ranks before it leave behind."""
 
@@ -100,17 +112,9 @@ class _Attention(torch.autograd.Function):
         initial_kv: Tensor | None,
         initial_k: Tensor | None,
         call: _Call,
+        begun: Exchange | None,
     ) -> Any:
-        feature_map, layer_norm, _, _, layer_norm_eps, _ = call.options
-        rows = call.cu_seqlens if call.crossing is None else call.crossing.tail_rows
-        key_rows, value_rows = k, v
-        if call.rank + 1 == call.ranks and not call.return_state:
-            # nobody reads the last rank's message: it is the state of no rows
-            key_rows, value_rows, rows = k[:, :, :0], v[:, :, :0], None if rows is None else rows * 0
-        own = ops.forward_state(
-            key_rows, value_rows, gamma_k, beta_k, rows, feature_map, layer_norm, layer_norm_eps
-        )
-        exchange = Exchange(own, call.group)
+        exchange = _send_state(call, k, v, gamma_k, beta_k) if begun is None else begun
         initial = [] if initial_kv is None or initial_k is None else [(initial_kv, initial_k)]
 
         def answer(start_kv: Tensor | None, start_k: Tensor | None) -> Any:
@@ -139,7 +143,7 @@ class _Attention(torch.autograd.Function):
             ctx.call, ctx.needs_input_grad[7], grad_y, grad_kv, grad_k, *inputs, y, r
         )
         wanted = ctx.needs_input_grad[:9]
-        return *(g if needed else None for g, needed in zip(gradients, wanted, strict=True)), None
+        return *(g if needed else None for g, needed in zip(gradients, wanted, strict=True)), None, None
 
 
 class _AttentionBackward(AttentionBackward):
@@ -216,6 +220,7 @@ def context_parallel_rebased_attention(
     return_state: Literal[False] = False,
     cu_seqlens: Tensor | None = None,
     shard_lengths: Sequence[int] | None = None,
+    exchange: StateExchange | None = None,
 ) -> Tensor: ...
 
 
@@ -240,6 +245,7 @@ def context_parallel_rebased_attention(
     return_state: Literal[True],
     cu_seqlens: Tensor | None = None,
     shard_lengths: Sequence[int] | None = None,
+    exchange: StateExchange | None = None,
 ) -> tuple[Tensor, RebasedState]: ...
 
 
@@ -264,6 +270,7 @@ def context_parallel_rebased_attention(
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,
     shard_lengths: Sequence[int] | None = None,
+    exchange: StateExchange | None = None,
 ) -> Tensor | tuple[Tensor, RebasedState]: ...
 
 
@@ -287,6 +294,7 @@ def context_parallel_rebased_attention(
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,
     shard_lengths: Sequence[int] | None = None,
+    exchange: StateExchange | None = None,
 ) -> Tensor | tuple[Tensor, RebasedState]:
     """`rebased_attention` of a sequence whose rows are spread over the processes of a group.
 
@@ -306,26 +314,26 @@ def context_parallel_rebased_attention(
         cu_seqlens: of the packed sequences over all shards, the same on every rank.
         shard_lengths: the number of rows of every rank. Only read with cu_seqlens, and only needed there if
             shards differ in length.
+        exchange: what `begin_exchange` returned for these k, v, gamma_k and beta_k and the same options, on
+            every rank; good for one call.
 
     Returns:
         y (B, Hq, its N, dv) of this rank's rows; with return_state, (y, RebasedState).
 
     Raises:
-        ValueError, TypeError: as `rebased_attention`, and for group and shard_lengths.
+        ValueError, TypeError: as `rebased_attention`, and for group, shard_lengths and exchange.
         RuntimeError: torch.distributed is not initialised; in double backward.
 
     Each direction is one all_gather to which a rank adds one state (kv, k) of B sequences, in float32. Of
     packed sequences it is the state of the one that crosses to the next rank; with return_state it is that
     of all of them, and in backward the gradient of the returned state goes with it.
     """
-    tensors, cu_seqlens, options = check_call(
-        q,
-        k,
-        v,
-        gamma_q,
-        beta_q,
-        gamma_k,
-        beta_k,
+    given = (k, v, gamma_k, beta_k, cu_seqlens)
+    tensors, cu_seqlens, call = _checked(
+        (q, k, v, gamma_q, beta_q, gamma_k, beta_k),
+        group,
+        cu_seqlens,
+        shard_lengths,
         feature_map=feature_map,
         layer_norm=layer_norm,
         scale=scale,
@@ -334,22 +342,105 @@ def context_parallel_rebased_attention(
         normalize=normalize,
         initial_state=initial_state,
         return_state=return_state,
-        cu_seqlens=cu_seqlens,
     )
+    begun = None if exchange is None else _taken(exchange, given, call)
+    if call.cu_seqlens is None and cu_seqlens is not None:  # no sequence: nothing to tell the others
+        result: Any = Attention.apply(  # type: ignore[no-untyped-call]
+            *tensors, torch.zeros_like(cu_seqlens), return_state, *call.options
+        )
+    else:
+        result = _Attention.apply(*tensors, call, begun)  # type: ignore[no-untyped-call]
+    return (result[0], RebasedState(result[1], result[2])) if return_state else result
+
+
+def _checked(
+    inputs: tuple[Any, ...],
+    group: Group,
+    cu_seqlens: Tensor | None,
+    shard_lengths: Sequence[int] | None,
+    **options: Any,
+) -> tuple[list[Tensor | None], Tensor | None, _Call]:
+    """The inputs, checked; cu_seqlens; the rest. With cu_seqlens of no sequence the call has none."""
+    tensors, cu_seqlens, checked = check_call(*inputs, cu_seqlens=cu_seqlens, **options)
     group = process_group(group)
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     packing = None
     if cu_seqlens is not None:
-        offsets = check_shard_lengths(shard_lengths, ranks, rank, q.shape[2], cu_seqlens)
+        offsets = check_shard_lengths(shard_lengths, ranks, rank, inputs[0].shape[2], cu_seqlens)
         packing = Packing(cu_seqlens, offsets, rank) if cu_seqlens.shape[0] > 1 else None
-    if cu_seqlens is not None and packing is None:  # no sequence: nothing to tell the others
-        result: Any = Attention.apply(  # type: ignore[no-untyped-call]
-            *tensors, torch.zeros_like(cu_seqlens), return_state, *options
+    return tensors, cu_seqlens, _Call(group, rank, ranks, packing, options["return_state"], checked)
+
+
+class StateExchange:
+    """An exchange of states under way: `begin_exchange` gives it, a call of the function takes it."""
+
+    def __init__(self, given: tuple[Any, ...], call: _Call, exchange: Exchange | None) -> None:
+        self._given, self._call, self._exchange = given, call, exchange
+        self._taken = False
+
+
+def begin_exchange(
+    k: Tensor,
+    v: Tensor,
+    gamma_k: Tensor | None = None,
+    beta_k: Tensor | None = None,
+    *,
+    group: Group = None,
+    feature_map: str = "outer",
+    layer_norm: str | None = None,
+    layer_norm_eps: float = 1e-5,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    shard_lengths: Sequence[int] | None = None,
+) -> StateExchange:
+    """Sends what this rank's keys and values mean to the ranks after it, and does not wait.
+
+    Until the result is handed to `context_parallel_rebased_attention` as `exchange`, with the same arguments,
+    the message is on its way: compute there what needs no answer, such as the projection of the queries. On
+    every rank or on none. Not differentiable itself: the gradients are that call's.
+
+    Args, Raises: as in `context_parallel_rebased_attention`.
+    """
+    given = (k, v, gamma_k, beta_k, cu_seqlens)
+    with torch.no_grad():
+        tensors, cu_seqlens, call = _checked(
+            (k, k, v, None, None, gamma_k, beta_k),
+            group,
+            cu_seqlens,
+            shard_lengths,
+            feature_map=feature_map,
+            layer_norm=layer_norm,
+            scale=None,
+            eps=0.0,
+            layer_norm_eps=layer_norm_eps,
+            normalize=True,
+            initial_state=None,
+            return_state=return_state,
         )
-    else:
-        call = _Call(group, rank, ranks, packing, return_state, options)
-        result = _Attention.apply(*tensors, call)  # type: ignore[no-untyped-call]
-    return (result[0], RebasedState(result[1], result[2])) if return_state else result
+        _, keys, values, _, _, gamma, beta, _, _ = tensors
+        assert keys is not None
+        assert values is not None
+        nothing = call.cu_seqlens is None and cu_seqlens is not None
+        exchange = None if nothing else _send_state(call, keys, values, gamma, beta)
+    return StateExchange(given, call, exchange)
+
+
+def _taken(begun: StateExchange, given: tuple[Any, ...], call: _Call) -> Exchange | None:
+    """The exchange that was begun, if it is that of this call; it can be taken once."""
+    if not isinstance(begun, StateExchange):
+        raise TypeError(f"exchange: expected what begin_exchange returned, got {type(begun).__name__}")
+
+    def described(of: _Call) -> tuple[Any, ...]:
+        feature_map, layer_norm, _, _, layer_norm_eps, _ = of.options
+        return of.group, of.return_state, feature_map, layer_norm, layer_norm_eps
+
+    if begun._taken:
+        raise ValueError("exchange: was given to a call before; begin one for each")
+    same = all(a is b for a, b in zip(begun._given, given, strict=True))
+    if not same or described(begun._call) != described(call):
+        raise ValueError("exchange: was begun with other k, v, parameters or options than this call's")
+    begun._taken = True
+    return begun._exchange
 
 
 LayerModule = TypeVar("LayerModule", bound=nn.Module)

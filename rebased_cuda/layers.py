@@ -176,22 +176,39 @@ class ReBasedAttention(nn.Module):
         if self.context_parallel_group is None:
             result = rebased_attention(*self._sequences(packed), **options, cu_seqlens=cu_seqlens)
         else:
-            from .context_parallel import context_parallel_rebased_attention  # which imports this module
-
             _refuse_mask(attention_mask)
-            result = context_parallel_rebased_attention(
-                *self._sequences(packed), **options, group=self.context_parallel_group
-            )
+            result = self._attend_over_ranks(x, options)
         y, state = result if isinstance(result, tuple) else (result, None)
         return self._unpack(y, order, x), state
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (..., num_heads, feature_dim), k, v (..., num_kv_heads, ...) of x (..., hidden_size)."""
+    def _attend_over_ranks(self, x: Tensor, options: dict[str, Any]) -> Any:
+        """The queries are projected while the state of the keys is on its way."""
+        from .context_parallel import (
+            begin_exchange,
+            context_parallel_rebased_attention,
+        )  # imports this module
+
+        k, v = (x.transpose(1, 2) for x in self._keys_and_values(x))
+        names = ("gamma_k", "beta_k", "feature_map", "layer_norm", "layer_norm_eps", "return_state")
+        group = self.context_parallel_group
+        exchange = begin_exchange(k, v, **{name: options[name] for name in names}, group=group)
+        q = self._queries(x).transpose(1, 2)
+        return context_parallel_rebased_attention(q, k, v, **options, group=group, exchange=exchange)
+
+    def _queries(self, x: Tensor) -> Tensor:
+        """(..., num_heads, feature_dim) of x (..., hidden_size)."""
+        q: Tensor = self.proj_q(x).unflatten(-1, (self.num_heads, self.feature_dim))
+        return q
+
+    def _keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., num_kv_heads, feature_dim) and (..., num_kv_heads, head_dim) of x (..., hidden_size)."""
         return (
-            self.proj_q(x).unflatten(-1, (self.num_heads, self.feature_dim)),
             self.proj_k(x).unflatten(-1, (self.num_kv_heads, self.feature_dim)),
             self.proj_v(x).unflatten(-1, (self.num_kv_heads, self.head_dim)),
         )
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self._queries(x), *self._keys_and_values(x)
 
     def _sequences(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v (B, heads, N, ...) of x (B, N, hidden_size)."""

@@ -4,7 +4,9 @@ Every process has one thread and, where the system allows it, one core; they tal
 each method runs once, from a barrier to the last rank's end, so that a machine that is slow for a while is
 slow for all. Beside the time of a whole call it says what the exchange costs where it is waited for, and what
 hiding it in forward would cost: one more product with the state per row, which is what a pass over the keys
-for their state alone takes. `in a row`: the time of one of several calls with no barrier between them.
+for their state alone takes. `in a row`: the time of one of several calls with no barrier between them. Of the
+op's and of a layer's forward it says how long a rank waited for the exchange, the longest of all ranks: the
+layer projects its queries meanwhile.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from rebased_cuda import _measure, rebased_attention
+from rebased_cuda import ReBasedAttention, _measure, context_parallel, rebased_attention
 from rebased_cuda._shards import Exchange, process_group
 from rebased_cuda.autograd import ops
-from rebased_cuda.context_parallel import context_parallel_rebased_attention
+from rebased_cuda.context_parallel import context_parallel_rebased_attention, context_parallelize
 
 RESULTS = Path(__file__).parent.parent / "results" / "context_parallel.json"
 HEADS, FEATURE_DIM, HEAD_DIM = 12, 16, 64
@@ -66,6 +68,30 @@ def forward(function: Callable[..., Any], tensors: list[Tensor]) -> Callable[[],
     return run
 
 
+class TimedExchange(Exchange):
+    """Counts the seconds that it is waited for."""
+
+    waited = 0.0
+
+    def wait(self) -> list[list[Tensor]]:
+        start = time.perf_counter()
+        gathered = super().wait()
+        TimedExchange.waited += time.perf_counter() - start
+        return gathered
+
+
+def layer_forward(rows: int) -> Callable[[], None]:
+    """Of a layer with the op's sizes, on this rank's rows."""
+    layer = context_parallelize(ReBasedAttention(HEADS * HEAD_DIM, HEADS, FEATURE_DIM))
+    x = torch.randn(1, rows, HEADS * HEAD_DIM)
+
+    def run() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    return run
+
+
 def measure(rank: int, ranks: int, port: int, seqlen: int, rounds: int, result: Any) -> None:
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
@@ -78,6 +104,7 @@ def measure(rank: int, ranks: int, port: int, seqlen: int, rounds: int, result: 
     _, k, v, _, _, gamma_k, beta_k = shard
     state = tuple(torch.zeros(HEADS * FEATURE_DIM * (FEATURE_DIM + 1) // 2, n) for n in (HEAD_DIM, 1))
 
+    context_parallel.Exchange = TimedExchange  # type: ignore[misc]
     error = check(whole, shard, rows)
     shared = both(context_parallel_rebased_attention, shard)
 
@@ -87,6 +114,7 @@ def measure(rank: int, ranks: int, port: int, seqlen: int, rounds: int, result: 
 
     everyone: dict[str, Callable[[], Any]] = {
         "forward, all processes": forward(context_parallel_rebased_attention, shard),
+        "forward of a layer, all processes": layer_forward(shard[0].shape[2]),
         "forward + backward, all processes": shared,
         "forward + backward in a row, all processes": in_a_row,
         "the exchange alone": lambda: Exchange(state, process_group(None)).wait(),
@@ -99,10 +127,12 @@ def measure(rank: int, ranks: int, port: int, seqlen: int, rounds: int, result: 
         "forward + backward, one process": both(rebased_attention, whole),
     }
     seconds: dict[str, list[float]] = {name: [] for name in (*alone, *everyone)}
+    waited: dict[str, list[float]] = {name: [] for name in everyone if name.startswith("forward")}
     for number in range(-1, rounds):  # the first round warms up
         for name in seconds:
             dist.barrier()
             start = time.perf_counter()
+            TimedExchange.waited = 0.0
             if name in everyone:
                 everyone[name]()
             elif rank == 0:
@@ -112,10 +142,15 @@ def measure(rank: int, ranks: int, port: int, seqlen: int, rounds: int, result: 
             taken = torch.tensor(time.perf_counter() - start)
             if name in everyone:
                 dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+            if name in waited:
+                wait = torch.tensor(TimedExchange.waited)
+                dist.all_reduce(wait, op=dist.ReduceOp.MAX)
+                if number >= 0:
+                    waited[name].append(float(wait))
             if number >= 0:
                 seconds[name].append(float(taken) / (IN_A_ROW if "in a row" in name else 1))
     if rank == 0:
-        result.put((seconds, error))
+        result.put((seconds, waited, error))
     dist.destroy_process_group()
 
 
@@ -150,7 +185,7 @@ def main() -> None:
     assert running is not None
     while not running.join():
         pass
-    seconds, error = result.get()
+    seconds, waited, error = result.get()
 
     single = {
         "forward, all processes": "forward, one process",
@@ -162,6 +197,7 @@ def main() -> None:
             "seconds": times,
             "median": statistics.median(times),
             "over_one_process": _measure.ratio(times, seconds[single[name]]) if name in single else None,
+            "waited": statistics.median(waited[name]) if name in waited else None,
         }
         for name, times in seconds.items()
     }
@@ -169,6 +205,8 @@ def main() -> None:
     for name, method in methods.items():
         ratio = method["over_one_process"]
         beside = "" if ratio is None else f"  {ratio:.3f} of one process"
+        if method["waited"] is not None:
+            beside += f"  waited {1e3 * method['waited']:.2f} ms"
         print(f"{name:<45} {1e3 * method['median']:9.2f} ms{beside}")
     report = {
         "command": "python -m benchmarks.speed.context_parallel",
