@@ -4,13 +4,14 @@ CPU tensors go to the native backend, or with REBASED_CPU_BACKEND=emulated (a te
 kernels on the emulator; the choice is made at import, so .ci/run runs pytest once for each.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
 import torch
 
 import rebased_cuda
+from rebased_cuda import _C
 
 EMULATED = rebased_cuda.build_info()["cpu_backend"] == "emulated"
 
@@ -51,6 +52,23 @@ if rebased_cuda.build_info()["cuda"] and torch.cuda.is_available():
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+# where the CUDA kernels run: on a GPU, or emulated
+KERNEL_DEVICES = [d for d in DEVICES if d == "cuda" or EMULATED]
+needs_kernels = pytest.mark.skipif(not KERNEL_DEVICES, reason="neither an emulated backend nor a GPU")
+
+
+@pytest.fixture(params=KERNEL_DEVICES or ["cpu"])
+def kernel_device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def override() -> Iterator[Callable[..., None]]:
+    """Forces a plan; undone after the test."""
+    yield _C.set_plan_override
+    _C.set_plan_override()
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,8 @@ from rebased_cuda.state import num_features
 
 MAPS = ("outer", "square", "taylor", "elu")
 NORMS = (None, "token", "head")
+# the feature maps and feature dims of the tensor-core kernels
+TENSOR_CORE_MAPS = [*((feature_map, 16) for feature_map in MAPS), ("outer", 8), ("outer", 32)]
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def rounds_operands(problem: Problem) -> bool:
         return True
     return (
         built["cpu_instruction_set"] in ("avx512_amx", "avx512_bf16")
+        and (built["cpu_instruction_set"] == "avx512_bf16" or -(-problem.head_dim // 16) % 2 == 0)
         and problem.dtype == torch.bfloat16
         and problem.feature_map in ("outer", "taylor")
     )

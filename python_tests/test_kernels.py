@@ -10,25 +10,19 @@ import sys
 
 import pytest
 import torch
-from conftest import DEVICES, EMULATED
-from problems import MAPS, NORMS, Problem, plain_low_precision, relative_error, run, run_reference
+from conftest import EMULATED, needs_kernels
+from problems import (
+    MAPS,
+    NORMS,
+    TENSOR_CORE_MAPS,
+    Problem,
+    plain_low_precision,
+    relative_error,
+    run,
+    run_reference,
+)
 
 from rebased_cuda import _C, RebasedState, rebased_attention, reference
-
-KERNEL_DEVICES = [d for d in DEVICES if d == "cuda" or EMULATED]
-needs_kernels = pytest.mark.skipif(not KERNEL_DEVICES, reason="neither an emulated backend nor a GPU")
-
-
-@pytest.fixture(params=KERNEL_DEVICES or ["cpu"])
-def kernel_device(request):
-    return request.param
-
-
-@pytest.fixture
-def override():
-    """Forces a plan; undone after the test."""
-    yield _C.set_plan_override
-    _C.set_plan_override()
 
 
 def _results(function, inputs, problem):
@@ -82,8 +76,6 @@ TENSOR_CORE_VARIANTS = {
     "not_normalised": {"normalize": False},
     "scale_zero": {"scale": 0.0, "feature_map": "taylor"},
 }
-# The path's feature maps and feature dims
-TENSOR_CORE_MAPS = [*((feature_map, 16) for feature_map in MAPS), ("outer", 8), ("outer", 32)]
 # relative L2 of outputs and gradients; those of gamma and beta sum terms of both signs over all tokens
 LIMIT = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
 PARAMETER_LIMIT = {torch.bfloat16: 3e-2, torch.float16: 5e-3}

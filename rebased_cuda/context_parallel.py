@@ -6,11 +6,11 @@ its rows from there. Backward the same the other way round, with the reverse sta
 (and the denominator's part) of each rank's rows and the sum of those after it. A rank sends one state per
 direction, whatever N is.
 
-What hides the exchange: backward's goes on while the gradient of q is computed, which needs no reverse state
-(but for 16-bit inputs on a GPU, whose kernels make all gradients in one call). In forward the first rank
-answers its rows meanwhile. The others cannot: computing without the start state and adding its part later
-costs one more product with a state per row, far more than there is to hide. But what is sent is made of keys
-and values alone: `begin_exchange` sends it, and the queries are projected while it is on its way.
+What hides the exchange: backward's goes on while the gradient of q is computed, which needs no reverse state.
+In forward the first rank answers its rows meanwhile. The others cannot: computing without the start state and
+adding its part later costs one more product with a state per row, far more than there is to hide. But what is
+sent is made of keys and values alone: `begin_exchange` sends it, and the queries are projected while it is on
+its way.
 
 `context_parallelize` does all that for a model's layers.
 """
@@ -181,19 +181,15 @@ class _AttentionBackward(AttentionBackward):
             of_copy = [torch.zeros_like(x) if g is None else g for g, x in given]
         exchange = Exchange((*own, *of_copy), call.group)
 
-        in_halves = not (q.is_cuda and q.dtype in (torch.float16, torch.bfloat16))
-        of_queries: Any = part("queries", none, start, cu_seqlens) if in_halves else None  # needs no message
+        of_queries: Any = part("queries", none, start, cu_seqlens)  # needs no message
         messages = exchange.wait()
         ends: list[State] = [(kv, k) for *_, kv, k in messages] if call.return_state else []
         if call.rank + 1 < call.ranks:
             ends.append(call.after([(kv, k) for kv, k, *_ in messages]))
         grad_end: Any = add_states(ends) if ends else none
-        if in_halves:
-            gradients = list(part("keys", grad_end, start if of_initial else none, cu_seqlens))
-            for i in (0, 3, 4):  # q, gamma_q, beta_q
-                gradients[i] = of_queries[i]
-        else:  # tensor cores have both halves only together
-            gradients = list(part("all", grad_end, start, cu_seqlens))
+        gradients = list(part("keys", grad_end, start if of_initial else none, cu_seqlens))
+        for i in (0, 3, 4):  # q, gamma_q, beta_q
+            gradients[i] = of_queries[i]
         if of_initial:
             gradients[7:] = call.owned_initial(gradients[7], gradients[8])
         return tuple(gradients)

@@ -16,6 +16,7 @@ struct Launch {
   const float* query_statistics = nullptr;  // "token" LayerNorm: (batch, seqlen, 2), mean and 1 / deviation
   const float* key_statistics = nullptr;
   void* workspace = nullptr;  // of workspace_bytes(problem, segments), 64-byte aligned
+  bool all_segments = false;  // whether the last segment's own state is wanted too (in reverse the first's)
 };
 
 }  // namespace tensor_core

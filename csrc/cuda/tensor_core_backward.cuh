@@ -33,12 +33,15 @@ inline BackwardWorkspace backward_workspace(const BackwardProblem& problem, int 
     return workspace ? reinterpret_cast<float*>(static_cast<char*>(workspace) + offset) : nullptr;
   };
   const auto has_affine = [](const AffineGradient& gradient) { return gradient.gamma || gradient.beta; };
-  result.slots = take(segments > 1 || problem.initial_state.kv, slots);
-  result.reverse_slots = take(segments > 1 || problem.grad_final_state.kv, slots);
+  const bool queries = problem.wants_queries(), keys = problem.wants_keys();
+  result.slots = take(queries && (segments > 1 || problem.initial_state.kv), slots);
+  result.reverse_slots = take(
+      problem.part == BackwardPart::reverse_state || (keys && (segments > 1 || problem.grad_final_state.kv)),
+      slots);
   BackwardBuffers& buffers = result.buffers;
-  buffers.delta = take(true, groups * rows * problem.heads);
-  buffers.query_gradient = take(partial, groups * rows * problem.heads * feature_dim);
-  buffers.key_gradient = take(partial, groups * rows * problem.kv_heads * feature_dim);
+  buffers.delta = take(queries || keys, groups * rows * problem.heads);
+  buffers.query_gradient = take(partial && queries, groups * rows * problem.heads * feature_dim);
+  buffers.key_gradient = take(partial && keys, groups * rows * problem.kv_heads * feature_dim);
   const int64_t blocks = problem.num_sequences * segments * groups;
   buffers.query_affine =
       take(has_affine(problem.grad_query_affine), blocks * problem.heads * 2 * feature_dim);
@@ -115,68 +118,114 @@ struct Sweeps<T, Wide> {
   }
 };
 
-template <class T, class S>
-const char* launch_backward(const BackwardProblem& problem, const Launch& launch, void* stream) {
-  const BackwardWorkspace workspace = backward_workspace(problem, launch.segments, launch.workspace);
-  const BackwardBuffers& buffers = workspace.buffers;
-  const dim3 grid = sweep_grid(problem, launch.segments), block(S::threads);
-  const int64_t group_size = problem.group_size();
-  const bool grouped = group_size > 1;
-  const bool scan_reverse = workspace.reverse_slots && needs_scan<S>(launch, problem.grad_final_state);
-  const Arguments<BackwardProblem> reverse(problem, launch, workspace.reverse_slots, scan_reverse);
-  const Arguments<BackwardProblem> forward(problem, launch, workspace.slots,
-                                           needs_scan<S>(launch, problem.initial_state));
+// Launches one after the other, up to the first that fails.
+struct Sequence {
   const char* error = "";
-  const auto then = [&](auto&& launch_next) {
+  template <class Next>
+  void then(const Next& launch_next) {
     if (!*error) error = launch_next();
-  };
+  }
+};
+
+// grad k and grad v, delta for the queries' half, and what of the initial state's gradient a block has.
+template <class T, class S>
+void add_keys(const BackwardProblem& problem, const Launch& launch, const BackwardWorkspace& workspace,
+              void* stream, Sequence* sequence) {
+  const bool grouped = problem.group_size() > 1;
+  const bool scan = workspace.reverse_slots && needs_scan<S>(launch, problem.grad_final_state);
+  const Arguments<BackwardProblem> arguments(problem, launch, workspace.reverse_slots, scan);
+  const dim3 grid = sweep_grid(problem, launch.segments), block(S::threads);
   if (launch.segments > 1) {
-    then([&] {
+    sequence->then([&] {
       return LAUNCH((Sweeps<T, S>::reverse_segment), grid, block,
-                    static_cast<size_t>(Sweeps<T, S>::reverse_segment_bytes), stream, reverse);
+                    static_cast<size_t>(Sweeps<T, S>::reverse_segment_bytes), stream, arguments);
     });
   }
-  if (scan_reverse) {
-    then([&] {
+  if (scan) {
+    sequence->then([&] {
       return launch_scan<S>(problem, workspace.reverse_slots, launch.segments, problem.grad_final_state, true,
                             stream);
     });
   }
-  then([&] {
+  sequence->then([&] {
     return LAUNCH((Sweeps<T, S>::grad_kv(grouped)), grid, block,
-                  static_cast<size_t>(Sweeps<T, S>::grad_kv_bytes(grouped)), stream, reverse, buffers);
+                  static_cast<size_t>(Sweeps<T, S>::grad_kv_bytes(grouped)), stream, arguments,
+                  workspace.buffers);
   });
-  then([&] {
+}
+
+// grad q; without the keys' half before it, delta first.
+template <class T, class S>
+void add_queries(const BackwardProblem& problem, const Launch& launch, const BackwardWorkspace& workspace,
+                 void* stream, Sequence* sequence) {
+  const int64_t group_size = problem.group_size(), rows = problem.batch * problem.heads * problem.seqlen;
+  if (!problem.wants_keys()) {
+    sequence->then([&] {
+      return LAUNCH(row_delta_kernel<T>,
+                    dim3(static_cast<unsigned>((rows + delta_rows - 1) / delta_rows),
+                         static_cast<unsigned>(column_groups(problem))),
+                    dim3(32 * delta_rows), 0, stream, problem.y, problem.grad_y, workspace.buffers.delta,
+                    rows, problem.heads, problem.seqlen, problem.head_dim, problem.normalize);
+    });
+  }
+  sequence->then([&] {
     return launch_segment_states<T, S>(problem, launch, problem.initial_state, workspace.slots, stream);
   });
-  then([&] {
-    return LAUNCH((Sweeps<T, S>::grad_q(grouped)), grid, block,
-                  static_cast<size_t>(Sweeps<T, S>::grad_q_bytes(group_size)), stream, forward, buffers);
+  sequence->then([&] {
+    const Arguments<BackwardProblem> arguments(problem, launch, workspace.slots,
+                                               needs_scan<S>(launch, problem.initial_state));
+    return LAUNCH((Sweeps<T, S>::grad_q(group_size > 1)), sweep_grid(problem, launch.segments),
+                  dim3(S::threads), static_cast<size_t>(Sweeps<T, S>::grad_q_bytes(group_size)), stream,
+                  arguments, workspace.buffers);
   });
+}
+
+template <class T, class S>
+const char* launch_reverse_state(const BackwardProblem& problem, Launch launch, float* slots, void* stream) {
+  launch.all_segments = true;
+  const char* const error = LAUNCH((Sweeps<T, S>::reverse_segment), sweep_grid(problem, launch.segments),
+                                   dim3(S::threads), static_cast<size_t>(Sweeps<T, S>::reverse_segment_bytes),
+                                   stream, Arguments<BackwardProblem>(problem, launch, slots, false));
+  if (*error) return error;
+  return launch_slot_sums<S>(problem, slots, launch.segments, problem.grad_initial_state, true, stream);
+}
+
+template <class T, class S>
+const char* launch_backward(const BackwardProblem& problem, const Launch& launch, void* stream) {
+  const BackwardWorkspace workspace = backward_workspace(problem, launch.segments, launch.workspace);
+  const BackwardBuffers& buffers = workspace.buffers;
+  if (problem.part == BackwardPart::reverse_state) {
+    return launch_reverse_state<T, S>(problem, launch, workspace.reverse_slots, stream);
+  }
+  Sequence sequence;
+  if (problem.wants_keys()) add_keys<T, S>(problem, launch, workspace, stream, &sequence);
+  if (problem.wants_queries()) add_queries<T, S>(problem, launch, workspace, stream, &sequence);
   if (buffers.query_gradient) {
-    then([&] {
+    sequence.then([&] {
       return launch_finish<T, S>(problem, launch, buffers.query_gradient, problem.q, problem.query_affine,
                                  launch.query_statistics, problem.grad_q, problem.heads, stream);
     });
-    then([&] {
+  }
+  if (buffers.key_gradient) {
+    sequence.then([&] {
       return launch_finish<T, S>(problem, launch, buffers.key_gradient, problem.k, problem.key_affine,
                                  launch.key_statistics, problem.grad_k, problem.kv_heads, stream);
     });
   }
   if (buffers.query_affine) {
-    then([&] {
+    sequence.then([&] {
       return launch_affine_sums(problem, launch.segments, buffers.query_affine, problem.heads,
                                 problem.query_affine, problem.grad_query_affine, stream);
     });
   }
   if (buffers.key_affine) {
-    then([&] {
+    sequence.then([&] {
       return launch_affine_sums(problem, launch.segments, buffers.key_affine, problem.kv_heads,
                                 problem.key_affine, problem.grad_key_affine, stream);
     });
   }
   if (problem.grad_initial_state.kv && column_groups(problem) > 1) {
-    then([&] {
+    sequence.then([&] {
       const int64_t count = problem.num_sequences * problem.kv_heads * S::public_features;
       return LAUNCH(sum_groups_kernel<float>,
                     dim3(static_cast<unsigned>((count + finish_threads - 1) / finish_threads)),
@@ -184,7 +233,7 @@ const char* launch_backward(const BackwardProblem& problem, const Launch& launch
                     static_cast<float*>(problem.grad_initial_state.k));
     });
   }
-  return error;
+  return sequence.error;
 }
 
 }  // namespace rebased::REBASED_BACKEND::tensor_core

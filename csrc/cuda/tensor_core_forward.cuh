@@ -178,7 +178,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(grouped))
   }
 }
 
-// The sums of each segment but the last by themselves, into its slot.
+// The sums of each segment by themselves, into its slot; of the last one only where launch.all_segments.
 template <class T, class S>
 KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(false))
     segment_state_kernel(Arguments<Problem> arguments) {
@@ -196,7 +196,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(false))
   if (threadIdx.x == 0) origins->set(arguments);
   sync_threads();
   const Span& span = origins->span;
-  if (span.segment + 1 == launch.segments) return;
+  if (span.segment + 1 == launch.segments && !launch.all_segments) return;
   const int rows_end = span.rows, columns_left = static_cast<int>(problem.head_dim) - first_column();
   load_affine<S>(affine, arguments, span.kv_head);
   const float* const key_affine = affine + arguments.group_size * S::affine_size;

@@ -82,8 +82,31 @@ const char* launch_segment_states(const Problem& problem, const Launch& launch, 
   return launch_scan<S>(problem, slots, launch.segments, initial_state, false, stream);
 }
 
+// The public state of the slots' sums; every segment's has been made.
+template <class S>
+const char* launch_slot_sums(const Problem& problem, const float* slots, int segments,
+                             const MutableState& target, bool gradient, void* stream) {
+  const dim3 grid(static_cast<unsigned>(problem.num_sequences * problem.kv_heads),
+                  (Slot<S>::size + scan_threads - 1) / scan_threads,
+                  static_cast<unsigned>(column_groups(problem)));
+  return LAUNCH(sum_slots_kernel<S>, grid, dim3(scan_threads), 0, stream, slots, segments,
+                static_cast<float*>(target.kv), static_cast<float*>(target.k), problem.head_dim, gradient);
+}
+
+template <class T, class S>
+const char* launch_whole_state(const ForwardProblem& problem, Launch launch, void* stream) {
+  launch.all_segments = true;
+  float* const slots = static_cast<float*>(launch.workspace);
+  const auto kernel = segment_state_kernel_of<T, S>();
+  const char* const error = LAUNCH(kernel, sweep_grid(problem, launch.segments), dim3(S::threads), 0, stream,
+                                   Arguments<Problem>(problem, launch, slots, false));
+  if (*error) return error;
+  return launch_slot_sums<S>(problem, slots, launch.segments, problem.final_state, false, stream);
+}
+
 template <class T, class S>
 const char* launch_forward(const ForwardProblem& problem, const Launch& launch, void* stream) {
+  if (problem.state_only) return launch_whole_state<T, S>(problem, launch, stream);
   const bool has_slots = launch.segments > 1 || problem.initial_state.kv;
   float* const slots = has_slots ? static_cast<float*>(launch.workspace) : nullptr;
   const char* error = launch_segment_states<T, S>(problem, launch, problem.initial_state, slots, stream);

@@ -110,7 +110,8 @@ DEVICE void add_reverse_chunk(State<S>& state, const T* queries, const T* gradie
   }
 }
 
-// The reverse sums of each segment but the first by themselves, into its slot.
+// The reverse sums of each segment by themselves, into its slot; of the first one only where
+// launch.all_segments.
 template <class T, class S>
 KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(false))
     reverse_segment_kernel(Arguments<BackwardProblem> arguments) {
@@ -131,7 +132,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(false))
   if (threadIdx.x == 0) origins->set(arguments);
   sync_threads();
   const Span& span = origins->span;
-  if (span.segment == 0) return;
+  if (span.segment == 0 && !arguments.launch.all_segments) return;
   const int group_size = arguments.group_size, rows_end = span.rows;
   const int columns_left = static_cast<int>(problem.head_dim) - first_column();
   load_affine<S>(affine, arguments, span.kv_head);

@@ -208,7 +208,7 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1) wide_segment_state_kernel(Arguments<
   if (threadIdx.x == 0) origins->set(arguments);
   sync_threads();
   const Span& span = origins->span;
-  if (span.segment + 1 == arguments.launch.segments) return;
+  if (span.segment + 1 == arguments.launch.segments && !arguments.launch.all_segments) return;
   const int rows_end = span.rows, columns_left = static_cast<int>(problem.head_dim) - first_column();
   load_affine<Wide>(affine, arguments, span.kv_head);
   const float* const key_affine = affine + arguments.group_size * Wide::affine_size;

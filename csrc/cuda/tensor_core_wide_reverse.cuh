@@ -74,7 +74,7 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1)
   if (threadIdx.x == 0) origins->set(arguments);
   sync_threads();
   const Span& span = origins->span;
-  if (span.segment == 0) return;
+  if (span.segment == 0 && !arguments.launch.all_segments) return;
   const int group_size = arguments.group_size, rows_end = span.rows;
   const int columns_left = static_cast<int>(problem.head_dim) - first_column();
   load_affine<Wide>(affine, arguments, span.kv_head);

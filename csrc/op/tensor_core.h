@@ -36,15 +36,12 @@ inline bool supports_sizes(const Problem& problem) {
          aligned(problem.q) && aligned(problem.k) && aligned(problem.v);
 }
 
-// States by themselves and halves of the backward take the general kernels.
-inline bool supports(const ForwardProblem& problem) {
-  return !problem.state_only && supports_sizes(problem) && aligned(problem.y);
-}
+// What is absent lies nowhere, which is aligned.
+inline bool supports(const ForwardProblem& problem) { return supports_sizes(problem) && aligned(problem.y); }
 
 inline bool supports(const BackwardProblem& problem) {
-  return problem.part == BackwardPart::all && supports_sizes(problem) && aligned(problem.y) &&
-         aligned(problem.grad_y) && aligned(problem.grad_q) && aligned(problem.grad_k) &&
-         aligned(problem.grad_v);
+  return supports_sizes(problem) && aligned(problem.y) && aligned(problem.grad_y) &&
+         aligned(problem.grad_q) && aligned(problem.grad_k) && aligned(problem.grad_v);
 }
 
 // Shared memory that a block must be able to have, in bytes; 0 where every device has enough.

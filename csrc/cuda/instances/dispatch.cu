@@ -58,12 +58,15 @@ const char* launch_tensor_core(const AnyProblem& problem, const Plan& plan, void
   launch.query_statistics = reinterpret_cast<const float*>(region(plan.workspace.query_statistics));
   launch.key_statistics = reinterpret_cast<const float*>(region(plan.workspace.key_statistics));
   launch.workspace = workspace + plan.workspace.bytes;
+  bool only_state;  // then there are no rows to fill
   if constexpr (std::is_same_v<AnyProblem, ForwardProblem>) {
+    only_state = problem.state_only;
     error = tensor_core::forward(problem, launch, stream);
   } else {
+    only_state = problem.part == BackwardPart::reverse_state;
     error = tensor_core::backward(problem, launch, stream);
   }
-  return *error ? error : launch_fill<E>(problem, plan, stream);
+  return *error || only_state ? error : launch_fill<E>(problem, plan, stream);
 }
 
 template <class AnyProblem>

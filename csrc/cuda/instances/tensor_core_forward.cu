@@ -25,7 +25,7 @@ const char* forward(const ForwardProblem& problem, const Launch& launch, void* s
 }
 
 int64_t workspace_bytes(const ForwardProblem& problem, int segments) {
-  if (segments == 1 && !problem.initial_state.kv) return 0;
+  if (segments == 1 && !problem.initial_state.kv && !problem.state_only) return 0;
   return slot_count(problem, segments) * slot_floats(problem) * static_cast<int64_t>(sizeof(float));
 }
 
