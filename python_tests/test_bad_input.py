@@ -1,6 +1,9 @@
 """Every argument, wrong in every way: the error names it, and nothing in place is touched."""
 
+import contextlib
+import gc
 import re
+import weakref
 
 import pytest
 import torch
@@ -76,6 +79,7 @@ BAD_FORWARD = {
         ValueError,
         "initial_state.k:",
     ),
+    "state of nothing": ({"initial_state": (None, None)}, TypeError, "initial_state:"),
     "return_state": ({"return_state": "yes"}, TypeError, "return_state:"),
     "cu_seqlens type": ({"cu_seqlens": [0, 6]}, TypeError, "cu_seqlens:"),
     "cu_seqlens dtype": ({"cu_seqlens": torch.tensor([0.0, 6.0])}, TypeError, "cu_seqlens:"),
@@ -108,10 +112,11 @@ def test_forward_names_the_argument(name, grad):
         rebased_attention(**arguments(**changes))
 
 
+@pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("name", BAD_PACKED)
-def test_packed_sequences_on_the_cpu(name):
+def test_packed_sequences_on_the_cpu(name, grad):
     changes, words = BAD_PACKED[name]
-    with pytest.raises(ValueError, match=_names(words)):
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=_names(words)):
         rebased_attention(**ONE, **changes)
 
 
@@ -155,13 +160,40 @@ BAD_STEP = {
 }
 
 
+@pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("name", BAD_STEP)
-def test_step_state_and_index(name):
+def test_step_state_and_index(name, grad):
     changes, error, words = BAD_STEP[name]
     state = RebasedState.zeros(2, 2, 5, 7)
-    with pytest.raises(error, match=_names(words)):
+    with torch.set_grad_enabled(grad), pytest.raises(error, match=_names(words)):
         rebased_attention_step(**{**step_arguments(), "state": state, **changes})
     assert not state.kv.any()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_strided_index_is_taken(grad):
+    index = torch.arange(4)[::2]
+    one, other = RebasedState.zeros(3, 2, 5, 7), RebasedState.zeros(3, 2, 5, 7)
+    given = step_arguments()
+    with torch.set_grad_enabled(grad):
+        y = rebased_attention_step(**given, state=one, state_index=index)
+        expected = rebased_attention_step(**given, state=other, state_index=index.contiguous())
+    assert torch.equal(y, expected)
+    assert torch.equal(one.kv, other.kv)
+
+
+def test_a_refused_call_keeps_no_tensor():
+    """Not even until the next garbage collection: whoever runs out of memory wants to try again."""
+    given = arguments(v=torch.randn(2, 3, 6, 7))
+    q = weakref.ref(given["q"])
+    gc.disable()
+    try:
+        with torch.no_grad(), contextlib.suppress(ValueError):
+            rebased_attention(**given)
+        del given
+        assert q() is None
+    finally:
+        gc.enable()
 
 
 def test_raw_operator_has_a_backstop():

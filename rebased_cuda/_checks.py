@@ -1,4 +1,4 @@
-"""Checks of every argument of the public functions, in words, before anything is touched."""
+"""Checks of every argument of the public functions, in words: before an operator runs, or once it refused."""
 
 from __future__ import annotations
 

@@ -25,6 +25,9 @@ from .state import RebasedState, num_features
 
 # what an operator, or the options' checks before it, raise for arguments that are wrong
 _REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError)
+_Options = tuple[
+    str, str | None, float | None, float, float, bool
+]  # as they are given, in _cached_options' order
 # `typed` keeps True and 1 apart; what cannot be hashed raises a TypeError
 _cached_options = functools.lru_cache(maxsize=256, typed=True)(check_options)
 
@@ -161,39 +164,40 @@ def rebased_attention(
     are not supported and raise.
     """
     parameters = (gamma_q, beta_q, gamma_k, beta_k)
+    options = (feature_map, layer_norm, scale, eps, layer_norm_eps, normalize)
     state = (None, None) if initial_state is None else initial_state
-    unsuited: Exception | None = None
     if (
         _is_plain(q, 4, state)
+        and (initial_state is None or not any(x is None for x in state))
         and type(return_state) is bool
         and _fit(q, parameters, cu_seqlens, (k, v, *state))
     ):
-        # The operator checks its arguments itself, in a tenth of the time; what it refuses gets words below.
+        # The operator checks its arguments itself, in a tenth of the time; what it refuses gets words here.
         try:
-            options = _cached_options(
-                feature_map, layer_norm, scale, eps, layer_norm_eps, normalize, q.shape[3]
-            )
-            return _attend([q, k, v, *parameters, *state], cu_seqlens, return_state, options)
-        except _REFUSALS as error:
-            unsuited = error
-    tensors, cu_seqlens, options = check_call(
-        q,
-        k,
-        v,
-        *parameters,
-        feature_map=feature_map,
-        layer_norm=layer_norm,
-        scale=scale,
-        eps=eps,
-        layer_norm_eps=layer_norm_eps,
-        normalize=normalize,
-        initial_state=initial_state,
-        return_state=return_state,
-        cu_seqlens=cu_seqlens,
-    )
-    if unsuited is not None:
-        raise unsuited
-    return _attend(tensors, cu_seqlens, return_state, options)
+            checked = _cached_options(*options, q.shape[3])
+            return _attend([q, k, v, *parameters, *state], cu_seqlens, return_state, checked)
+        except _REFUSALS:
+            _check_attention(q, k, v, parameters, options, initial_state, return_state, cu_seqlens)
+            raise
+    return _attend(*_check_attention(q, k, v, parameters, options, initial_state, return_state, cu_seqlens))
+
+
+def _check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    parameters: tuple[Tensor | None, ...],
+    options: _Options,
+    initial_state: RebasedState | None,
+    return_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[list[Tensor | None], Tensor | None, bool, Options]:
+    """The arguments of _attend, checked and cast."""
+    names = ("feature_map", "layer_norm", "scale", "eps", "layer_norm_eps", "normalize")
+    keywords: dict[str, Any] = dict(zip(names, options, strict=True))
+    keywords |= {"initial_state": initial_state, "return_state": return_state, "cu_seqlens": cu_seqlens}
+    tensors, cu_seqlens, checked = check_call(q, k, v, *parameters, **keywords)
+    return tensors, cu_seqlens, return_state, checked
 
 
 def _attend(
@@ -264,9 +268,9 @@ def rebased_attention_step(
         # as in rebased_attention; the operator looks at everything before it touches the state
         try:
             return _run_step(q, k, v, state, tensors, _cached_options(*options, q.shape[2]))
-        except _REFUSALS as error:
+        except _REFUSALS:
             _check_step(q, k, v, state, tensors, options)
-            raise error
+            raise
     return _run_step(*_check_step(q, k, v, state, tensors, options))
 
 
@@ -286,14 +290,16 @@ def _is_plain(q: Tensor, dims: int, state: tuple[Any, ...]) -> bool:
 def _fit(
     q: Tensor, parameters: tuple[Tensor | None, ...], index: Tensor | None, others: tuple[Any, ...]
 ) -> bool:
-    """Whether dtypes are those that the operator wants, which casts nothing, and all are on q's device.
+    """Whether the operator, which casts and copies nothing, can take these, and all are on q's device.
 
     A tensor on the device "meta" would make the call one that computes nothing.
     """
     dtype, device = q.dtype, q.device
     sums = torch.float64 if dtype is torch.float64 else torch.float32
     try:  # loops, since this is for calls of microseconds
-        if index is not None and (index.dtype is not torch.int64 or index.device != device):
+        if index is not None and not (
+            index.dtype is torch.int64 and index.device == device and index.is_contiguous()
+        ):
             return False
         for x in parameters:
             if x is not None and (x.dtype is not sums or x.device != device):
@@ -326,7 +332,7 @@ def _check_step(
     v: Tensor,
     state: RebasedState,
     tensors: tuple[Tensor | None, ...],
-    options: tuple[str, str | None, float | None, float, float, bool],
+    options: _Options,
 ) -> tuple[Any, ...]:
     """The arguments of _run_step, checked and cast; `tensors` are the four parameters and state_index."""
     gamma_q, beta_q, gamma_k, beta_k, state_index = tensors

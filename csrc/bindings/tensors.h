@@ -1,7 +1,7 @@
 // From torch's stable tensors to a Problem: checks, copies where a layout is not understood, and allocation.
 //
-// Python has already checked every argument with a message for people (rebased_cuda/attention.py); the checks
-// here are the backstop for whoever calls the raw ops. std::invalid_argument arrives in Python as ValueError.
+// The checks here come first; what they refuse Python checks once more, to say it for people
+// (rebased_cuda/attention.py). std::invalid_argument arrives in Python as ValueError.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -18,6 +18,8 @@ struct AmxRegisters {
   AmxRegisters() {
     alignas(64) uint8_t configuration[64] = {1};  // palette 1
     for (int i = 0; i < 8; i++) configuration[16 + 2 * i] = 64, configuration[48 + i] = kTile;
+    // GCC takes the instruction to read eight bytes and may leave the others unwritten
+    asm volatile("" ::"r"(configuration) : "memory");
     _tile_loadconfig(configuration);
   }
   ~AmxRegisters() { _tile_release(); }

@@ -1,7 +1,8 @@
 // The backend's entry points: the instruction set of this process and the accumulation type of the problem.
 #include <cstdlib>
 #include <cstring>
-#if defined(__linux__)
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -20,12 +21,13 @@ const char* name(InstructionSet set) {
 }
 
 #if defined(__x86_64__)
-// Whether this process may use the AMX tiles: Linux hands out their large state on request.
-bool has_amx() {
+// Whether this process may use the AMX tiles. Linux hands out their large state on request only, and signal
+// stacks must then have room for it: so the first call that takes them asks, not the import.
+bool amx_is_granted() {
 #if defined(__linux__)
   constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-         syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  return granted;
 #else
   return false;
 #endif
@@ -33,7 +35,13 @@ bool has_amx() {
 
 InstructionSet avx512_products() {
   if (!__builtin_cpu_supports("avx512bf16")) return InstructionSet::avx512;
-  return has_amx() ? InstructionSet::avx512_amx : InstructionSet::avx512_bf16;
+#if defined(__linux__)
+  unsigned a, b, c, d = 0;  // by hand: compilers learned the names of these features late
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & amx_bf16) && (d & amx_tile))
+    return InstructionSet::avx512_amx;
+#endif
+  return InstructionSet::avx512_bf16;
 }
 #endif
 
@@ -50,9 +58,8 @@ InstructionSet detect() {
   }
 #endif
   if (const char* wanted = std::getenv("REBASED_CPU_ISA")) {
-    for (int i = 0; i < static_cast<int>(best); i++)
+    for (int i = 0; i <= static_cast<int>(best); i++)
       if (!std::strcmp(wanted, name(static_cast<InstructionSet>(i)))) return static_cast<InstructionSet>(i);
-    return best;
   }
 #if defined(__x86_64__)
   // Intel's vdpbf16ps does a pair at half the rate of two multiply-adds: without AMX float32 is faster there.
@@ -66,13 +73,16 @@ InstructionSet chosen() {
   return set;
 }
 
+#if defined(__x86_64__)
 // The instruction set of bfloat16 products: where phi is elementwise none is large enough, a step is one
 // token, and AMX takes values that fill whole panels of 32 columns.
-[[maybe_unused]] InstructionSet products(const Problem& problem) {
+InstructionSet products(const Problem& problem) {
   if (problem.dtype != Dtype::bfloat16 || !is_polynomial(problem.feature_map)) return InstructionSet::avx512;
+  if (chosen() != InstructionSet::avx512_amx) return chosen();
   const bool whole_panels = (problem.head_dim + 15) / 16 % 2 == 0;
-  return chosen() == InstructionSet::avx512_amx && !whole_panels ? InstructionSet::avx512 : chosen();
+  return whole_panels && amx_is_granted() ? InstructionSet::avx512_amx : InstructionSet::avx512;
 }
+#endif
 
 #if defined(__x86_64__)
 #define REBASED_DISPATCH(kernel)                                                                        \
