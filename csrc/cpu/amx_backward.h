@@ -48,23 +48,8 @@ struct AmxBackwardCall : Bf16BackwardCall {
     });
     for (int f = 0; f < s.feature_pad; f += kProductRows) {
       scratch.queue->advance();
-      FloatVector sums[kProductRows];
-      for (int r = 0; r < kProductRows; r++) {
-        const FeaturePair<float> feature = pairs[f + r];
-        sums[r] = FloatVector{};
-        for (int b = 0; b < blocks; b++) {
-          FloatVector phi[2];
-#pragma GCC unroll 2
-          for (int n = 0; n < 2; n++) {
-            const float* X = tokens + b * token_block() + n * width;
-            phi[n] = load(X + feature.first * lanes) * load(X + feature.second * lanes);
-            if (Weighted) phi[n] *= feature.weight;
-            sums[r] += token_weights ? phi[n] * load(token_weights + b * lanes + n * width) : phi[n];
-          }
-          store_pairs(scratch.token_rows + (b * kProductRows + r) * half, pair_lanes(phi[0], phi[1]));
-        }
-      }
-      add_row_sums<float, kProductRows>(sums, state + s.state_kv + f);
+      pack_features<Weighted, kProductRows>(tokens, token_weights, f, blocks, state + s.state_kv,
+                                            scratch.token_rows);
       for_panels<float>(s.value_columns, [&](auto vectors, int column) {
         constexpr int NV = decltype(vectors)::value, columns = NV * width;
         float* part = state + int64_t(column) * s.feature_pad + f * columns;

@@ -110,20 +110,7 @@ struct AmxForwardCall : Bf16ForwardCall {
     const int blocks = (rows + lanes - 1) / lanes;
     for (int f = 0; f < s.feature_pad; f += kProductRows) {
       scratch.queue->advance();
-      FloatVector sums[kProductRows];
-      for (int r = 0; r < kProductRows; r++) {
-        const FeaturePair<float> feature = pairs[f + r];
-        sums[r] = FloatVector{};
-        for (int b = 0; b < blocks; b++) {
-          const float* first = scratch.keys + b * block() + feature.first * lanes;
-          const float* second = scratch.keys + b * block() + feature.second * lanes;
-          const Uint32Vector phi =
-              pair_lanes(load(first) * load(second), load(first + width) * load(second + width));
-          sums[r] += even_of(phi) + odd_of(phi);
-          store_pairs(scratch.feature_rows + (b * kProductRows + r) * half, phi);
-        }
-      }
-      add_row_sums<float, kProductRows>(sums, scratch.state + s.state_kv + f);
+      pack_key_features<kProductRows>(scratch, f, blocks, scratch.feature_rows);
       for_panels<float>(s.value_columns, [&](auto vectors, int column) {
         constexpr int NV = decltype(vectors)::value, columns = NV * width;
         float* part = scratch.state + int64_t(column) * s.feature_pad + f * columns;

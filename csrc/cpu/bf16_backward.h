@@ -64,6 +64,31 @@ struct Bf16BackwardCall : BackwardCall<float> {
       });
   }
 
+  // phi of features [f, f + Rows) of all blocks of tokens: all_sums takes their weighted sums in, target is
+  // [block][Rows][pair of tokens].
+  template <bool Weighted, int Rows>
+  REBASED_INLINE void pack_features(const float* tokens, const float* token_weights, int f, int blocks,
+                                    float* all_sums, uint32_t* target) const {
+    constexpr int half = lanes / 2;
+    FloatVector sums[Rows];
+    for (int r = 0; r < Rows; r++) {
+      const FeaturePair<float> feature = pairs[f + r];
+      sums[r] = FloatVector{};
+      for (int b = 0; b < blocks; b++) {
+        FloatVector phi[2];
+#pragma GCC unroll 2
+        for (int n = 0; n < 2; n++) {
+          const float* X = tokens + b * token_block() + n * width;
+          phi[n] = load(X + feature.first * lanes) * load(X + feature.second * lanes);
+          if (Weighted) phi[n] *= feature.weight;
+          sums[r] += token_weights ? phi[n] * load(token_weights + b * lanes + n * width) : phi[n];
+        }
+        store_pairs(target + (b * Rows + r) * half, pair_lanes(phi[0], phi[1]));
+      }
+    }
+    add_row_sums<float, Rows>(sums, all_sums + f);
+  }
+
   template <bool Weighted>
   void add_to_state(const Scratch& scratch, const float* tokens, const float* token_weights,
                     const float* values, int rows, float* state) const {
@@ -82,23 +107,8 @@ struct Bf16BackwardCall : BackwardCall<float> {
     });
     for (int f = 0; f < s.feature_pad; f += kRows) {
       scratch.queue->advance();
-      FloatVector sums[kRows];
-      for (int r = 0; r < kRows; r++) {
-        const FeaturePair<float> feature = pairs[f + r];
-        sums[r] = FloatVector{};
-        for (int b = 0; b < blocks; b++) {
-          FloatVector phi[2];
-#pragma GCC unroll 2
-          for (int n = 0; n < 2; n++) {
-            const float* X = tokens + b * token_block() + n * width;
-            phi[n] = load(X + feature.first * lanes) * load(X + feature.second * lanes);
-            if (Weighted) phi[n] *= feature.weight;
-            sums[r] += token_weights ? phi[n] * load(token_weights + b * lanes + n * width) : phi[n];
-          }
-          store_pairs(scratch.token_pairs + (b * kRows + r) * half, pair_lanes(phi[0], phi[1]));
-        }
-      }
-      add_row_sums<float, kRows>(sums, state + s.state_kv + f);
+      pack_features<Weighted, kRows>(tokens, token_weights, f, blocks, state + s.state_kv,
+                                     scratch.token_pairs);
       for_panels<float>(s.value_columns, [&](auto vectors, int column) {
         constexpr int NV = decltype(vectors)::value, columns = NV * width;
         float* part = state + int64_t(column) * s.feature_pad + f * columns;

@@ -168,6 +168,27 @@ struct Bf16ForwardCall : ForwardCall<float> {
       });
   }
 
+  // phi(k) for features [f, f + Rows) of all blocks: z takes their sums in, target is [block][Rows][pair of
+  // tokens].
+  template <int Rows>
+  REBASED_INLINE void pack_key_features(const Scratch& scratch, int f, int blocks, uint32_t* target) const {
+    constexpr int half = lanes / 2;
+    FloatVector sums[Rows];
+    for (int r = 0; r < Rows; r++) {
+      const FeaturePair<float> feature = pairs[f + r];
+      sums[r] = FloatVector{};
+      for (int b = 0; b < blocks; b++) {
+        const float* first = scratch.keys + b * block() + feature.first * lanes;
+        const float* second = scratch.keys + b * block() + feature.second * lanes;
+        const Uint32Vector phi =
+            pair_lanes(load(first) * load(second), load(first + width) * load(second + width));
+        sums[r] += even_of(phi) + odd_of(phi);
+        store_pairs(target + (b * Rows + r) * half, phi);
+      }
+    }
+    add_row_sums<float, Rows>(sums, scratch.state + sizes.state_kv + f);
+  }
+
   // S += phi(k) v^T, z += phi(k), and S's rounded copy.
   void update_pairs(const Scratch& scratch, int rows) const {
     const Sizes<float>& s = sizes;
@@ -175,20 +196,7 @@ struct Bf16ForwardCall : ForwardCall<float> {
     constexpr int half = lanes / 2;
     for (int f = 0; f < s.feature_pad; f += kRows) {
       scratch.queue->advance();
-      FloatVector sums[kRows];
-      for (int r = 0; r < kRows; r++) {
-        const FeaturePair<float> feature = pairs[f + r];
-        sums[r] = FloatVector{};
-        for (int b = 0; b < blocks; b++) {
-          const float* first = scratch.keys + b * block() + feature.first * lanes;
-          const float* second = scratch.keys + b * block() + feature.second * lanes;
-          const Uint32Vector phi =
-              pair_lanes(load(first) * load(second), load(first + width) * load(second + width));
-          sums[r] += even_of(phi) + odd_of(phi);
-          store_pairs(scratch.key_pairs + (b * kRows + r) * half, phi);
-        }
-      }
-      add_row_sums<float, kRows>(sums, scratch.state + s.state_kv + f);
+      pack_key_features<kRows>(scratch, f, blocks, scratch.key_pairs);
       for_panels<float>(s.value_columns, [&](auto vectors, int column) {
         constexpr int NV = decltype(vectors)::value, columns = NV * width;
         float* part = scratch.state + int64_t(column) * s.feature_pad + f * columns;
