@@ -57,6 +57,8 @@ def test_gradcheck(feature_map, layer_norm, variant, device):
 def test_float64_gradients_agree_with_the_reference(feature_map, sizes, device):
     problem = Problem(feature_map, batch=1, heads=2, kv_heads=1, seqlen=150, with_state=True, device=device)
     problem = problem.but(feature_dim=sizes[0], head_dim=sizes[1])
+    if sizes[0] == 1:  # y then depends on q through eps alone: rounding takes 1e-10 of that at the usual 1e-3
+        problem = problem.but(eps=0.1)
     inputs = problem.inputs(requires_grad=True)
     upstream = _upstream(problem, inputs)
     got = _gradients(rebased_attention, inputs, problem, upstream)
