@@ -45,7 +45,8 @@ InstructionSet avx512_products() {
 }
 #endif
 
-// What the processor has, lowered (never raised) by the environment variable REBASED_CPU_ISA.
+// The best for this processor, or what the environment variable REBASED_CPU_ISA names, if the processor has
+// it.
 InstructionSet detect() {
   InstructionSet best = InstructionSet::portable;
 #if defined(__x86_64__)
@@ -82,9 +83,7 @@ InstructionSet products(const Problem& problem) {
   const bool whole_panels = (problem.head_dim + 15) / 16 % 2 == 0;
   return whole_panels && amx_is_granted() ? InstructionSet::avx512_amx : InstructionSet::avx512;
 }
-#endif
 
-#if defined(__x86_64__)
 #define REBASED_DISPATCH(kernel)                                                                        \
   const bool wide = problem.dtype == Dtype::float64;                                                    \
   const InstructionSet set = chosen();                                                                  \
