@@ -108,14 +108,13 @@ def architectures() -> str:
         names = ";".join(sorted(set(result.stdout.split()))) if result.returncode == 0 else ""
     words = []
     for name in (names or DEFAULT_ARCHITECTURES).split(";"):
-        number, _, ptx = name.partition("+")
-        if not re.fullmatch(r"\d+\.\d", number):
+        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", name)  # no kernel uses what 9.0a has beyond 9.0
+        if not match:
             raise SystemExit(
                 f"rebased_cuda: TORCH_CUDA_ARCH_LIST: expected names like 8.0 or 9.0+PTX, got {name!r}."
             )
-        number = number.replace(".", "")
-        words.append(number if ptx else f"{number}-real")  # "90" is machine code and PTX
-    return ";".join(words)
+        words.append(match[1] + match[2] + ("" if match[3] else "-real"))  # "90" is machine code and PTX
+    return ";".join(dict.fromkeys(words))
 
 
 def jobs() -> int:

@@ -98,6 +98,8 @@ def test_cuda_can_be_left_out(script, fake_nvcc, monkeypatch):
 def test_architectures(script, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0+PTX")
     assert script["architectures"]() == "86-real;90"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0 9.0a 10.0f+PTX")  # as containers set it
+    assert script["architectures"]() == "90-real;100"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "hopper")
     with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST: .*'hopper'"):
         script["architectures"]()
