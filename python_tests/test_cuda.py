@@ -45,9 +45,12 @@ def test_graph_capture_of_forward_backward_and_step(dtype):
         with torch.no_grad():
             row = [x[:, :, 0] for x in (q, k, v)]
             step = rebased_attention_step(*row, state, *parameters, **problem.options())
-        return [y, step, *gradients]
+        # y would keep its graph alive, and so the gradient nodes of the inputs, which belong to the stream that
+        # they were made on: a capture on another stream may not use those
+        return [y.detach(), step, *gradients]
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         work()
     torch.cuda.current_stream().wait_stream(side)

@@ -64,7 +64,10 @@ def test_float64_gradients_agree_with_the_reference(feature_map, sizes, device):
     got = _gradients(rebased_attention, inputs, problem, upstream)
     expected = _gradients(reference.quadratic, inputs, problem, upstream)
     for g, e in zip(got, expected, strict=True):
-        assert relative_error(g, e) <= 1e-10
+        if e.any():
+            assert relative_error(g, e) <= 1e-10
+        else:  # LayerNorm of a single number does not depend on it; a fused multiply-add leaves its rounding
+            assert g.abs().max() <= 1e-10
 
 
 @pytest.mark.parametrize("layer_norm", NORMS)
