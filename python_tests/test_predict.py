@@ -1,7 +1,7 @@
 """The model of the CUDA kernels' time: its arithmetic, what goes into it and that all of it is shown."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +145,31 @@ def test_measurements_are_set_against_predictions(facts: predict.Facts, tmp_path
     (tmp_path / "traffic.json").write_text("{}")
     (found,) = predict.against_measured(made, tmp_path)
     both = [x for x in made if (x.gpu, x.shape, x.sizes["feature_map"]) == ("H100", "R1", "outer")]
-    assert found["predicted"] == pytest.approx(sum(x.predicted + x.token_norm for x in both))
+    assert found["predicted"] == pytest.approx(sum(x.predicted_with_token_norm for x in both))
     assert (found["shape"], found["direction"], found["measured"]) == ("R1", "forward + backward", 1e-3)
+
+
+def test_kernels_are_set_against_predictions(facts: predict.Facts, tmp_path: Path) -> None:
+    made = list(predict.predictions(facts, gpu_model.GPUS[0]))
+    sizes = {"size": "R1", "shape": asdict(predict.shape_of("R1", "outer"))}
+    kernels = [
+        {"kernel": "tensor_core::forward_kernel<bfloat16, outer, 16, false>", "launches": 1, "seconds": 1e-4},
+        {"kernel": "token_statistics<bfloat16>", "launches": 4, "seconds": 2e-5},
+        {"kernel": "token_norm_backward<bfloat16>", "launches": 2, "seconds": 1e-5},
+        {"kernel": "a kernel of torch", "launches": 1, "seconds": 1.0},
+    ]
+    times = {"forward": 2e-4, "forward_backward": 5e-4, "kernels": kernels}
+    calls = [
+        sizes | times | {"layer_norm": "token"},
+        sizes | times | {"layer_norm": "head"},
+        sizes | {"layer_norm": "token", "failed": "out of memory"},
+    ]
+    contents = {"machine": {"gpus": ["NVIDIA H100 80GB HBM3"]}, "calls": calls}
+    (tmp_path / "kernels.json").write_text(json.dumps(contents))
+    measured = {x["kernel"]: x["measured"] for x in predict.kernels_against_measured(made, tmp_path)}
+    assert measured == {"forward_kernel": 1e-4, "token LayerNorm": pytest.approx(3e-5)}
+    calls_measured = {x["direction"]: x["measured"] for x in predict.against_measured(made, tmp_path)}
+    assert calls_measured == {"forward": 2e-4, "forward + backward": 5e-4}
 
 
 def test_every_input_is_shown_and_all_is_called_a_prediction(

@@ -94,8 +94,12 @@ class Time:
         return max(self.seconds_of, key=self.seconds_of.__getitem__)
 
     @property
+    def busy(self) -> float:
+        return max(self.seconds_of.values())
+
+    @property
     def predicted(self) -> float:
-        return max(self.seconds_of.values()) + self.launch
+        return self.busy + self.launch
 
     @property
     def at_most(self) -> float:

@@ -1,10 +1,11 @@
-"""PREDICTED times of the CUDA kernels, without a GPU: nothing that this prints was measured on one.
+"""PREDICTED times of the CUDA kernels, without a GPU, and beside them what was measured where there was one.
 
     python -m benchmarks.speed.predict [--json benchmarks/results/predictions.json]
 
 bfloat16, d 16, "head" LayerNorm as the traffic was traced; the last column is for "token", as ReBased has it.
-gpu_facts.py has what is counted, gpu_model.py the arithmetic; the launch plan is the op's own. Where speed
-files of such a card lie in benchmarks/results, measurement is set against prediction.
+gpu_facts.py has what is counted, gpu_model.py the arithmetic; the launch plan is the op's own. Where files of
+such a card by benchmarks.speed or benchmarks.kernels.profile lie in benchmarks/results, measurement is set
+against prediction; those may be of an older commit than the prediction.
 """
 
 from __future__ import annotations
@@ -120,12 +121,16 @@ class Prediction:
     segments: int
     floor: float
     kernels: list[Time]
-    token_norm: float  # seconds on top with layer_norm="token"
+    token_norm: Time | None  # on top with layer_norm="token"
     works: list[Work]
 
     @property
     def predicted(self) -> float:
         return sum(time.predicted for time in self.kernels)
+
+    @property
+    def predicted_with_token_norm(self) -> float:
+        return self.predicted + (self.token_norm.predicted if self.token_norm else 0.0)
 
     @property
     def at_most(self) -> float:
@@ -146,7 +151,7 @@ def predictions(facts: Facts, gpu: Gpu) -> Iterator[Prediction]:
                 segments = segments_of(gpu, shape, sweep)
                 works = list(launches(facts, shape, sweep, segments))
                 times = [predict(gpu, x) for x in works]
-                norm = predict(gpu, token_norm(shape, sweep)).predicted
+                norm = predict(gpu, token_norm(shape, sweep))
                 least = floor(gpu, shape, sweep)
                 yield Prediction(gpu.name, size, asdict(shape), sweep, segments, least, times, norm, works)
     for feature_map in MAPS:
@@ -154,21 +159,29 @@ def predictions(facts: Facts, gpu: Gpu) -> Iterator[Prediction]:
         step = step_work(facts, feature_map)
         least = step.bytes / gpu["copy"]
         times = [predict(gpu, step)]
-        yield Prediction(gpu.name, "decode", asdict(shape), "step", 1, least, times, 0.0, [step])
+        yield Prediction(gpu.name, "decode", asdict(shape), "step", 1, least, times, None, [step])
 
 
-def measurements(folder: Path = RESULTS) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Card and row of everything measured on one of these cards."""
+def measured_files(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Card and contents of every JSON file that one of these cards made."""
     for path in sorted(folder.rglob("*.json")):
         contents = json.loads(path.read_text())
-        if not isinstance(contents, dict) or contents.get("device") != "cuda" or "rows" not in contents:
-            continue
-        cards = " ".join(contents["machine"]["gpus"])
-        for gpu in GPUS:
-            if gpu.name in cards:
-                for row in contents["rows"]:
-                    if row["method"] == OURS and row["status"] == "ok":
-                        yield gpu.name, row
+        if isinstance(contents, dict) and isinstance(contents.get("machine"), dict):
+            cards = " ".join(contents["machine"].get("gpus", ()))
+            yield from ((gpu.name, contents) for gpu in GPUS if gpu.name in cards)
+
+
+def measurements(folder: Path = RESULTS) -> Iterator[tuple[str, dict[str, Any], str, float]]:
+    """Card, shape, direction and seconds of every call of the op that was timed on one of these cards."""
+    for gpu, contents in measured_files(folder):
+        if contents.get("device") == "cuda":
+            for row in contents.get("rows", ()):
+                if row["method"] == OURS and row["status"] == "ok":
+                    yield gpu, row["shape"], row["direction"], row["median"]
+        for call in contents.get("calls", ()):
+            if call["layer_norm"] == "token" and "kernels" in call:
+                for direction, name in zip(DIRECTIONS, ("forward", "forward_backward"), strict=True):
+                    yield gpu, call["shape"], direction, call[name]
 
 
 def against_measured(made: list[Prediction], folder: Path = RESULTS) -> list[dict[str, Any]]:
@@ -176,9 +189,9 @@ def against_measured(made: list[Prediction], folder: Path = RESULTS) -> list[dic
     found = []
     names = ("batch", "heads", "seqlen", "head_dim", "feature_map", "feature_dim", "dtype")
     measured: dict[tuple[Any, ...], list[float]] = {}
-    for gpu, row in measurements(folder):
-        key = (gpu, row["direction"], *(row["shape"][name] for name in names))
-        measured.setdefault(key, []).append(row["median"])
+    for gpu, shape, direction, seconds in measurements(folder):
+        key = (gpu, direction, *(shape[name] for name in names))
+        measured.setdefault(key, []).append(seconds)
     for forward in made:
         if forward.direction != "forward":
             continue
@@ -187,10 +200,45 @@ def against_measured(made: list[Prediction], folder: Path = RESULTS) -> list[dic
             parts = [forward] if direction == "forward" else same
             times = measured.get((forward.gpu, direction, *(forward.sizes[name] for name in names)))
             if times:
-                predicted = sum(x.predicted + x.token_norm for x in parts)
+                predicted = sum(x.predicted_with_token_norm for x in parts)
                 row = {"gpu": forward.gpu, "shape": forward.shape, "map": forward.sizes["feature_map"]}
                 row |= {"direction": direction, "predicted": predicted}
                 found.append(row | {"measured": statistics.median(times)})
+    return found
+
+
+def base_name(kernel: str) -> str:
+    """forward_kernel of tensor_core::forward_kernel<bfloat16, outer, 16, false>."""
+    return kernel.partition("<")[0].rpartition("::")[2]
+
+
+def kernels_against_measured(made: list[Prediction], folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """Each kernel's time in a forward and a backward, without what lies between launches, by the profiler.
+
+    "token" LayerNorm, as profiled; its own kernels, which the prediction has as one, come last.
+    """
+    found = []
+    for gpu, contents in measured_files(folder):
+        for call in contents.get("calls", ()):
+            same = [x for x in made if (x.gpu, x.shape, x.sizes) == (gpu, call["size"], call["shape"])]
+            if not same or call["layer_norm"] != "token" or "kernels" not in call:
+                continue
+            measured: dict[str, float] = {}
+            for row in call["kernels"]:
+                name = base_name(row["kernel"])
+                name = "token LayerNorm" if name.startswith("token_") else name
+                measured[name] = measured.get(name, 0.0) + row["seconds"]
+            predicted: dict[str, float] = {}
+            for time in (time for x in same for time in x.kernels):
+                name = base_name(time.kernel)
+                predicted[name] = predicted.get(name, 0.0) + time.busy
+            predicted["token LayerNorm"] = sum(x.token_norm.busy for x in same if x.token_norm)
+            described = {"gpu": gpu, "shape": call["size"], "map": call["shape"]["feature_map"]}
+            found += [
+                described | {"kernel": name, "predicted": predicted[name], "measured": measured[name]}
+                for name in predicted
+                if name in measured
+            ]
     return found
 
 
@@ -233,27 +281,30 @@ def show(facts: Facts, made: list[Prediction], compared: list[dict[str, Any]]) -
             duration(x.predicted),
             duration(x.at_most),
             f"{x.floor / x.predicted:.0%}",
-            duration(x.predicted + x.token_norm),
+            duration(x.predicted_with_token_norm),
         ]
         for x in made
     ]
     columns = ("call", "segments", "floor", "PREDICTED", "at most", "floor/predicted", "with token LayerNorm")
     print_table("PREDICTED by call, beside the floor (one pass, no segments)", columns, rows)
-    rows = [
-        [
-            f"{x['gpu']} {x['shape']} {x['map']} {x['direction']}",
-            duration(x["predicted"]),
-            duration(x["measured"]),
-            f"{x['measured'] / x['predicted']:.2f}x",
+    for title, first, what in (
+        ("PREDICTED against measured, whole calls", "call", "direction"),
+        ("PREDICTED against measured, kernels of a forward and a backward", "kernel", "kernel"),
+    ):
+        rows = [
+            [
+                f"{x['gpu']} {x['shape']} {x['map']} {x[what]}",
+                duration(x["predicted"]),
+                duration(x["measured"]),
+                f"{x['measured'] / x['predicted']:.2f}x",
+            ]
+            for x in compared
+            if what in x
         ]
-        for x in compared
-    ]
-    if rows:
-        print_table(
-            "PREDICTED against measured", ("call", "PREDICTED", "measured", "measured/predicted"), rows
-        )
-    else:
-        print("\nno speed file of these cards in benchmarks/results: no prediction has been checked yet")
+        if rows:
+            print_table(title, (first, "PREDICTED", "measured", "measured/predicted"), rows)
+    if not compared:
+        print("\nno file of these cards in benchmarks/results: no prediction has been checked yet")
 
 
 def to_json(facts: Facts, made: list[Prediction], compared: list[dict[str, Any]]) -> dict[str, Any]:
@@ -272,7 +323,7 @@ def to_json(facts: Facts, made: list[Prediction], compared: list[dict[str, Any]]
                 "floor_seconds": x.floor,
                 "predicted_seconds": x.predicted,
                 "predicted_at_most_seconds": x.at_most,
-                "predicted_token_norm_seconds": x.token_norm,
+                "predicted_token_norm_seconds": x.token_norm.predicted if x.token_norm else 0.0,
                 "kernels": [
                     {**asdict(launched), **asdict(time), "kernel": asdict(launched.kernel)}
                     | {"predicted_seconds": time.predicted, "bound": time.bound}
@@ -299,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
     except MissingFactsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    compared = against_measured(made, arguments.results)
+    compared = against_measured(made, arguments.results) + kernels_against_measured(made, arguments.results)
     show(facts, made, compared)
     arguments.json.write_text(json.dumps(to_json(facts, made, compared), indent=1) + "\n")
     print(f"\n{arguments.json}")
