@@ -45,8 +45,8 @@ def test_graph_capture_of_forward_backward_and_step(dtype):
         with torch.no_grad():
             row = [x[:, :, 0] for x in (q, k, v)]
             step = rebased_attention_step(*row, state, *parameters, **problem.options())
-        # y would keep its graph alive, and so the gradient nodes of the inputs, which belong to the stream that
-        # they were made on: a capture on another stream may not use those
+        # y would keep its graph alive and with it the inputs' gradient nodes, which belong to the stream that
+        # made them: a capture on another stream may not use those
         return [y.detach(), step, *gradients]
 
     side = torch.cuda.Stream()

@@ -16,6 +16,7 @@ RATES = {
     "clock": 1e9,
     "schedulers": 4,
     "copy": 1e12,
+    "copy_share": 1.0,
     "L2": 2e12,
     "matmul": 1e14,
     "mma.sync": 4.096e13,
@@ -116,7 +117,8 @@ def test_a_step_is_its_state_once_read_and_once_written(facts: predict.Facts) ->
     made = [x for x in predict.predictions(facts, gpu_model.GPUS[0]) if x.direction == "step"]
     outer = next(x for x in made if x.sizes["feature_map"] == "outer")
     assert outer.floor * 3.0e12 == pytest.approx(256 * 12 * 136 * 65 * 4 * 2)
-    assert outer.predicted == pytest.approx(outer.floor + gpu_model.GPUS[0]["launch"])
+    card = gpu_model.GPUS[0]
+    assert outer.predicted == pytest.approx(outer.floor / card["copy_share"] + card["launch"])
 
 
 def test_floors_are_those_of_the_kernels_plan() -> None:
@@ -147,6 +149,12 @@ def test_measurements_are_set_against_predictions(facts: predict.Facts, tmp_path
     both = [x for x in made if (x.gpu, x.shape, x.sizes["feature_map"]) == ("H100", "R1", "outer")]
     assert found["predicted"] == pytest.approx(sum(x.predicted_with_token_norm for x in both))
     assert (found["shape"], found["direction"], found["measured"]) == ("R1", "forward + backward", 1e-3)
+
+
+def test_other_paths_kernels_of_the_same_name_are_not_taken(facts: predict.Facts) -> None:
+    names = [x["name"] for x in facts.registers]
+    assert "float32_path::forward_kernel<outer>" in names
+    assert facts.kernel("forward_kernel", "outer").name.startswith("tensor_core::")
 
 
 def test_kernels_are_set_against_predictions(facts: predict.Facts, tmp_path: Path) -> None:

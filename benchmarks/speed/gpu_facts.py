@@ -82,7 +82,7 @@ class Facts:
 
 def _is_instance(name: str, base_name: str, feature_map: str) -> bool:
     """Whether tensor_core::forward_kernel<bfloat16, outer, false> is what serves the shapes here."""
-    match = re.fullmatch(r"(?:.*::)?(\w+)(?:<(.*)>)?", name)
+    match = re.fullmatch(r"(?:tensor_core::)?(\w+)(?:<(.*)>)?", name)  # other paths' have the same names
     if match is None or match[1] != base_name:
         return False
     arguments = {x.strip() for x in (match[2] or "").split(",")}
