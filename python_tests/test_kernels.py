@@ -345,6 +345,26 @@ def test_plan_fills_the_gpu_from_one_head_and_splits_nothing_when_full(direction
     assert _C.plan(direction, batch=64, dtype=dtype)["segments"] == 1
 
 
+@pytest.mark.parametrize(
+    ("direction", "feature_map", "resident"),
+    [("forward", "outer", 3), ("backward", "outer", 2), ("backward", "square", 3)],
+)
+def test_plan_starts_no_wave_for_a_few_blocks(direction, feature_map, resident):
+    """132 multiprocessors: 12 heads of a long sequence are one wave; of 96 heads the last wave is half full."""
+    room = 132 * resident
+    options = {
+        "dtype": "bfloat16",
+        "feature_map": feature_map,
+        "multiprocessors": 132,
+        "heads": 12,
+        "kv_heads": 12,
+    }
+    long = _C.plan(direction, batch=1, seqlen=131072, **options)["segments"]
+    assert 0.9 * room < 12 * long <= room
+    blocks = 96 * _C.plan(direction, batch=8, seqlen=4096, **options)["segments"]
+    assert (blocks - 1) % room + 1 > room / 2
+
+
 @pytest.mark.parametrize("shared_memory", [99 << 10, 163 << 10, 227 << 10])
 def test_every_shape_of_the_contract_has_a_plan(shared_memory):
     """On the smallest devices too; no plan asks for more than there is."""

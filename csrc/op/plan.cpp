@@ -178,17 +178,49 @@ Plan plan_general(const Problem& problem, const Device& device, Sweep sweep) {
   return plan;
 }
 
+// With how many segments, up to `most`, the last block ends earliest. Blocks come in waves of as many as
+// `resident` on every multiprocessor can hold. Few warps leave a scheduler idle, so a wave takes no less time
+// with one warp on a scheduler than with two; from there on in proportion: measured on an H100
+// (issue_of_a_warp and issue_at_most of benchmarks/speed/gpu_model.py). There a block that sums the states
+// before it took about a quarter of a chunk's time for each of them, and the pass that makes the states, over
+// all segments but one, two fifths of what the sweep behind it takes.
+int fastest_segments(int64_t blocks, int64_t chunks, const Device& device, int64_t resident, int64_t threads,
+                     int64_t most) {
+  constexpr int64_t summed_states = 8;  // beyond, a kernel of its own sums them
+  const int64_t room = resident * device.multiprocessors;
+  const int64_t warps_on_scheduler = std::max<int64_t>(threads / 128, 1);
+  const auto wave = [&](int64_t on_multiprocessor) {
+    return on_multiprocessor == 0 ? 0 : std::max<int64_t>(28 * on_multiprocessor * warps_on_scheduler, 60);
+  };
+  const auto waves = [&](int64_t count) {
+    return count / room * wave(resident) + wave(divide_up(count % room, device.multiprocessors));
+  };
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t segments = 1; segments <= std::clamp<int64_t>(most, 1, 128); ++segments) {
+    const int64_t quarters = 4 * divide_up(chunks, segments) + std::min(segments, summed_states) - 1;
+    const int64_t time = quarters * (5 * waves(blocks * segments) + 2 * waves(blocks * (segments - 1)));
+    if (time < least) {
+      least = time;
+      best = segments;
+    }
+  }
+  return static_cast<int>(best);
+}
+
 // The kernels size their own workspace, behind the regions here: clamped bounds and statistics.
-Plan plan_tensor_core(const Problem& problem, const Device& device) {
+Plan plan_tensor_core(const Problem& problem, const Device& device, bool backward) {
   // d = 32: blocks twice as large, of a thread's most registers, and four times the state
   const bool wide = problem.feature_dim == 32;
-  const int64_t blocks_per_multiprocessor = wide ? 1 : 3, rows_per_segment = wide ? 1024 : 512;
+  const bool many_registers =
+      problem.feature_dim == 16 &&
+      (problem.feature_map == FeatureMap::taylor || (problem.feature_map == FeatureMap::outer && backward));
+  const int64_t resident = wide ? 1 : many_registers ? 2 : 3, rows_per_segment = wide ? 1024 : 512;
   Plan plan;
   plan.path = Path::tensor_core;
   const int64_t blocks = problem.num_sequences * problem.kv_heads * tensor_core::column_groups(problem);
-  const int64_t wanted = blocks_per_multiprocessor * device.multiprocessors / blocks;
-  plan.segments =
-      static_cast<int>(std::clamp<int64_t>(std::min(wanted, mean_rows(problem) / rows_per_segment), 1, 128));
+  const int64_t rows = mean_rows(problem);
+  plan.segments = fastest_segments(blocks, divide_up(rows, tensor_core::chunk), device, resident,
+                                   wide ? 256 : 128, rows / rows_per_segment);
   if (plan_override().segments) plan.segments = plan_override().segments;
   add_shared_regions(problem, &plan.workspace);
   return plan;
@@ -203,7 +235,7 @@ Plan refused(Path path) {
 
 // Tiles of a fixed shape; of GeneralTiles only what says how chunks are cut and where a slot's entries are.
 Plan plan_float32(const Problem& problem, const Device& device, int chunk, int64_t shared_floats) {
-  constexpr int64_t blocks_per_multiprocessor = 2, rows_per_segment = 512;
+  constexpr int64_t resident = 2, rows_per_segment = 512;
   Plan plan;
   plan.path = Path::float32;
   plan.shared_memory_bytes = shared_floats * 4;
@@ -214,11 +246,9 @@ Plan plan_float32(const Problem& problem, const Device& device, int chunk, int64
   tiles.num_features = float32_path::state_features(problem.feature_map);
   tiles.padded_features = float32_path::padded_features(problem.feature_map);
   tiles.state_in_shared = true;
-  const int64_t states = problem.num_sequences * problem.kv_heads;
-  const int64_t wanted = divide_up(blocks_per_multiprocessor * device.multiprocessors,
-                                   states * float32_path::column_groups(problem));
-  plan.segments =
-      static_cast<int>(std::clamp<int64_t>(std::min(wanted, mean_rows(problem) / rows_per_segment), 1, 128));
+  const int64_t states = problem.num_sequences * problem.kv_heads, rows = mean_rows(problem);
+  plan.segments = fastest_segments(states * float32_path::column_groups(problem), divide_up(rows, chunk),
+                                   device, resident, float32_path::threads, rows / rows_per_segment);
   if (plan_override().segments) plan.segments = plan_override().segments;
   add_shared_regions(problem, &plan.workspace);
   add_region(&plan.workspace, plan.segments > 1, &plan.workspace.states,
@@ -284,7 +314,7 @@ Plan plan_sweep(const AnyProblem& problem, const Device& device, Sweep sweep) {
     return refused(path);
   }
   if (path == Path::float32) return fast;
-  if (path == Path::tensor_core) return plan_tensor_core(problem, device);
+  if (path == Path::tensor_core) return plan_tensor_core(problem, device, sweep.backward);
   sweep.quadratic = path == Path::quadratic;
   return plan_general(problem, device, sweep);
 }
