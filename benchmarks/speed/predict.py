@@ -102,7 +102,7 @@ def token_norm(shape: Shape, sweep: str) -> Work:
     if sweep == "backward":
         moved += rows * 2 * ((4 - 2) + 4 + 2 + 2)
     kernel = Kernel("token LayerNorm", 8, 4)
-    return Work(kernel, math.ceil(rows / 2048), 0, moved, moved, launches=2 if sweep == "forward" else 4)
+    return Work(kernel, math.ceil(rows / 2048), 0, moved, moved, launches=1 if sweep == "forward" else 2)
 
 
 def step_work(facts: Facts, feature_map: str) -> Work:
@@ -151,7 +151,8 @@ def predictions(facts: Facts, gpu: Gpu) -> Iterator[Prediction]:
                 segments = segments_of(gpu, shape, sweep)
                 works = list(launches(facts, shape, sweep, segments))
                 times = [predict(gpu, x) for x in works]
-                norm = predict(gpu, token_norm(shape, sweep))
+                # of a single head, "token" LayerNorm is "head" LayerNorm, which needs no kernels
+                norm = predict(gpu, token_norm(shape, sweep)) if shape.heads > 1 else None
                 least = floor(gpu, shape, sweep)
                 yield Prediction(gpu.name, size, asdict(shape), sweep, segments, least, times, norm, works)
     for feature_map in MAPS:

@@ -20,26 +20,18 @@ void add_reverse_states(const Call<BackwardProblem>& call, Launches* launches) {
                 call.problem.grad_final_state);
 }
 
-// From the partial gradients of q' or k' to grad q or grad k.
-inline void add_finish(const Call<BackwardProblem>& call, const Region& region, const Region& statistics,
-                       const ConstRows& x, const Affine& affine, const MutableRows& grad_x, int64_t heads,
-                       Launches* launches) {
+// The sum of the column groups' partial gradients of q' or k'; but for "token" LayerNorm on to grad q or k.
+inline void add_finish(const Call<BackwardProblem>& call, const Region& region, const ConstRows& x,
+                       const Affine& affine, const MutableRows& grad_x, int64_t heads, Launches* launches) {
   const BackwardProblem& problem = call.problem;
   float* const partial = call.template region<float>(region);
-  if (!partial) return;
-  const int64_t tokens = problem.batch * problem.seqlen, rows = tokens * heads;
-  const int64_t* const bounds = call.template region<const int64_t>(call.workspace.bounds);
   const int groups = static_cast<int>(column_groups(problem));
-  if (groups > 1) {
-    launches->add(finish_gradients_kernel<float>, divide_up(rows * feature_dim, threads), threads, 0, partial,
-                  groups, x, affine, grad_x, heads, rows, problem.seqlen, problem.layer_norm,
-                  problem.layer_norm_eps, bounds, problem.num_sequences);
-  }
-  if (problem.layer_norm == LayerNorm::token) {
-    launches->add(token_norm_backward<float>, divide_up(tokens, rows_per_block), row_threads, 0, x, affine,
-                  call.template region<const float>(statistics), partial, grad_x, heads, tokens,
-                  problem.seqlen, feature_dim, bounds, problem.num_sequences);
-  }
+  if (!partial || groups == 1) return;
+  const int64_t rows = problem.batch * problem.seqlen * heads;
+  launches->add(finish_gradients_kernel<float>, divide_up(rows * feature_dim, threads), threads, 0, partial,
+                groups, x, affine, grad_x, heads, rows, problem.seqlen, problem.layer_norm,
+                problem.layer_norm_eps, call.template region<const int64_t>(call.workspace.bounds),
+                problem.num_sequences);
 }
 
 }  // namespace float32_path
@@ -63,16 +55,13 @@ const char* launch_float32(const BackwardProblem& problem, const Plan& plan, voi
   launches.add(grad_kv_kernel<map>, sweep_grid(call), threads, bytes(true), call);
   add_states<map, BackwardShape>(call, &launches);
   launches.add(grad_q_kernel<map>, sweep_grid(call), threads, bytes(false), call);
-  add_finish(call, workspace.query_gradient, workspace.query_statistics, problem.q, problem.query_affine,
-             problem.grad_q, problem.heads, &launches);
-  add_finish(call, workspace.key_gradient, workspace.key_statistics, problem.k, problem.key_affine,
-             problem.grad_k, problem.kv_heads, &launches);
-  auto blocks = call;  // column groups have sums of their own, as segments have
-  blocks.segments *= static_cast<int>(column_groups(problem));
-  add_affine_sums<float, float>(blocks, workspace.query_affine, problem.heads, problem.query_affine,
-                                problem.grad_query_affine, &launches);
-  add_affine_sums<float, float>(blocks, workspace.key_affine, problem.kv_heads, problem.key_affine,
-                                problem.grad_key_affine, &launches);
+  add_finish(call, workspace.query_gradient, problem.q, problem.query_affine, problem.grad_q, problem.heads,
+             &launches);
+  add_finish(call, workspace.key_gradient, problem.k, problem.key_affine, problem.grad_k, problem.kv_heads,
+             &launches);
+  if (problem.layer_norm == LayerNorm::token) add_token_norm_backward<float>(call, &launches);
+  // column groups have sums of their own, as segments have
+  add_affine_sums<float>(call, call.segments * column_groups(problem), &launches);
   return launches.error();
 }
 

@@ -10,52 +10,20 @@
 
 namespace rebased::REBASED_BACKEND {
 
-// A chain of launches that stops at the first error.
-class Launches {
- public:
-  explicit Launches(void* stream) : stream_(stream) {}
-
-  template <class... Parameters, class... Arguments>
-  void add(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
-           const Arguments&... arguments) {
-    if (*error_ || blocks == 0) return;
-    if (blocks > INT32_MAX) {
-      error_ = "more blocks than a grid can have";
-      return;
-    }
-    add(kernel, dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, arguments...);
-  }
-  template <class... Parameters, class... Arguments>
-  void add(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes,
-           const Arguments&... arguments) {
-    if (*error_) return;
-    error_ = LAUNCH(kernel, grid, dim3(static_cast<unsigned>(threads)), static_cast<size_t>(shared_bytes),
-                    stream_, arguments...);
-  }
-  const char* error() const { return error_; }
-
- private:
-  void* stream_;
-  const char* error_ = "";
-};
-
-inline int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
-
 template <class E, class AnyProblem>
 void add_preparation(const Call<AnyProblem>& call, Launches* launches) {
   using A = Accumulator<E>;
   const AnyProblem& problem = call.problem;
   const int64_t tokens = problem.batch * problem.seqlen;
+  Parts<TokenRows<E>> parts;
   if (A* const statistics = call.template region<A>(call.workspace.query_statistics)) {
-    launches->add(token_statistics<E>, divide_up(tokens, rows_per_block), row_threads, 0, problem.q,
-                  problem.heads, tokens, problem.seqlen, problem.feature_dim, problem.layer_norm_eps,
-                  statistics);
+    parts.add({problem.q, static_cast<int>(problem.heads), statistics});
   }
   if (A* const statistics = call.template region<A>(call.workspace.key_statistics)) {
-    launches->add(token_statistics<E>, divide_up(tokens, rows_per_block), row_threads, 0, problem.k,
-                  problem.kv_heads, tokens, problem.seqlen, problem.feature_dim, problem.layer_norm_eps,
-                  statistics);
+    parts.add({problem.k, static_cast<int>(problem.kv_heads), statistics});
   }
+  add_token_statistics(parts, tokens, problem.seqlen, static_cast<int>(problem.feature_dim),
+                       problem.layer_norm_eps, launches);
   if (int64_t* const bounds = call.template region<int64_t>(call.workspace.bounds)) {
     launches->add(clamp_bounds<scan_threads>, 1, scan_threads, 0, problem.cu_seqlens,
                   problem.num_sequences + 1, problem.seqlen, bounds);
@@ -134,19 +102,23 @@ const char* launch_general(const ForwardProblem& problem, const Plan& plan, void
   return *launches.error() ? launches.error() : launch_fill<E>(problem, plan, stream);
 }
 
-template <class E, class A>
-void add_affine_sums(const Call<BackwardProblem>& call, const Region& region, int64_t heads,
-                     const Affine& affine, const AffineGradient& gradient, Launches* launches) {
-  const BackwardProblem& problem = call.problem;
-  const A* const partials = call.template region<const A>(region);
-  const auto add = [&](int which, const void* parameter, int64_t head_stride, void* target) {
-    if (!parameter || !target) return;
-    launches->add(sum_affine_gradients<A>, head_stride ? heads : 1, affine_threads, 0, partials,
-                  problem.num_sequences, heads, call.segments, problem.feature_dim, which, head_stride,
-                  static_cast<A*>(target));
-  };
-  add(0, affine.gamma, affine.gamma_head_stride, gradient.gamma);
-  add(1, affine.beta, affine.beta_head_stride, gradient.beta);
+// grad gamma and grad beta from the sums of the blocks of a sequence and head, of which there are `segments`.
+template <class A>
+void add_affine_sums(const Call<BackwardProblem>& call, int64_t segments, Launches* launches) {
+  add_affine_sums(call.problem, segments, call.template region<const A>(call.workspace.query_affine),
+                  call.template region<const A>(call.workspace.key_affine), launches);
+}
+
+// From the gradients of q' and k' before "token" LayerNorm, where the workspace holds any, to grad q and k.
+template <class E>
+void add_token_norm_backward(const Call<BackwardProblem>& call, Launches* launches) {
+  using A = Accumulator<E>;
+  const Workspace& workspace = call.workspace;
+  add_token_norm_backward<E>(call.problem, call.template region<const A>(workspace.query_statistics),
+                             call.template region<const A>(workspace.key_statistics),
+                             call.template region<const A>(workspace.query_gradient),
+                             call.template region<const A>(workspace.key_gradient),
+                             call.template region<const int64_t>(workspace.bounds), launches);
 }
 
 template <class E>
@@ -156,7 +128,6 @@ const char* launch_general(const BackwardProblem& problem, const Plan& plan, voi
   const Workspace& workspace = plan.workspace;
   const int64_t blocks = problem.num_sequences * problem.kv_heads * plan.segments;
   const int64_t tokens = problem.batch * problem.seqlen, shared_bytes = plan.shared_memory_bytes;
-  const int64_t* const bounds = call.template region<const int64_t>(workspace.bounds);
   Launches launches(stream);
   add_preparation<E>(call, &launches);
   if (A* const delta = call.template region<A>(workspace.delta)) {
@@ -179,22 +150,8 @@ const char* launch_general(const BackwardProblem& problem, const Plan& plan, voi
     launches.add(general_grad_q<E>, blocks, plan.tiles.threads, shared_bytes, call);
   }
 
-  const int64_t token_blocks = divide_up(tokens, rows_per_block);
-  if (const A* const gradient = call.template region<const A>(workspace.query_gradient)) {
-    launches.add(token_norm_backward<E>, token_blocks, row_threads, 0, problem.q, problem.query_affine,
-                 call.template region<const A>(workspace.query_statistics), gradient, problem.grad_q,
-                 problem.heads, tokens, problem.seqlen, problem.feature_dim, bounds, problem.num_sequences);
-  }
-  if (const A* const gradient = call.template region<const A>(workspace.key_gradient)) {
-    launches.add(token_norm_backward<E>, token_blocks, row_threads, 0, problem.k, problem.key_affine,
-                 call.template region<const A>(workspace.key_statistics), gradient, problem.grad_k,
-                 problem.kv_heads, tokens, problem.seqlen, problem.feature_dim, bounds,
-                 problem.num_sequences);
-  }
-  add_affine_sums<E, A>(call, workspace.query_affine, problem.heads, problem.query_affine,
-                        problem.grad_query_affine, &launches);
-  add_affine_sums<E, A>(call, workspace.key_affine, problem.kv_heads, problem.key_affine,
-                        problem.grad_key_affine, &launches);
+  add_token_norm_backward<E>(call, &launches);
+  add_affine_sums<A>(call, call.segments, &launches);
   return *launches.error() ? launches.error() : launch_fill<E>(problem, plan, stream);
 }
 

@@ -95,4 +95,40 @@ const char* launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
 
 #endif
 
+// A chain of launches that stops at the first error.
+class Launches {
+ public:
+  explicit Launches(void* stream) : stream_(stream) {}
+
+  template <class... Parameters, class... Arguments>
+  void add(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+           const Arguments&... arguments) {
+    if (*error_ || blocks == 0) return;
+    if (blocks > INT32_MAX) {
+      error_ = "more blocks than a grid can have";
+      return;
+    }
+    add(kernel, dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, arguments...);
+  }
+  template <class... Parameters, class... Arguments>
+  void add(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes,
+           const Arguments&... arguments) {
+    if (*error_) return;
+    error_ = LAUNCH(kernel, grid, dim3(static_cast<unsigned>(threads)), static_cast<size_t>(shared_bytes),
+                    stream_, arguments...);
+  }
+  // What other code queues on the stream, by its error text.
+  template <class Launch>
+  void add(const Launch& launch) {
+    if (!*error_) error_ = launch(stream_);
+  }
+  const char* error() const { return error_; }
+
+ private:
+  void* stream_;
+  const char* error_ = "";
+};
+
+inline int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
 }  // namespace rebased::REBASED_BACKEND

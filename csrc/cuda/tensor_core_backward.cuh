@@ -52,41 +52,16 @@ inline BackwardWorkspace backward_workspace(const BackwardProblem& problem, int 
   return result;
 }
 
-// From the partial gradients of q' or k' to grad q or grad k.
+// The sum of the column groups' partial gradients of q' or k'; but for "token" LayerNorm on to grad q or k.
 template <class T, class S>
-const char* launch_finish(const BackwardProblem& problem, const Launch& launch, float* partial,
-                          const ConstRows& x, const Affine& affine, const float* statistics,
-                          const MutableRows& grad_x, int64_t heads, void* stream) {
-  const int64_t tokens = problem.batch * problem.seqlen, rows = tokens * heads;
-  const char* error = "";
+void add_finish(const BackwardProblem& problem, const Launch& launch, float* partial, const ConstRows& x,
+                const Affine& affine, const MutableRows& grad_x, int64_t heads, Launches* launches) {
+  const int64_t rows = problem.batch * problem.seqlen * heads;
   const int groups = static_cast<int>(column_groups(problem));
-  if (groups > 1) {
-    error = LAUNCH((finish_gradient_kernel<T, S::feature_dim>),
-                   dim3(static_cast<unsigned>((rows + finish_threads - 1) / finish_threads)),
-                   dim3(finish_threads), 0, stream, partial, groups, x, affine, grad_x, heads, rows,
-                   problem.seqlen, problem.layer_norm, problem.layer_norm_eps, launch.bounds,
-                   problem.num_sequences);
-  }
-  if (*error || problem.layer_norm != LayerNorm::token) return error;
-  return LAUNCH(token_norm_backward<T>,
-                dim3(static_cast<unsigned>((tokens + rows_per_block - 1) / rows_per_block)),
-                dim3(row_threads), 0, stream, x, affine, statistics, partial, grad_x, heads, tokens,
-                problem.seqlen, S::feature_dim, launch.bounds, problem.num_sequences);
-}
-
-// grad gamma and grad beta from the blocks' sums.
-inline const char* launch_affine_sums(const BackwardProblem& problem, int segments, const float* sums,
-                                      int64_t heads, const Affine& affine, const AffineGradient& gradient,
-                                      void* stream) {
-  const auto sum = [&](int which, int64_t head_stride, void* target) {
-    if (!target) return "";
-    return LAUNCH(sum_affine_gradients<float>, dim3(static_cast<unsigned>(head_stride ? heads : 1)),
-                  dim3(affine_threads), 0, stream, sums, problem.num_sequences, heads,
-                  segments * column_groups(problem), static_cast<int>(problem.feature_dim), which,
-                  head_stride, static_cast<float*>(target));
-  };
-  const char* error = sum(0, affine.gamma_head_stride, gradient.gamma);
-  return *error ? error : sum(1, affine.beta_head_stride, gradient.beta);
+  if (!partial || groups == 1) return;
+  launches->add(finish_gradient_kernel<T, S::feature_dim>, divide_up(rows, finish_threads), finish_threads, 0,
+                partial, groups, x, affine, grad_x, heads, rows, problem.seqlen, problem.layer_norm,
+                problem.layer_norm_eps, launch.bounds, problem.num_sequences);
 }
 
 // The kernels of the sweeps, and the dynamic shared memory that they want.
@@ -118,66 +93,47 @@ struct Sweeps<T, Wide> {
   }
 };
 
-// Launches one after the other, up to the first that fails.
-struct Sequence {
-  const char* error = "";
-  template <class Next>
-  void then(const Next& launch_next) {
-    if (!*error) error = launch_next();
-  }
-};
-
 // grad k and grad v, delta for the queries' half, and what of the initial state's gradient a block has.
 template <class T, class S>
 void add_keys(const BackwardProblem& problem, const Launch& launch, const BackwardWorkspace& workspace,
-              void* stream, Sequence* sequence) {
+              Launches* launches) {
   const bool grouped = problem.group_size() > 1;
   const bool scan = workspace.reverse_slots && needs_scan<S>(launch, problem.grad_final_state);
   const Arguments<BackwardProblem> arguments(problem, launch, workspace.reverse_slots, scan);
-  const dim3 grid = sweep_grid(problem, launch.segments), block(S::threads);
+  const dim3 grid = sweep_grid(problem, launch.segments);
   if (launch.segments > 1) {
-    sequence->then([&] {
-      return LAUNCH((Sweeps<T, S>::reverse_segment), grid, block,
-                    static_cast<size_t>(Sweeps<T, S>::reverse_segment_bytes), stream, arguments);
-    });
+    launches->add(Sweeps<T, S>::reverse_segment, grid, S::threads, Sweeps<T, S>::reverse_segment_bytes,
+                  arguments);
   }
   if (scan) {
-    sequence->then([&] {
+    launches->add([&](void* stream) {
       return launch_scan<S>(problem, workspace.reverse_slots, launch.segments, problem.grad_final_state, true,
                             stream);
     });
   }
-  sequence->then([&] {
-    return LAUNCH((Sweeps<T, S>::grad_kv(grouped)), grid, block,
-                  static_cast<size_t>(Sweeps<T, S>::grad_kv_bytes(grouped)), stream, arguments,
-                  workspace.buffers);
-  });
+  launches->add(Sweeps<T, S>::grad_kv(grouped), grid, S::threads, Sweeps<T, S>::grad_kv_bytes(grouped),
+                arguments, workspace.buffers);
 }
 
 // grad q; without the keys' half before it, delta first.
 template <class T, class S>
 void add_queries(const BackwardProblem& problem, const Launch& launch, const BackwardWorkspace& workspace,
-                 void* stream, Sequence* sequence) {
+                 Launches* launches) {
   const int64_t group_size = problem.group_size(), rows = problem.batch * problem.heads * problem.seqlen;
   if (!problem.wants_keys()) {
-    sequence->then([&] {
-      return LAUNCH(row_delta_kernel<T>,
-                    dim3(static_cast<unsigned>((rows + delta_rows - 1) / delta_rows),
-                         static_cast<unsigned>(column_groups(problem))),
-                    dim3(32 * delta_rows), 0, stream, problem.y, problem.grad_y, workspace.buffers.delta,
-                    rows, problem.heads, problem.seqlen, problem.head_dim, problem.normalize);
-    });
+    launches->add(row_delta_kernel<T>,
+                  dim3(static_cast<unsigned>(divide_up(rows, delta_rows)),
+                       static_cast<unsigned>(column_groups(problem))),
+                  32 * delta_rows, 0, problem.y, problem.grad_y, workspace.buffers.delta, rows, problem.heads,
+                  problem.seqlen, problem.head_dim, problem.normalize);
   }
-  sequence->then([&] {
+  launches->add([&](void* stream) {
     return launch_segment_states<T, S>(problem, launch, problem.initial_state, workspace.slots, stream);
   });
-  sequence->then([&] {
-    const Arguments<BackwardProblem> arguments(problem, launch, workspace.slots,
-                                               needs_scan<S>(launch, problem.initial_state));
-    return LAUNCH((Sweeps<T, S>::grad_q(group_size > 1)), sweep_grid(problem, launch.segments),
-                  dim3(S::threads), static_cast<size_t>(Sweeps<T, S>::grad_q_bytes(group_size)), stream,
-                  arguments, workspace.buffers);
-  });
+  const Arguments<BackwardProblem> arguments(problem, launch, workspace.slots,
+                                             needs_scan<S>(launch, problem.initial_state));
+  launches->add(Sweeps<T, S>::grad_q(group_size > 1), sweep_grid(problem, launch.segments), S::threads,
+                Sweeps<T, S>::grad_q_bytes(group_size), arguments, workspace.buffers);
 }
 
 template <class T, class S>
@@ -197,43 +153,26 @@ const char* launch_backward(const BackwardProblem& problem, const Launch& launch
   if (problem.part == BackwardPart::reverse_state) {
     return launch_reverse_state<T, S>(problem, launch, workspace.reverse_slots, stream);
   }
-  Sequence sequence;
-  if (problem.wants_keys()) add_keys<T, S>(problem, launch, workspace, stream, &sequence);
-  if (problem.wants_queries()) add_queries<T, S>(problem, launch, workspace, stream, &sequence);
-  if (buffers.query_gradient) {
-    sequence.then([&] {
-      return launch_finish<T, S>(problem, launch, buffers.query_gradient, problem.q, problem.query_affine,
-                                 launch.query_statistics, problem.grad_q, problem.heads, stream);
-    });
+  Launches launches(stream);
+  if (problem.wants_keys()) add_keys<T, S>(problem, launch, workspace, &launches);
+  if (problem.wants_queries()) add_queries<T, S>(problem, launch, workspace, &launches);
+  add_finish<T, S>(problem, launch, buffers.query_gradient, problem.q, problem.query_affine, problem.grad_q,
+                   problem.heads, &launches);
+  add_finish<T, S>(problem, launch, buffers.key_gradient, problem.k, problem.key_affine, problem.grad_k,
+                   problem.kv_heads, &launches);
+  if (problem.layer_norm == LayerNorm::token) {
+    add_token_norm_backward<T>(problem, launch.query_statistics, launch.key_statistics,
+                               buffers.query_gradient, buffers.key_gradient, launch.bounds, &launches);
   }
-  if (buffers.key_gradient) {
-    sequence.then([&] {
-      return launch_finish<T, S>(problem, launch, buffers.key_gradient, problem.k, problem.key_affine,
-                                 launch.key_statistics, problem.grad_k, problem.kv_heads, stream);
-    });
-  }
-  if (buffers.query_affine) {
-    sequence.then([&] {
-      return launch_affine_sums(problem, launch.segments, buffers.query_affine, problem.heads,
-                                problem.query_affine, problem.grad_query_affine, stream);
-    });
-  }
-  if (buffers.key_affine) {
-    sequence.then([&] {
-      return launch_affine_sums(problem, launch.segments, buffers.key_affine, problem.kv_heads,
-                                problem.key_affine, problem.grad_key_affine, stream);
-    });
-  }
+  add_affine_sums<float>(problem, launch.segments * column_groups(problem), buffers.query_affine,
+                         buffers.key_affine, &launches);
   if (problem.grad_initial_state.kv && column_groups(problem) > 1) {
-    sequence.then([&] {
-      const int64_t count = problem.num_sequences * problem.kv_heads * S::public_features;
-      return LAUNCH(sum_groups_kernel<float>,
-                    dim3(static_cast<unsigned>((count + finish_threads - 1) / finish_threads)),
-                    dim3(finish_threads), 0, stream, buffers.initial_sums, column_groups(problem), count,
-                    static_cast<float*>(problem.grad_initial_state.k));
-    });
+    const int64_t count = problem.num_sequences * problem.kv_heads * S::public_features;
+    launches.add(sum_groups_kernel<float>, divide_up(count, finish_threads), finish_threads, 0,
+                 buffers.initial_sums, static_cast<int>(column_groups(problem)), count,
+                 static_cast<float*>(problem.grad_initial_state.k));
   }
-  return sequence.error;
+  return launches.error();
 }
 
 }  // namespace rebased::REBASED_BACKEND::tensor_core
