@@ -138,9 +138,9 @@ class Attention(torch.autograd.Function):
         if grad_kv is not None or grad_k is not None:
             grad_kv = y.new_zeros(ctx.state_shape, dtype=r.dtype) if grad_kv is None else grad_kv
             grad_k = y.new_zeros(ctx.state_shape[:3], dtype=r.dtype) if grad_k is None else grad_k
-        gradients: Any = AttentionBackward.apply(  # type: ignore[no-untyped-call]
-            grad_y, grad_kv, grad_k, *inputs, y, r, *ctx.options
-        )
+        # without create_graph there is no second derivative to refuse
+        function = AttentionBackward.apply if torch.is_grad_enabled() else ops.backward
+        gradients: Any = function(grad_y, grad_kv, grad_k, *inputs, y, r, *ctx.options)
         # the operator returns tensors without elements for what was absent
         present = (g if x is not None else None for g, x in zip(gradients, inputs[:9], strict=True))
         return *present, *(None,) * (2 + len(ctx.options))
