@@ -350,7 +350,7 @@ def test_plan_fills_the_gpu_from_one_head_and_splits_nothing_when_full(direction
     [("forward", "outer", 3), ("backward", "outer", 2), ("backward", "square", 3)],
 )
 def test_plan_starts_no_wave_for_a_few_blocks(direction, feature_map, resident):
-    """132 multiprocessors: 12 heads of a long sequence are one wave; of 96 heads the last wave is half full."""
+    """132 multiprocessors: 12 long heads are one wave; of 96 heads the last wave is half full or more."""
     room = 132 * resident
     options = {
         "dtype": "bfloat16",

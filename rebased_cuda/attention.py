@@ -214,7 +214,7 @@ def _attend(
         )
         y, *final = result if return_state else (result,)
     else:
-        y, _, *final = ops.forward(*tensors, cu_seqlens, *options, return_state)
+        y, _, *final = ops.forward.default(*tensors, cu_seqlens, *options, return_state)
     return (y, RebasedState(*final)) if return_state else y
 
 
@@ -320,7 +320,7 @@ def _run_step(
     tensors: tuple[Tensor | None, ...],
     options: Options,
 ) -> Tensor:
-    y: Tensor = ops.step(q, k, v, *state, *tensors, *options)
+    y: Tensor = ops.step.default(q, k, v, *state, *tensors, *options)
     # a C++ operator does not do it: without it a state saved for backward would be stale in silence
     torch.autograd.graph.increment_version(state)
     return y

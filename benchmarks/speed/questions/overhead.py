@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..harness import OURS, Method, Prepared, Row, Shape, measure
+from ..harness import DIRECTIONS, OURS, Method, Prepared, Row, Shape, measure
 from . import decoding
 from .run import Run
 
@@ -34,7 +34,6 @@ def rows(run: Run) -> Iterator[Row]:
     """Of the host alone: on a GPU nothing waits for the kernels. torch's layer_norm is what any op costs."""
     shape = Shape(1, 1, 1, "square")
     step = functools.partial(decoding.prepare_ours, shape, run.device)
-    forward = run.method(OURS, shape, "forward").prepare
     norm = functools.partial(_layer_norm, run.device)
     yield from measure(
         "overhead",
@@ -44,4 +43,5 @@ def rows(run: Run) -> Iterator[Row]:
         run.budget / 2,
         tell=run.tell,
     )
-    yield from measure("overhead", "forward", [Method(OURS, shape, forward)], "cpu", run.budget / 2)
+    for direction in DIRECTIONS:
+        yield from measure("overhead", direction, [run.method(OURS, shape, direction)], "cpu", run.budget / 2)
