@@ -28,6 +28,7 @@ VARIANTS = {
     "packed_gqa_state": {"batch": 1, "heads": 4, "kv_heads": 2, "packed": (2, 5, 17), "with_state": True},
     "state": {"with_state": True},
     "shared_affine": {"affine": "shared"},
+    "mixed_affine": {"affine": "mixed", "heads": 6, "kv_heads": 2},
     "no_affine": {"affine": "none"},
     "not_normalised": {"normalize": False, "with_state": True},
     "scaled": {"scale": 0.7},

@@ -51,6 +51,21 @@ def test_general_path_at_any_cut(feature_map, segments, chunk, override, kernel_
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "dim"), [(1, 3), (5, 24), (3, 7), (12, 16), (2, 128), (21, 40)])
+def test_token_layer_norm_of_any_width(heads, dim, dtype, override, kernel_device):
+    """A warp takes a token's row in pieces of 16 bytes, or element by element where it has none."""
+    problem = Problem("square", "token", 2, heads, 1, 5, dim, 16, dtype=dtype, eps=1.0, device=kernel_device)
+    inputs = problem.inputs(requires_grad=True)
+    override(path="general")
+    got = _results(rebased_attention, inputs, problem)
+    expected = _results(reference.quadratic, _wide(inputs), problem)
+    limit = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for value, exact in zip(got, expected, strict=True):
+        assert relative_error(value, exact) <= limit
+
+
+@needs_kernels
 @pytest.mark.parametrize("packed", [(), (0, 3, 40, 40, 69)])
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_quadratic_path(feature_map, packed, override, kernel_device):
