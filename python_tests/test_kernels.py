@@ -39,7 +39,7 @@ def _wide(inputs):
 
 @needs_kernels
 @pytest.mark.parametrize("chunk", [4, 16, 32])
-@pytest.mark.parametrize("segments", [1, 2, 5])
+@pytest.mark.parametrize("segments", [1, 2, 5, 11])
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_general_path_at_any_cut(feature_map, segments, chunk, override, kernel_device):
     problem = Problem(feature_map, heads=4, kv_heads=2, seqlen=70, with_state=True, device=kernel_device)
@@ -117,6 +117,20 @@ def test_tensor_core_path(feature_map, dim, dtype, segments, variant, override, 
         if exact.norm().item() / max(exact.numel(), 1) ** 0.5 > 1e-3 * largest:
             limits = PARAMETER_LIMIT if exact.dim() < 3 else LIMIT
             assert relative_error(value, exact) <= limits[dtype]
+
+
+@needs_kernels
+@pytest.mark.parametrize("segments", [9, 11, 18])
+@pytest.mark.parametrize(("feature_map", "with_state"), [("outer", True), ("taylor", False)])
+def test_more_segments_than_are_loaded_at_once(feature_map, with_state, segments, override, kernel_device):
+    problem = Problem(feature_map, "head", 1, 1, 1, 64 * 18, 16, 64, dtype=torch.bfloat16, eps=1e-1)
+    problem = problem.but(with_state=with_state, device=kernel_device)
+    inputs = problem.inputs(requires_grad=True)
+    override(path="tensor_core", segments=segments)
+    got = _results(rebased_attention, inputs, problem)
+    override(path="tensor_core", segments=1)
+    for cut, whole in zip(got, _results(rebased_attention, inputs, problem), strict=True):
+        assert relative_error(cut, whole) <= LIMIT[torch.bfloat16]
 
 
 FLOAT32_VARIANTS = {

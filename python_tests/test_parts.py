@@ -103,6 +103,15 @@ def test_parts_on_tensor_cores(feature_map, dim, dtype, segments, variant, overr
     _check(problem.but(with_state=True, **TENSOR_CORE_VARIANTS[variant]), 2e-5)
 
 
+@needs_kernels
+@pytest.mark.parametrize("segments", [9, 11])
+def test_parts_of_many_segments(segments, override, kernel_device):
+    """More than are loaded at once."""
+    problem = Problem("outer", "head", 1, 1, 1, 64 * 11, 16, 64, dtype=torch.bfloat16, eps=1e-1)
+    override(path="tensor_core", segments=segments)
+    _check(problem.but(with_state=True, device=kernel_device), 2e-5)
+
+
 @pytest.mark.parametrize("packed", [(), PACKED])
 def test_opcheck(device, packed):
     problem = Problem(

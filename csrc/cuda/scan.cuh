@@ -2,6 +2,7 @@
 // running ones in a fixed order, and rows that belong to no sequence filled.
 #pragma once
 
+#include "cuda/ahead.cuh"
 #include "cuda/general_block.cuh"
 
 namespace rebased::REBASED_BACKEND {
@@ -43,12 +44,10 @@ KERNEL void LAUNCH_BOUNDS(scan_threads, 1) scan_states(Call<AnyProblem> call, Co
                    state * call.segments * size + entry;
   A running =
       import_entry(initial, state, entry, call.tiles, static_cast<int>(problem.head_dim), features, reverse);
-  slots[reverse ? (call.segments - 1) * size : 0] = running;
-  for (int n = 1; n < call.segments; ++n) {
-    A* const slot = slots + (reverse ? call.segments - 1 - n : n) * size;
-    running += *slot;
-    *slot = running;
-  }
+  A* const slot = slots + (reverse ? (call.segments - 1) * size : 0);
+  const int64_t step = reverse ? -size : size;
+  *slot = running;
+  visit_ahead(slot + step, step, call.segments - 1, [&](A* next, A own) { *next = running += own; });
 }
 
 // rows of `width` elements that no sequence owns = value. Grid: fill_blocks per head.

@@ -6,6 +6,7 @@
 // state. One thread per float of a slot, so that all accesses are side by side.
 #pragma once
 
+#include "cuda/ahead.cuh"
 #include "cuda/tensor_core_state.cuh"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
@@ -34,9 +35,9 @@ DEVICE float public_entry(const float* kv, const float* k, int index, int group,
   return S::taylor && index == L::count ? k[0] : 0.0f;
 }
 
-// grid (blocks of slot entries, num_sequences * kv_heads, column groups)
 constexpr int scan_threads = 256;
 
+// grid (num_sequences * kv_heads, blocks of slot entries, column groups)
 template <class S>
 KERNEL void LAUNCH_BOUNDS(scan_threads, 1)
     scan_kernel(float* slots, int segments, ConstState start, int64_t head_dim, bool reverse) {
@@ -52,13 +53,14 @@ KERNEL void LAUNCH_BOUNDS(scan_threads, 1)
     // the Gram gradient and the others of the denominator count once, not once for each column group
     if (reverse && group > 0 && index >= Slot<S>::k) sum = 0;
   }
-  for (int i = 0; i < segments; ++i) {
-    const int64_t slot = (head * segments + (reverse ? segments - 1 - i : i)) * gridDim.z + group;
-    float* const entry = slots + slot * Slot<S>::size + index;
-    const float own = i + 1 < segments ? *entry : 0.0f;
+  const int64_t step = static_cast<int64_t>(gridDim.z) * Slot<S>::size;
+  float* const first = slots + (head * segments * gridDim.z + group) * Slot<S>::size + index;
+  float* const last = first + (segments - 1) * step;
+  visit_ahead(reverse ? last : first, reverse ? -step : step, segments - 1, [&](float* entry, float own) {
     *entry = sum;
     sum += own;
-  }
+  });
+  *(reverse ? first : last) = sum;
 }
 
 // The public state (or state gradient) kv, k of each kv head: the sum of its segments' own slots. A
@@ -73,11 +75,11 @@ KERNEL void LAUNCH_BOUNDS(scan_threads, 1)
   if (index >= L::size) return;
   const int64_t head = blockIdx.x;
   const auto sum_of = [&](int of_group) {
+    const int64_t step = static_cast<int64_t>(groups) * L::size;
+    const float* const first = slots + (head * segments * groups + of_group) * L::size + index;
     float sum = 0;
-    for (int i = 0; i < segments; ++i) {
-      const int64_t segment = head * segments + (gradient ? segments - 1 - i : i);
-      sum += slots[(segment * groups + of_group) * L::size + index];
-    }
+    visit_ahead(gradient ? first + (segments - 1) * step : first, gradient ? -step : step, segments,
+                [&](const float*, float own) { sum += own; });
     return sum;
   };
   const int j = index % 4, lane = index / 4 % 32, g = lane / 4, t = lane % 4;
