@@ -49,6 +49,32 @@ def test_sizes(feature_map, feature_dim, head_dim, device):
     assert relative_error(_steps(problem, inputs, state), run_reference(inputs, problem)[0]) <= 1e-11
 
 
+@pytest.mark.parametrize("layer_norm", ["token", "head"])
+@pytest.mark.parametrize(("heads", "feature_dim"), [(40, 16), (3, 40), (70, 5), (2, 128)])
+def test_statistics_of_any_row(heads, feature_dim, layer_norm, device):
+    """More elements than a warp loads at once, heads wider than a warp, lanes that have no head."""
+    problem = Problem("square", layer_norm, heads=heads, kv_heads=heads, seqlen=2, feature_dim=feature_dim)
+    problem = problem.but(device=device)
+    inputs = problem.inputs()
+    sizes = (2, heads, feature_dim, problem.head_dim)
+    state = RebasedState.zeros(*sizes, feature_map="square", dtype=torch.float64, device=device)
+    assert relative_error(_steps(problem, inputs, state), run_reference(inputs, problem)[0]) <= 1e-11
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("heads", [2, 10])
+@pytest.mark.parametrize("head_dim", [64, 66])
+def test_states_larger_than_shared_memory(head_dim, heads, dtype, device):
+    """Taken in parts; ten query heads of two kv heads read them twice, 66 columns are not aligned."""
+    problem = Problem("taylor", heads=heads, kv_heads=2, seqlen=2, feature_dim=45, head_dim=head_dim)
+    problem = problem.but(with_state=True, dtype=dtype, device=device)
+    inputs = problem.inputs()
+    state = RebasedState(inputs[7].clone(), inputs[8].clone())
+    y = _steps(problem, inputs, state)
+    for result, expected in zip((y, *state), run_reference(inputs, problem), strict=True):
+        assert relative_error(result, expected) <= TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_first_token_is_its_value(feature_map, device):
     """With eps 0 the first y is v, however small sim is: it must not be a sum of signed features."""

@@ -334,18 +334,26 @@ Plan plan_backward(const BackwardProblem& problem, const Device& device) {
 Plan plan_step(const StepProblem& problem, const Device&) {
   Plan plan;
   StepTiles& step = plan.step;
-  const int64_t features = features_of(problem);
-  const int64_t group = problem.kv_heads ? problem.group_size() : 1;
-  step.threads = features * divide_up(problem.head_dim, 4) <= 512 ? 128 : 256;
-  step.heads_at_once = static_cast<int>(std::clamp<int64_t>(group, 1, 4));
-  step.features_at_once = static_cast<int>(std::min<int64_t>(round_up(features, 4), 1024));
+  const int64_t features = features_of(problem), quads = divide_up(problem.head_dim, 4);
+  const int64_t bytes = accumulator_size(problem.dtype);
+  step.group = problem.kv_heads ? static_cast<int>(problem.group_size()) : 1;
+  step.heads_at_once = std::clamp(step.group, 1, 4);
   const int heads = step.heads_at_once;
-  step.features = 0;
+  // What a thread does before it meets the state costs as much as several quads. Larger states fill a
+  // multiprocessor's shared memory with five blocks: 153 features of 64 floats are held at once.
+  step.threads = features * quads <= 8 * 64 ? 64 : 128;
+  step.lanes = quads ? step.threads / static_cast<int>(quads) : 0;
+  const int64_t most = (41 << 10) / ((4 * quads + 2 + heads) * bytes);
+  step.features_at_once = static_cast<int>(std::min(round_up(features, 4), most / 4 * 4));
+  step.state = 0;
+  step.state_sums = step.state + step.features_at_once * static_cast<int>(4 * quads);
+  step.features = step.state_sums + step.features_at_once;
   step.vectors = step.features + (1 + heads) * step.features_at_once;
   step.sums = step.vectors + static_cast<int>(round_up((1 + heads) * problem.feature_dim, 4));
   step.denominators = step.sums + heads * step.threads * 4;
-  step.size = step.denominators + heads * step.threads;
-  plan.shared_memory_bytes = step.size * accumulator_size(problem.dtype);
+  step.scores = step.denominators + heads * step.threads / 32;
+  step.size = step.scores + heads;
+  plan.shared_memory_bytes = step.size * bytes;
   return plan;
 }
 

@@ -59,12 +59,14 @@ struct GeneralTiles {
   }
 };
 
-// The step kernel's: threads, the query heads whose features are held at once, and the features held at once.
-// Shared memory, as offsets: features (1 + heads_at_once, features_at_once) of k' and of the query heads,
-// vectors (1 + heads_at_once, feature_dim), sums (heads_at_once, threads, 4) and (heads_at_once, threads).
+// The step kernel's: threads, of which `lanes` share a quad of columns; query heads per kv head, those whose
+// features are held at once, and the features held at once. Shared memory, as offsets: state
+// (features_at_once, 4 quads) and its sums (features_at_once); features (1 + heads_at_once, features_at_once)
+// and vectors (1 + heads_at_once, feature_dim) of k' and of the query heads; of each of these heads sums
+// (threads, 4), denominators (threads / 32) and a score.
 struct StepTiles {
-  int threads, heads_at_once, features_at_once;
-  int features, vectors, sums, denominators, size;
+  int threads, lanes, group, heads_at_once, features_at_once;
+  int state, state_sums, features, vectors, sums, denominators, scores, size;
 };
 
 struct Region {
