@@ -28,7 +28,11 @@ template <class T>
 REBASED_INLINE Vector<T> widen(const Bfloat16* source) {
   Uint16Vector bits;
   __builtin_memcpy(&bits, source, sizeof bits);
+#if REBASED_VECTOR_BYTES == 64 && defined(__AVX512F__)  // GCC 12 widens halves and puts them together
+  return (FloatVector)((Uint32Vector)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits) << 16);
+#else
   return (FloatVector)(__builtin_convertvector(bits, Uint32Vector) << 16);
+#endif
 }
 template <class T>
 REBASED_INLINE void narrow(Bfloat16* target, FloatVector v) {
