@@ -130,12 +130,12 @@ def rounds_operands(problem: Problem) -> bool:
     built = build_info()
     if problem.device == "cuda" or built["cpu_backend"] == "emulated":
         return True
-    return (
-        built["cpu_instruction_set"] in ("avx512_amx", "avx512_bf16")
-        and (built["cpu_instruction_set"] == "avx512_bf16" or -(-problem.head_dim // 16) % 2 == 0)
-        and problem.dtype == torch.bfloat16
-        and problem.feature_map in ("outer", "taylor")
-    )
+    on_amx = built["cpu_instruction_set"] == "avx512_amx" and -(-problem.head_dim // 16) % 2 == 0
+    if problem.dtype != torch.bfloat16 or problem.feature_map in ("elu", "identity"):
+        return False
+    if problem.feature_map == "square":
+        return on_amx and problem.feature_dim <= 16
+    return on_amx or built["cpu_instruction_set"] == "avx512_bf16"
 
 
 def plain_low_precision(

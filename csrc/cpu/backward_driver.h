@@ -103,22 +103,28 @@ inline int64_t run_backward_as(const BackwardProblem& p, int threads, const Para
     if (p.wants_keys()) call.sum_states(*parallel, query_states, p.grad_final_state, true);
   }
   for (int64_t i = 0; i < key_affine_size; i++) call.shared_key_affine[i] = 0;
-  for_items(*parallel, schedule.items(), [&](int64_t number, int worker) {
-    const Item item = item_of(number);
+  const int64_t together = call.heads_together(threads);
+  for_items(*parallel, schedule.items() / together, [&](int64_t number, int worker) {
+    Item first = schedule.run_of_heads(number, together);
+    if (!p.wants_keys()) first.part = 1;
     const typename BackwardCall::Scratch scratch = scratch_of(worker);
     // the state before an item's queries, or after its keys; returns whether it is zero
-    call.run(item, scratch, [&](bool queries) {
+    const auto start_state = [&](const Item& item, bool queries, T* state) {
       const bool outermost = queries ? item.first : item.last;
       const ConstState& given = queries ? p.initial_state : p.grad_final_state;
       const T* states = queries ? key_states : query_states;
       if (item.quadratic) {
       } else if (outermost) {
-        import_state(s, given, item.sequence * p.kv_heads + item.kv_head, scratch.state);
+        import_state(s, given, item.sequence * p.kv_heads + item.kv_head, state);
       } else {
-        __builtin_memcpy(scratch.state, states + item.number * s.state_size, s.state_size * sizeof(T));
+        __builtin_memcpy(state, states + item.number * s.state_size, s.state_size * sizeof(T));
       }
       return outermost && !given.kv;
-    });
+    };
+    if constexpr (BackwardCall::kHeadsTogether > 1)
+      call.run_heads(first, together, scratch, start_state);
+    else
+      call.run(first, scratch, [&](bool queries) { return start_state(first, queries, scratch.state); });
   });
   sum_affine(s, call.query_affine, schedule.heads(), p.kv_heads, group, p.query_affine, p.grad_query_affine);
   for (int64_t i = 0; i < schedule.heads() * 2 * s.feature_dim && p.wants_keys(); i++)

@@ -33,19 +33,21 @@ struct GradientTargets {
 // Tokens of a chunk. Scores cost chunk * (feature_dim + head_dim) a token and the states' products the same
 // whatever the chunk, so the shortest chunk that amortises reading and writing a state is best: AMX makes the
 // products cheap beside that. The quadratic form, which large feature_dim uses, packs keys once per chunk of
-// queries. The recurrence of the elementwise maps only wants its chunk to stay in the first cache.
+// queries. The recurrence of the elementwise maps only wants its chunk to stay in the first cache; their
+// chunk on AMX is one block.
 template <class T>
 inline int chunk_length(const Problem& p) {
 #if defined(__AMX_BF16__)
-  constexpr int chunk = 64;
+  constexpr int elementwise = 32, chunk = 64;
 #else
-  constexpr int chunk = 32;
+  constexpr int elementwise = 64, chunk = 32;
 #endif
-  return is_elementwise(p) ? 64 : p.feature_dim <= 32 ? chunk : 128;
+  return is_elementwise(p) ? elementwise : p.feature_dim <= 32 ? chunk : 128;
 }
 
 template <class T>
 struct Call {
+  static constexpr int64_t kHeadsTogether = 1;  // most heads that a worker walks side by side
   const Problem& base;
   Sizes<T> sizes;
   Schedule<T> schedule;
@@ -62,6 +64,8 @@ struct Call {
     schedule.fill(p, sizes, threads, parts, needs_state);
     if (pairs) fill_feature_pairs(p, sizes, pairs);
   }
+
+  int64_t heads_together(int) const { return 1; }
 
   T* take_states(Arena& arena, int64_t most_items) const {
     const bool cut = most_items > base.num_sequences * base.kv_heads;

@@ -20,18 +20,20 @@ struct ElementwiseScratch {
   T *grad_tokens, *normalized, *sums, *grad_affine;  // backward only
   T *state, *turned;
 
-  ElementwiseScratch(const Sizes<T>& s, int64_t group, Arena& arena, bool backward) {
+  // heads: how many are walked side by side, each with a state, affine and grad_affine of its own.
+  ElementwiseScratch(const Sizes<T>& s, int64_t group, Arena& arena, bool backward, int64_t heads = 1) {
     const int64_t chunk = s.chunk, width = s.feature_pad;
     keys = arena.take<T>(chunk * width), queries = arena.take<T>(group * chunk * width);
     values = arena.take<T>(chunk * s.value_columns), rows = arena.take<T>(group * chunk * s.value_columns);
     outputs = arena.take<T>(group * chunk * s.value_columns);
-    affine = arena.take<T>((group + 1) * 2 * width), statistics = arena.take<T>((group + 1) * 2 * chunk);
+    affine = arena.take<T>(heads * (group + 1) * 2 * width),
+    statistics = arena.take<T>((group + 1) * 2 * chunk);
     products = arena.take<T>(chunk * kWidth<T>), factors = arena.take<T>(group * chunk);
     grad_tokens = arena.take<T>(backward ? group * chunk * width : 0);
     normalized = arena.take<T>(backward ? chunk * width : 0);
     sums = arena.take<T>(backward ? 2 * chunk : 0);
-    grad_affine = arena.take<T>(backward ? group * 2 * width : 0);
-    state = arena.take<T>(s.state_size), turned = arena.take<T>(backward ? s.state_size : 0);
+    grad_affine = arena.take<T>(backward ? heads * group * 2 * width : 0);
+    state = arena.take<T>(heads * s.state_size), turned = arena.take<T>(backward ? s.state_size : 0);
   }
 };
 

@@ -59,21 +59,26 @@ inline int64_t run_forward_as(const ForwardProblem& p, int threads, const Parall
   const auto part_begin = [&](int64_t part) {
     return int(smaller(panels * part / parts * kLanes<T>, p.head_dim));
   };
-  for_items(*parallel, schedule.items(), [&](int64_t number, int worker) {
-    const Item item = schedule.item(number);
+  const int64_t together = call.heads_together(threads);
+  for_items(*parallel, schedule.items() / together, [&](int64_t number, int worker) {
+    const Item first = schedule.run_of_heads(number, together);
     const typename ForwardCall::Scratch scratch = scratch_of(worker);
     ForwardCall own = call;
-    own.sizes.set_columns(part_begin(item.part), part_begin(item.part + 1));
-    bool state_is_zero = false;
-    if (!item.quadratic) {
+    own.sizes.set_columns(part_begin(first.part), part_begin(first.part + 1));
+    // the state before an item; returns whether it is zero
+    const auto start_state = [&](const Item& item, T* state) {
+      if (item.quadratic) return false;
       if (item.first) {
-        state_is_zero = !p.initial_state.kv;
-        import_state(own.sizes, p.initial_state, item.sequence * p.kv_heads + item.kv_head, scratch.state);
-      } else {
-        __builtin_memcpy(scratch.state, states + item.number * s.state_size, s.state_size * sizeof(T));
+        import_state(own.sizes, p.initial_state, item.sequence * p.kv_heads + item.kv_head, state);
+        return !p.initial_state.kv;
       }
-    }
-    own.run(item, scratch, state_is_zero);
+      __builtin_memcpy(state, states + item.number * s.state_size, s.state_size * sizeof(T));
+      return false;
+    };
+    if constexpr (ForwardCall::kHeadsTogether > 1)
+      own.run_heads(first, together, scratch, start_state);
+    else
+      own.run(first, scratch, start_state(first, scratch.state));
   });
   return 0;
 }

@@ -192,6 +192,22 @@ struct Schedule {
     return item;
   }
   bool cut() const { return total_segments > num_sequences; }
+
+  // How many heads of a segment one worker takes side by side, `most` at most: two such runs a thread or
+  // more, so that none waits for long for one that is slow. The n-th head of a run is next_head(first, n).
+  int64_t heads_together(int threads, int64_t most) const {
+    int64_t together = smaller(most, kv_heads);
+    while (together > 1 && (kv_heads % together || (threads > 1 && items() / together < 2 * threads)))
+      together--;
+    return larger<int64_t>(together, 1);
+  }
+  Item run_of_heads(int64_t number, int64_t together) const {
+    return item(number / parts * together * parts + number % parts);
+  }
+  static Item next_head(Item item, int64_t n) {
+    item.kv_head += n, item.number += n;
+    return item;
+  }
 };
 
 // Runs body(item, worker) for every item; the workers take the next item as they get free, so which worker
