@@ -276,7 +276,9 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
     T* sums = scratch.grad_values + int64_t(b) * kLanes<T> * s.value_columns;
     for (int begin = 0; begin < s.feature_pad; begin += s.slab) {
       const int end = smaller(begin + s.slab, s.feature_pad);
-      feature_slab<T, false>(pairs, begin, end, scratch.keys + b * token_block(), scratch.slab);
+      for (int f = begin; f < end; f += kRows)
+        feature_tile<T, false>(pairs + f, scratch.keys + b * token_block(),
+                               scratch.slab + (f - begin) * kLanes<T>, [](int, int, Vector<T>) {});
       for_panels<T>(s.value_columns, [&](auto vectors, int column) {
         constexpr int NV = decltype(vectors)::value, columns = NV * kWidth<T>;
         const T* state = scratch.state + int64_t(column) * s.feature_pad + int64_t(begin) * columns;

@@ -6,17 +6,21 @@
 
 namespace rebased::cpu::REBASED_ISA {
 
-// Features [begin, end) of a polynomial map: target[f - begin][kLanes].
-template <class T, bool Weighted>
-inline void feature_slab(const FeaturePair<T>* pairs, int begin, int end, const T* X, T* target) {
-  for (int f = begin; f < end; f++)
+// The features of a tile, pairs[0 .. kRows): target[r][kLanes]; body(r, n, phi) sees each vector on its way.
+template <class T, bool Weighted, class Body>
+REBASED_INLINE void feature_tile(const FeaturePair<T>* pairs, const T* X, T* target, const Body& body) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; r++) {
+    const T *first = X + pairs[r].first * kLanes<T>, *second = X + pairs[r].second * kLanes<T>;
+    const T weight = pairs[r].weight;
 #pragma GCC unroll 2
-    for (int n = 0; n < kLanes<T>; n += kWidth<T>) {
-      Vector<T> product =
-          load(X + pairs[f].first * kLanes<T> + n) * load(X + pairs[f].second * kLanes<T> + n);
-      if (Weighted) product *= pairs[f].weight;
-      store(target + (f - begin) * kLanes<T> + n, product);
+    for (int n = 0; n < kVectors; n++) {
+      Vector<T> phi = load(first + n * kWidth<T>) * load(second + n * kWidth<T>);
+      if (Weighted) phi *= weight;
+      store(target + r * kLanes<T> + n * kWidth<T>, phi);
+      body(r, n, phi);
     }
+  }
 }
 
 // state += sum over the chunk's tokens of phi(token) values^T. `tokens` is q' or k' of the chunk; Weighted
@@ -31,17 +35,16 @@ inline void update_state(const Sizes<T>& s, const FeaturePair<T>* pairs, const T
   for (int f = 0; f < s.feature_pad; f += kRows) {
     queue->advance();
     constexpr int64_t phi_block = kRows * kLanes<T>;
-    for (int b = 0; b < blocks; b++)
-      feature_slab<T, Weighted>(pairs, f, f + kRows, tokens + b * token_block, features + b * phi_block);
     Vector<T> sums[kRows];
-    for (int r = 0; r < kRows; r++) {
-      sums[r] = Vector<T>{};
-      for (int b = 0; b < blocks; b++)
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) sums[r] = Vector<T>{};
+    for (int b = 0; b < blocks; b++) {
+      Vector<T> weights[kVectors];
 #pragma GCC unroll 2
-        for (int n = 0; n < kLanes<T>; n += kWidth<T>) {
-          const Vector<T> x = load(features + b * phi_block + r * kLanes<T> + n);
-          sums[r] += token_weights ? x * load(token_weights + b * kLanes<T> + n) : x;
-        }
+      for (int n = 0; n < kVectors; n++)
+        weights[n] = token_weights ? load(token_weights + b * kLanes<T> + n * kWidth<T>) : broadcast<T>(1);
+      feature_tile<T, Weighted>(pairs + f, tokens + b * token_block, features + b * phi_block,
+                                [&](int r, int n, Vector<T> phi) { sums[r] += phi * weights[n]; });
     }
     add_row_sums<T, kRows>(sums, state + s.state_kv + f);
     for_panels<T>(s.value_columns, [&](auto vectors, int column) {

@@ -53,6 +53,7 @@ struct ForwardCall : Call<T> {
     bool diagonal;     // the same chunk: mask
     bool first, last;  // chunk of keys for these queries: start the sums, finish them
     const T* state;    // null: none
+    T* y;              // where the rows of the block go in the end; null: to the sums, write_block takes them
   };
 
   // scores of block b's queries (lanes) and every key of the meeting that they may see; adds the row sums
@@ -114,11 +115,13 @@ struct ForwardCall : Call<T> {
       const int end = smaller(begin + s.slab, features);
       const bool last_slab = end == features;
       const T* phi = scratch.query_slab;
-      feature_slab<T, true>(pairs, begin, end, scratch.queries + b * block, scratch.query_slab);
-      for (int f = begin; f < end; f++)
-        for (int n = 0; n < kVectors; n++)
-          denominators[n] +=
-              load(phi + (f - begin) * kLanes<T> + n * kWidth<T>) * meeting.state[s.state_kv + f];
+      const T* z = meeting.state ? meeting.state + s.state_kv : nullptr;
+      Vector<T> odd[kVectors] = {};  // two sums: one alone would wait for itself
+      for (int f = begin; f < end; f += kRows)
+        feature_tile<T, true>(
+            pairs + f, scratch.queries + b * block, scratch.query_slab + (f - begin) * kLanes<T>,
+            [&](int r, int n, Vector<T> x) { (r % 2 ? odd : denominators)[n] += x * z[f + r]; });
+      for (int n = 0; n < kVectors; n++) denominators[n] += odd[n];
       if (last_slab) {
         for (int n = 0; n < kVectors; n++) {
           if (meeting.last)
@@ -151,7 +154,10 @@ struct ForwardCall : Call<T> {
                 for (int n = 0; n < NV; n++) tile.sum[r][n] *= saved[i + r];
             }
           }
-          tile.store_rows(target, columns);
+          if (last_slab && meeting.last && meeting.y)
+            tile.store_rows(meeting.y + i * problem.y.row_stride + column, problem.y.row_stride);
+          else
+            tile.store_rows(target, columns);
         }
       });
       started = true;
@@ -159,17 +165,29 @@ struct ForwardCall : Call<T> {
     } while (begin < features);
   }
 
+  char* y_rows(const Item& item, int64_t head) const {
+    const ForwardProblem& p = problem;
+    return const_cast<char*>(head_rows<T>(p.y, item.batch, head, p.dtype)) +
+           sizes.first_column * bytes_of<T>(p.dtype);
+  }
+  // y of a block, where its rows take the tiles as they are; null where it takes write_block.
+  T* whole_block(const Item& item, int64_t head, int64_t row, int rows) const {
+    const ForwardProblem& p = problem;
+    if (!is_accumulator<T>(p.dtype) || sizes.value_columns != sizes.head_dim || rows != kLanes<T>)
+      return nullptr;
+    return reinterpret_cast<T*>(y_rows(item, head)) + row * p.y.row_stride;
+  }
   void write_block(const ForwardScratch<T>& scratch, int b, const Item& item, int64_t head, int64_t row,
-                   int rows) const {
+                   int rows, bool y_is_there = false) const {
     const ForwardProblem& p = problem;
     const Sizes<T>& s = sizes;
     T* r = static_cast<T*>(p.r) + (item.batch * p.heads + head) * p.seqlen + row;
     for (int i = 0; i < rows && s.first_column == 0; i++) r[i] = scratch.denominators[b * kLanes<T> + i];
-    const char* y = head_rows<T>(p.y, item.batch, head, p.dtype) + s.first_column * bytes_of<T>(p.dtype);
+    if (y_is_there) return;
     with_element<T>(p.dtype, [&](auto element) {
       using E = typename decltype(element)::type;
       write_panels<T>(scratch.sums + int64_t(b) * kLanes<T> * s.value_columns, rows, s.head_dim, kLanes<T>,
-                      reinterpret_cast<E*>(const_cast<char*>(y)) + row * p.y.row_stride, p.y.row_stride);
+                      reinterpret_cast<E*>(y_rows(item, head)) + row * p.y.row_stride, p.y.row_stride);
     });
   }
 
@@ -202,13 +220,18 @@ struct ForwardCall : Call<T> {
             pack_tokens(keys, key, key_rows, Ahead{}, scratch.keys);
             pack_values(problem.v, item.batch, item.kv_head, key, key_rows, Ahead{}, scratch.values);
           }
-          const Meeting meeting{key == row ? rows : s.chunk, key == row, key == first_key, key == row,
-                                item.quadratic || state_is_zero ? nullptr : scratch.state};
+          Meeting meeting{key == row ? rows : s.chunk,
+                          key == row,
+                          key == first_key,
+                          key == row,
+                          item.quadratic || state_is_zero ? nullptr : scratch.state,
+                          nullptr};
           for (int b = 0; b * kLanes<T> < rows; b++) {
+            const int block_rows = smaller(rows - b * kLanes<T>, kLanes<T>);
+            const int64_t block_row = row + b * kLanes<T>;
+            meeting.y = whole_block(item, head, block_row, block_rows);
             meet(scratch, b, meeting);
-            if (meeting.last)
-              write_block(scratch, b, item, head, row + b * kLanes<T>,
-                          smaller(rows - b * kLanes<T>, kLanes<T>));
+            if (meeting.last) write_block(scratch, b, item, head, block_row, block_rows, meeting.y);
           }
         }
       }

@@ -42,6 +42,7 @@ struct Tile {
     for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 2
       for (int n = 0; n < NV; n++) tile[r][n] = sum[r][n];
+#pragma GCC unroll 4
     for (int k = 0; k < depth; k++) {
       Vector<T> column[NV];
 #pragma GCC unroll 2

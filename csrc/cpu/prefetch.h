@@ -19,7 +19,7 @@ class PrefetchQueue {
   }
 
  private:
-  static constexpr int kRanges = 8, kLines = 32;  // lines: those of one advance, rounded up to whole rows
+  static constexpr int kRanges = 8, kLines = 12;  // lines: those of one advance, rounded up to whole rows
   struct Range {
     uintptr_t row;
     int64_t stride_bytes, rows, row_bytes;

@@ -200,9 +200,13 @@ REBASED_INLINE void add_row_sums(Vector<T>* rows, T* target) {
     for (int r = 0; r < Count; r += kWidth<T>) store(target + r, load(target + r) + sum_rows<T>(rows + r));
   } else {
     // lane l of the crosswise sum belongs to row l mod Count
-    T sums[kWidth<T>];
-    store(sums, fold_lanes<T, Count>(sum_rows<T, Count / 2>(rows)));
-    for (int r = 0; r < Count; r++) target[r] += sums[r];
+    typedef T Part __attribute__((vector_size(Count * sizeof(T))));
+    const Vector<T> sums = fold_lanes<T, Count>(sum_rows<T, Count / 2>(rows));
+    Part part, total;
+    __builtin_memcpy(&part, &sums, sizeof part);
+    __builtin_memcpy(&total, target, sizeof total);
+    total += part;
+    __builtin_memcpy(target, &total, sizeof total);
   }
 }
 
