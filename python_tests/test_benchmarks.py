@@ -88,6 +88,14 @@ def test_slow_methods_sit_out_the_later_rounds_and_the_first_one_none() -> None:
     assert schedule == [(3, ["base", "slow", "quick"]), (15, ["base", "quick"])]
 
 
+def test_first_rounds_of_short_runs_do_not_count() -> None:
+    calls = iter([0.01] + [0.25] * harness.UNCOUNTED)  # the warm-up, then rounds that find no pages
+    method = Method(OURS, SMALL, lambda: Prepared(lambda: time.sleep(next(calls, 0.01)), lambda: 0.0, 1.0))
+    (row,) = measure("q", "forward", [method], "cpu", 0.01)
+    assert next(calls, None) is None
+    assert max(row.seconds) < 0.25
+
+
 def test_threads_are_set_for_each_method_and_put_back() -> None:
     seen: dict[str, set[int]] = {"one": set(), "all": set()}
 
