@@ -151,6 +151,23 @@ def test_only_the_state_is_used(device):
     assert all(relative_error(g, e) <= 1e-12 for g, e in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_memory_order_changes_no_bit(feature_map, dtype, device):
+    """(B, N, H, d) or (B, H, N, d): the CPU walks heads that lie within a token side by side."""
+    shape = {"heads": 16, "kv_heads": 8, "seqlen": 70, "feature_dim": 16, "head_dim": 64}
+    problem = Problem(feature_map, dtype=dtype, with_state=True, device=device).but(**shape)
+    results = []
+    for token_major in (False, True):
+        inputs = problem.inputs()
+        if token_major:
+            inputs[:3] = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:3]]
+        inputs = [x.requires_grad_() for x in inputs]
+        outputs = run(rebased_attention, inputs, problem)
+        results.append([*outputs, *torch.autograd.grad(sum(o.square().sum() for o in outputs), inputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("layout", ["expanded", "transposed", "strided"])
 def test_any_layout_of_the_incoming_gradient(layout, device):
     problem = Problem(device=device)

@@ -142,39 +142,18 @@ struct AmxElementwiseScratch : ElementwiseScratch<float> {
     block_sums = arena.take<float>(kBlock * s.value_columns);
   }
   void move_to_head(int64_t n, const Sizes<float>& s, int64_t group) {
-    state += n * s.state_size, state_pairs += n * kHalf * s.value_columns;
-    affine += n * (group + 1) * 2 * kTile, grad_affine += n * group * 2 * kTile;
+    ElementwiseScratch<float>::move_to_head(n, s, group);
+    state_pairs += n * kHalf * s.value_columns;
   }
 };
 
-// On top of ElementwiseForward or ElementwiseBackward; MostHeads: that a worker walks side by side.
-template <class Base, int64_t MostHeads>
+// On top of ElementwiseForward or ElementwiseBackward.
+template <class Base>
 struct AmxElementwise : Base {
   using Scratch = AmxElementwiseScratch;
   using Base::Base, Base::sizes, Base::base;
-  // A head's row is a few cache lines. Where those of the other heads lie between it and its next row, heads
-  // are walked side by side: that is one stream, which the hardware follows.
-  static constexpr int64_t kHeadsTogether = MostHeads;
-  int64_t heads_together(int threads) const {
-    return base.v.head_stride < base.v.row_stride ? this->schedule.heads_together(threads, kHeadsTogether)
-                                                  : 1;
-  }
-
-  // Of a worker's scratch.
-  int64_t all_groups() const { return base.kv_heads ? this->group() : 0; }
-  int64_t all_heads() const { return smaller(kHeadsTogether, base.kv_heads); }
 
   int columns() const { return sizes.value_columns; }
-
-  // body(item, scratch) for `count` heads from that of `first` on.
-  template <class AnyScratch, class Body>
-  void for_heads(const Item& first, int64_t count, const AnyScratch& scratch, const Body& body) const {
-    for (int64_t n = 0; n < count; n++) {
-      AnyScratch own = scratch;
-      own.move_to_head(n, sizes, this->group());
-      body(Schedule<float>::next_head(first, n), own);
-    }
-  }
 
   const Bfloat16* bf16_rows(const ConstRows& source, int64_t batch, int64_t head, int64_t row) const {
     const char* rows = head_rows<float>(source, batch, head, Dtype::bfloat16);

@@ -32,9 +32,9 @@ struct AmxElementwiseBackwardScratch : AmxElementwiseScratch {
   }
 };
 
-struct AmxElementwiseBackward : AmxElementwise<ElementwiseBackward<float>, 6> {
+struct AmxElementwiseBackward : AmxElementwise<ElementwiseBackward<float, 6>> {
   using Scratch = AmxElementwiseBackwardScratch;
-  using AmxElementwise<ElementwiseBackward<float>, 6>::AmxElementwise;
+  using AmxElementwise<ElementwiseBackward<float, 6>>::AmxElementwise;
 
   Scratch scratch(Arena& arena) const { return Scratch(sizes, all_groups(), all_heads(), arena); }
 
@@ -281,24 +281,16 @@ struct AmxElementwiseBackward : AmxElementwise<ElementwiseBackward<float>, 6> {
       for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {
         key_block(item, own, row, with_keys, begin, end);
       });
-    if (!with_keys) return;
-    const MutableState& initial = problem.grad_initial_state;
-    for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {
-      write_affine(own, 1, key_affine + item.number * 2 * sizes.feature_dim);
-      if (item.first && initial.kv)
-        export_state(sizes, own.state, initial, item.sequence * problem.kv_heads + item.kv_head);
-    });
+    if (with_keys) write_key_sums(first, count, scratch);
   }
 
   template <class Start>
   void run_heads(const Item& first, int64_t count, const Scratch& scratch, const Start& start_state) const {
     const AmxRegisters registers(true);
-    const bool queries = first.part == 1;
-    if (queries) sweep_queries(first, count, scratch, start_state);
-    if (!queries)
-      sweep_keys(first, count, scratch, start_state, true, shared_columns, columns());
-    else if (shared_columns)
-      sweep_keys(first, count, scratch, start_state, false, 0, shared_columns);
+    if (first.part == 0)
+      return sweep_keys(first, count, scratch, start_state, true, shared_columns, columns());
+    sweep_queries(first, count, scratch, start_state);
+    if (shared_columns) sweep_keys(first, count, scratch, start_state, false, 0, shared_columns);
   }
 };
 

@@ -10,8 +10,8 @@
 namespace rebased::cpu::REBASED_ISA {
 
 // Two heads' rows of q or k fill a cache line; more at once would leave few runs of heads for the threads.
-struct AmxElementwiseForward : AmxElementwise<ElementwiseForward<float>, 2> {
-  using AmxElementwise<ElementwiseForward<float>, 2>::AmxElementwise;
+struct AmxElementwiseForward : AmxElementwise<ElementwiseForward<float, 2>> {
+  using AmxElementwise<ElementwiseForward<float, 2>>::AmxElementwise;
 
   Scratch scratch(Arena& arena) const { return Scratch(sizes, all_groups(), all_heads(), arena, false); }
 
@@ -96,10 +96,7 @@ struct AmxElementwiseForward : AmxElementwise<ElementwiseForward<float>, 2> {
     for (int64_t row = first.begin; row < first.end; row += kBlock)
       for_heads(first, count, scratch,
                 [&](const Item& item, const Scratch& own) { run_block(item, own, row); });
-    if (!first.last || !problem.final_state.kv) return;
-    for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {
-      export_state(sizes, own.state, problem.final_state, item.sequence * problem.kv_heads + item.kv_head);
-    });
+    write_states(first, count, scratch);
   }
 };
 

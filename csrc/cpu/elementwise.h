@@ -33,15 +33,41 @@ struct ElementwiseScratch {
     normalized = arena.take<T>(backward ? chunk * width : 0);
     sums = arena.take<T>(backward ? 2 * chunk : 0);
     grad_affine = arena.take<T>(backward ? heads * group * 2 * width : 0);
-    state = arena.take<T>(heads * s.state_size), turned = arena.take<T>(backward ? s.state_size : 0);
+    state = arena.take<T>(heads * s.state_size), turned = arena.take<T>(backward ? heads * s.state_size : 0);
+  }
+  void move_to_head(int64_t n, const Sizes<T>& s, int64_t group) {
+    state += n * s.state_size, turned += n * s.state_size;
+    affine += n * (group + 1) * 2 * s.feature_pad, grad_affine += n * group * 2 * s.feature_pad;
   }
 };
 
-template <class T>
+// MostHeads: that a worker walks side by side.
+template <class T, int64_t MostHeads>
 struct ElementwiseCall : Call<T> {
   using Call<T>::Call, Call<T>::base, Call<T>::sizes, Call<T>::statistics;
+  static constexpr int64_t kHeadsTogether = MostHeads;
+  static constexpr int64_t kStateBytes = 20 << 10;  // most of a state, of which each head has its own
+
+  // A head's row is a few cache lines. Where those of the other heads lie between it and its next row, heads
+  // are walked side by side: that is one stream, which the hardware follows.
+  int64_t all_heads() const {
+    const bool rows_apart = base.v.head_stride < base.v.row_stride;
+    const bool small = sizes.state_size * int64_t(sizeof(T)) <= kStateBytes;
+    return rows_apart && small ? smaller(kHeadsTogether, base.kv_heads) : 1;
+  }
+  int64_t heads_together(int threads) const { return this->schedule.heads_together(threads, all_heads()); }
+  // body(item, scratch) for `count` heads from that of `first` on.
+  template <class Scratch, class Body>
+  void for_heads(const Item& first, int64_t count, const Scratch& scratch, const Body& body) const {
+    for (int64_t n = 0; n < count; n++) {
+      Scratch own = scratch;
+      own.move_to_head(n, sizes, group());
+      body(Schedule<T>::next_head(first, n), own);
+    }
+  }
 
   int64_t group() const { return base.heads / base.kv_heads; }
+  int64_t all_groups() const { return base.kv_heads ? group() : 0; }  // of a worker's scratch
   int width() const { return sizes.feature_pad; }
 
   // Operands in scratch, [token][row_width].

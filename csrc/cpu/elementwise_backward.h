@@ -10,10 +10,10 @@
 
 namespace rebased::cpu::REBASED_ISA {
 
-template <class T>
-struct ElementwiseBackward : ElementwiseCall<T>, GradientTargets<T> {
+template <class T, int64_t MostHeads = 2>
+struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
   using Scratch = ElementwiseScratch<T>;
-  using Base = ElementwiseCall<T>;
+  using Base = ElementwiseCall<T, MostHeads>;
   using Base::sizes, Base::group, Base::width;
   const BackwardProblem& problem;
   int shared_columns = 0;  // of grad_v, that the worker of the queries makes where it shares
@@ -25,7 +25,9 @@ struct ElementwiseBackward : ElementwiseCall<T>, GradientTargets<T> {
                        !p.grad_initial_state.kv;
     if (this->share_keys) shared_columns = sizes.value_columns / 2 / kLanes<T> * kLanes<T>;
   }
-  Scratch scratch(Arena& arena) const { return Scratch(sizes, problem.kv_heads ? group() : 0, arena, true); }
+  Scratch scratch(Arena& arena) const {
+    return Scratch(sizes, this->all_groups(), arena, true, this->all_heads());
+  }
 
   // `ahead` here and below: where the sweep goes on, in rows.
   Stream<const T*> gradient_rows(const Scratch& scratch, const Item& item, int64_t row, int tokens,
@@ -110,95 +112,121 @@ struct ElementwiseBackward : ElementwiseCall<T>, GradientTargets<T> {
                        sizes.feature_dim * sizeof(T));
   }
 
-  // dq of an item; scratch.state holds S and z before it.
-  void sweep_queries(const Item& item, const Scratch& scratch) const {
-    this->pad_affine(scratch, item);
-    this->clear(scratch.grad_affine, group() * 2 * width());
-    turn_state(scratch.state, width(), sizes.value_columns, scratch.turned);
+  // dq of a chunk; scratch.turned holds S before it, scratch.state z.
+  void query_chunk(const Item& item, const Scratch& scratch, int64_t row) const {
     T* z = scratch.state + sizes.state_kv;
-    for (int64_t row = item.begin; row < item.end; row += sizes.chunk) {
-      const int tokens = int(smaller<int64_t>(sizes.chunk, item.end - row));
-      this->pack_keys(scratch, item, row, tokens, sizes.chunk);
-      const Stream<const T*> gradients = gradient_rows(scratch, item, row, tokens, sizes.chunk);
-      dot_outputs(scratch, item, row, tokens, gradients, sizes.chunk);
-      for (int64_t g = group() - 1; g >= 0; g--)
-        for (int e = 0; e < width(); e += kWidth<T>) {
-          Vector<T> sum = load(z + e);
-          for (int i = 0; i < tokens; i++) {
-            sum += load(scratch.keys + i * width() + e);
-            store(scratch.grad_tokens + (g * sizes.chunk + i) * width() + e,
-                  sum * scratch.factors[g * sizes.chunk + i]);
-          }
-          if (g == 0) store(z + e, sum);
+    const int tokens = int(smaller<int64_t>(sizes.chunk, item.end - row));
+    this->pack_keys(scratch, item, row, tokens, sizes.chunk);
+    const Stream<const T*> gradients = gradient_rows(scratch, item, row, tokens, sizes.chunk);
+    dot_outputs(scratch, item, row, tokens, gradients, sizes.chunk);
+    for (int64_t g = group() - 1; g >= 0; g--)
+      for (int e = 0; e < width(); e += kWidth<T>) {
+        Vector<T> sum = load(z + e);
+        for (int i = 0; i < tokens; i++) {
+          sum += load(scratch.keys + i * width() + e);
+          store(scratch.grad_tokens + (g * sizes.chunk + i) * width() + e,
+                sum * scratch.factors[g * sizes.chunk + i]);
         }
-      Recurrence<T> s{};
-      s.tokens = tokens, s.rows = sizes.value_columns, s.lanes = width(), s.state = scratch.turned;
-      s.updates = 1, s.queries = int(group()), s.accumulate = true;
-      s.update_rows = values(scratch, item, row, tokens, sizes.chunk);
-      s.update_lanes = this->template packed<const T*>(scratch.keys, width());
-      s.query_rows = gradients;
-      s.sums = this->packed(scratch.grad_tokens, width());
-      recur(s);
-      for (int64_t g = 0; g < group(); g++)
-        finish(scratch, this->token_rows(scratch, item, g, row, tokens, sizes.chunk), g, r_of(item, g, row),
-               this->query_target, item.batch, item.kv_head * group() + g, row, tokens);
-    }
-    write_affine(scratch, group(), this->query_affine + item.number * group() * 2 * sizes.feature_dim);
-  }
-
-  // dv of columns [begin, end) of an item and, where asked for, dk; scratch.state holds T and m after it.
-  void sweep_keys(const Item& item, const Scratch& scratch, bool with_keys, int begin, int end) const {
-    const BackwardProblem& p = problem;
-    this->pad_affine(scratch, item);
-    this->clear(scratch.grad_affine, 2 * width());
-    if (with_keys) turn_state(scratch.state, width(), sizes.value_columns, scratch.turned);
-    const int64_t chunks = (item.end - item.begin + sizes.chunk - 1) / sizes.chunk;
-    for (int64_t row = item.begin + (chunks - 1) * sizes.chunk; row >= item.begin; row -= sizes.chunk) {
-      const int tokens = int(smaller<int64_t>(sizes.chunk, item.end - row));
-      const TokenRows<T> keys = this->pack_keys(scratch, item, row, tokens, -sizes.chunk);
-      pack_weighted_queries(scratch, item, row, tokens, -sizes.chunk);
-      const auto back = [&](const auto& stream) { return this->reversed(stream, tokens); };
-      const Stream<const T*> gradients = gradient_rows(scratch, item, row, tokens, -sizes.chunk);
-      const Stream<const T*> queries = back(this->template packed<const T*>(scratch.queries, width()));
-      Recurrence<T> t{};
-      t.tokens = tokens, t.updates = int(group()), t.queries = 1;
-      if (with_keys) {
-        dot_outputs(scratch, item, row, tokens, gradients, -sizes.chunk);
-        sum_denominators(scratch, tokens, scratch.state + sizes.state_kv, scratch.grad_tokens);
-        t.rows = sizes.value_columns, t.lanes = width(), t.state = scratch.turned, t.accumulate = true;
-        t.update_rows = back(gradients), t.update_lanes = queries;
-        t.query_rows = back(values(scratch, item, row, tokens, -sizes.chunk));
-        t.sums = back(this->packed(scratch.grad_tokens, width()));
-        recur(t);
-        finish(scratch, keys, group(), nullptr, this->key_target, item.batch, item.kv_head, row, tokens);
+        if (g == 0) store(z + e, sum);
       }
-      t.rows = width(), t.lanes = end - begin, t.accumulate = false;
-      t.state = scratch.state + int64_t(begin) * width();
-      t.update_rows = queries, t.update_lanes = back(gradients).from(begin);
-      t.query_rows = back(this->template packed<const T*>(scratch.keys, width()));
-      t.sums = back(this->value_sums(p.grad_v, item.batch, item.kv_head, row, scratch.outputs, -sizes.chunk))
-                   .from(begin);
-      recur(t);
-      this->write_values(p.grad_v, item.batch, item.kv_head, 1, row, tokens, scratch.outputs, begin, end,
-                         -sizes.chunk);
-    }
-    if (with_keys) write_affine(scratch, 1, this->key_affine + item.number * 2 * sizes.feature_dim);
+    Recurrence<T> s{};
+    s.tokens = tokens, s.rows = sizes.value_columns, s.lanes = width(), s.state = scratch.turned;
+    s.updates = 1, s.queries = int(group()), s.accumulate = true;
+    s.update_rows = values(scratch, item, row, tokens, sizes.chunk);
+    s.update_lanes = this->template packed<const T*>(scratch.keys, width());
+    s.query_rows = gradients;
+    s.sums = this->packed(scratch.grad_tokens, width());
+    recur(s);
+    for (int64_t g = 0; g < group(); g++)
+      finish(scratch, this->token_rows(scratch, item, g, row, tokens, sizes.chunk), g, r_of(item, g, row),
+             this->query_target, item.batch, item.kv_head * group() + g, row, tokens);
   }
 
-  // start_state(query) brings the state before the queries' sweep, or after the keys', into scratch.state.
-  template <class Start>
-  void run(const Item& item, const Scratch& scratch, const Start& start_state) const {
-    const MutableState& initial = problem.grad_initial_state;
-    if (item.part == 1) {
-      start_state(true);
-      sweep_queries(item, scratch);
+  // dv of columns [begin, end) of a chunk and, where asked for, dk; scratch.state holds T and m after it, and
+  // where dk is asked for scratch.turned T.
+  void key_chunk(const Item& item, const Scratch& scratch, int64_t row, bool with_keys, int begin,
+                 int end) const {
+    const BackwardProblem& p = problem;
+    const int tokens = int(smaller<int64_t>(sizes.chunk, item.end - row));
+    const TokenRows<T> keys = this->pack_keys(scratch, item, row, tokens, -sizes.chunk);
+    pack_weighted_queries(scratch, item, row, tokens, -sizes.chunk);
+    const auto back = [&](const auto& stream) { return this->reversed(stream, tokens); };
+    const Stream<const T*> gradients = gradient_rows(scratch, item, row, tokens, -sizes.chunk);
+    const Stream<const T*> queries = back(this->template packed<const T*>(scratch.queries, width()));
+    Recurrence<T> t{};
+    t.tokens = tokens, t.updates = int(group()), t.queries = 1;
+    if (with_keys) {
+      dot_outputs(scratch, item, row, tokens, gradients, -sizes.chunk);
+      sum_denominators(scratch, tokens, scratch.state + sizes.state_kv, scratch.grad_tokens);
+      t.rows = sizes.value_columns, t.lanes = width(), t.state = scratch.turned, t.accumulate = true;
+      t.update_rows = back(gradients), t.update_lanes = queries;
+      t.query_rows = back(values(scratch, item, row, tokens, -sizes.chunk));
+      t.sums = back(this->packed(scratch.grad_tokens, width()));
+      recur(t);
+      finish(scratch, keys, group(), nullptr, this->key_target, item.batch, item.kv_head, row, tokens);
     }
-    if (item.part == 1 && shared_columns == 0) return;
-    start_state(false);
-    if (item.part == 1) return sweep_keys(item, scratch, false, 0, shared_columns);
-    sweep_keys(item, scratch, true, shared_columns, sizes.value_columns);
-    if (item.first && initial.kv)
-      export_state(sizes, scratch.state, initial, item.sequence * problem.kv_heads + item.kv_head);
+    t.rows = width(), t.lanes = end - begin, t.accumulate = false;
+    t.state = scratch.state + int64_t(begin) * width();
+    t.update_rows = queries, t.update_lanes = back(gradients).from(begin);
+    t.query_rows = back(this->template packed<const T*>(scratch.keys, width()));
+    t.sums = back(this->value_sums(p.grad_v, item.batch, item.kv_head, row, scratch.outputs, -sizes.chunk))
+                 .from(begin);
+    recur(t);
+    this->write_values(p.grad_v, item.batch, item.kv_head, 1, row, tokens, scratch.outputs, begin, end,
+                       -sizes.chunk);
+  }
+
+  // dq of `count` heads from that of `first` on; start_state(item, queries, state) as in the driver.
+  template <class Start>
+  void sweep_queries(const Item& first, int64_t count, const Scratch& scratch,
+                     const Start& start_state) const {
+    this->for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {
+      start_state(item, true, own.state);
+      this->pad_affine(own, item);
+      this->clear(own.grad_affine, group() * 2 * width());
+      turn_state(own.state, width(), sizes.value_columns, own.turned);
+    });
+    for (int64_t row = first.begin; row < first.end; row += sizes.chunk)
+      this->for_heads(first, count, scratch,
+                      [&](const Item& item, const Scratch& own) { query_chunk(item, own, row); });
+    this->for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {
+      write_affine(own, group(), this->query_affine + item.number * group() * 2 * sizes.feature_dim);
+    });
+  }
+  // dv of columns [begin, end) and, where asked for, dk.
+  template <class Start>
+  void sweep_keys(const Item& first, int64_t count, const Scratch& scratch, const Start& start_state,
+                  bool with_keys, int begin, int end) const {
+    this->for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {
+      start_state(item, false, own.state);
+      this->pad_affine(own, item);
+      this->clear(own.grad_affine, 2 * width());
+      if (with_keys) turn_state(own.state, width(), sizes.value_columns, own.turned);
+    });
+    const int64_t chunks = (first.end - first.begin + sizes.chunk - 1) / sizes.chunk;
+    for (int64_t row = first.begin + (chunks - 1) * sizes.chunk; row >= first.begin; row -= sizes.chunk)
+      this->for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {
+        key_chunk(item, own, row, with_keys, begin, end);
+      });
+    if (with_keys) write_key_sums(first, count, scratch);
+  }
+  // What the keys' sweep leaves of each head: the gradients of gamma and beta and of the initial state.
+  template <class AnyScratch>
+  void write_key_sums(const Item& first, int64_t count, const AnyScratch& scratch) const {
+    const MutableState& initial = problem.grad_initial_state;
+    this->for_heads(first, count, scratch, [&](const Item& item, const AnyScratch& own) {
+      write_affine(own, 1, this->key_affine + item.number * 2 * sizes.feature_dim);
+      if (item.first && initial.kv)
+        export_state(sizes, own.state, initial, item.sequence * problem.kv_heads + item.kv_head);
+    });
+  }
+
+  template <class Start>
+  void run_heads(const Item& first, int64_t count, const Scratch& scratch, const Start& start_state) const {
+    if (first.part == 0)
+      return sweep_keys(first, count, scratch, start_state, true, shared_columns, sizes.value_columns);
+    sweep_queries(first, count, scratch, start_state);
+    if (shared_columns) sweep_keys(first, count, scratch, start_state, false, 0, shared_columns);
   }
 
   void local_key_state(const Item& item, const Scratch& scratch, T* state) const {

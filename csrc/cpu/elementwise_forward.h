@@ -7,16 +7,18 @@
 
 namespace rebased::cpu::REBASED_ISA {
 
-template <class T>
-struct ElementwiseForward : ElementwiseCall<T> {
+template <class T, int64_t MostHeads = 2>
+struct ElementwiseForward : ElementwiseCall<T, MostHeads> {
   using Scratch = ElementwiseScratch<T>;
-  using Base = ElementwiseCall<T>;
+  using Base = ElementwiseCall<T, MostHeads>;
   using Base::sizes, Base::group, Base::width;
   const ForwardProblem& problem;
 
   ElementwiseForward(const ForwardProblem& p, int threads, Arena& arena, bool needs_state, int64_t parts)
       : Base(p, threads, arena, needs_state, parts), problem(p) {}
-  Scratch scratch(Arena& arena) const { return Scratch(sizes, problem.kv_heads ? group() : 0, arena, false); }
+  Scratch scratch(Arena& arena) const {
+    return Scratch(sizes, this->all_groups(), arena, false, this->all_heads());
+  }
 
   void local_state(const Item& item, const Scratch& scratch, T* state) const {
     this->add_keys(item, scratch, state);
@@ -51,28 +53,43 @@ struct ElementwiseForward : ElementwiseCall<T> {
     }
   }
 
-  void run(const Item& item, const Scratch& scratch, bool) const {
+  void run_chunk(const Item& item, const Scratch& scratch, int64_t row) const {
     const ForwardProblem& p = problem;
-    this->pad_affine(scratch, item);
-    for (int64_t row = item.begin; row < item.end; row += sizes.chunk) {
-      const int tokens = int(smaller<int64_t>(sizes.chunk, item.end - row));
-      this->pack_keys(scratch, item, row, tokens, sizes.chunk);
-      for (int64_t g = 0; g < group(); g++) this->pack_queries(scratch, item, g, row, tokens, sizes.chunk);
-      divide(scratch, item, row, tokens);
-      Recurrence<T> s{};
-      s.tokens = tokens, s.rows = width(), s.lanes = sizes.value_columns, s.state = scratch.state;
-      s.updates = 1, s.queries = int(group());
-      s.update_rows = this->template packed<const T*>(scratch.keys, width());
-      s.update_lanes =
-          this->value_rows(p.v, item.batch, item.kv_head, 1, row, tokens, scratch.values, sizes.chunk);
-      s.query_rows = this->template packed<const T*>(scratch.queries, width());
-      s.sums = this->value_sums(p.y, item.batch, item.kv_head * group(), row, scratch.outputs, sizes.chunk);
-      recur(s);
-      this->write_values(p.y, item.batch, item.kv_head * group(), group(), row, tokens, scratch.outputs, 0,
-                         sizes.value_columns, sizes.chunk);
-    }
-    if (item.last && p.final_state.kv)
-      export_state(sizes, scratch.state, p.final_state, item.sequence * p.kv_heads + item.kv_head);
+    const int tokens = int(smaller<int64_t>(sizes.chunk, item.end - row));
+    this->pack_keys(scratch, item, row, tokens, sizes.chunk);
+    for (int64_t g = 0; g < group(); g++) this->pack_queries(scratch, item, g, row, tokens, sizes.chunk);
+    divide(scratch, item, row, tokens);
+    Recurrence<T> s{};
+    s.tokens = tokens, s.rows = width(), s.lanes = sizes.value_columns, s.state = scratch.state;
+    s.updates = 1, s.queries = int(group());
+    s.update_rows = this->template packed<const T*>(scratch.keys, width());
+    s.update_lanes =
+        this->value_rows(p.v, item.batch, item.kv_head, 1, row, tokens, scratch.values, sizes.chunk);
+    s.query_rows = this->template packed<const T*>(scratch.queries, width());
+    s.sums = this->value_sums(p.y, item.batch, item.kv_head * group(), row, scratch.outputs, sizes.chunk);
+    recur(s);
+    this->write_values(p.y, item.batch, item.kv_head * group(), group(), row, tokens, scratch.outputs, 0,
+                       sizes.value_columns, sizes.chunk);
+  }
+
+  // `count` heads from that of `first` on; start_state(item, state) brings the state before an item.
+  template <class Start>
+  void run_heads(const Item& first, int64_t count, const Scratch& scratch, const Start& start_state) const {
+    this->for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {
+      start_state(item, own.state);
+      this->pad_affine(own, item);
+    });
+    for (int64_t row = first.begin; row < first.end; row += sizes.chunk)
+      this->for_heads(first, count, scratch,
+                      [&](const Item& item, const Scratch& own) { run_chunk(item, own, row); });
+    write_states(first, count, scratch);
+  }
+  void write_states(const Item& first, int64_t count, const Scratch& scratch) const {
+    const MutableState& target = problem.final_state;
+    if (!first.last || !target.kv) return;
+    this->for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {
+      export_state(sizes, own.state, target, item.sequence * problem.kv_heads + item.kv_head);
+    });
   }
 };
 

@@ -19,7 +19,13 @@ class PrefetchQueue {
   }
 
  private:
-  static constexpr int kRanges = 8, kLines = 12;  // lines: those of one advance, rounded up to whole rows
+  static constexpr int kRanges = 8;
+  // Lines of one advance, rounded up to whole rows: as few as a chunk's tiles allow, and AMX has few tiles.
+#if defined(__AMX_BF16__)
+  static constexpr int kLines = 32;
+#else
+  static constexpr int kLines = 12;
+#endif
   struct Range {
     uintptr_t row;
     int64_t stride_bytes, rows, row_bytes;
