@@ -170,7 +170,7 @@ def rebased_attention(
         _is_plain(q, 4, state)
         and (initial_state is None or not any(x is None for x in state))
         and type(return_state) is bool
-        and _fit(q, parameters, cu_seqlens, (k, v, *state))
+        and _fit(q, parameters, cu_seqlens)
     ):
         # The operator checks its arguments itself, in a tenth of the time; what it refuses gets words here.
         try:
@@ -260,11 +260,7 @@ def rebased_attention_step(
     parameters = (gamma_q, beta_q, gamma_k, beta_k)
     tensors = (*parameters, state_index)
     options = (feature_map, layer_norm, scale, eps, layer_norm_eps, normalize)
-    if (
-        _is_plain(q, 3, state)
-        and not torch.is_grad_enabled()
-        and _fit(q, parameters, state_index, (k, v, *state))
-    ):
+    if _is_plain(q, 3, state) and not torch.is_grad_enabled() and _fit(q, parameters, state_index):
         # as in rebased_attention; the operator looks at everything before it touches the state
         try:
             return _run_step(q, k, v, state, tensors, _cached_options(*options, q.shape[2]))
@@ -282,34 +278,21 @@ def _is_plain(q: Tensor, dims: int, state: tuple[Any, ...]) -> bool:
         and q.dim() == dims
         and isinstance(state, tuple)
         and len(state) == 2
-        and not torch.is_autocast_enabled(q.device.type)
+        and not torch.is_autocast_enabled("cpu" if q.is_cpu else "cuda")  # q.device.type takes its time
         and not torch.compiler.is_compiling()
     )
 
 
-def _fit(
-    q: Tensor, parameters: tuple[Tensor | None, ...], index: Tensor | None, others: tuple[Any, ...]
-) -> bool:
-    """Whether the operator, which casts and copies nothing, can take these, and all are on q's device.
-
-    A tensor on the device "meta" would make the call one that computes nothing.
-    """
-    dtype, device = q.dtype, q.device
-    sums = torch.float64 if dtype is torch.float64 else torch.float32
-    try:  # loops, since this is for calls of microseconds
-        if index is not None and not (
-            index.dtype is torch.int64 and index.device == device and index.is_contiguous()
-        ):
-            return False
+def _fit(q: Tensor, parameters: tuple[Tensor | None, ...], index: Tensor | None) -> bool:
+    """Whether the operator, which casts and copies nothing, can take these."""
+    sums = torch.float64 if q.dtype is torch.float64 else torch.float32
+    try:  # a loop, since this is for calls of microseconds
         for x in parameters:
-            if x is not None and (x.dtype is not sums or x.device != device):
+            if x is not None and x.dtype is not sums:
                 return False
-        for x in others:
-            if x is not None and x.device != device:
-                return False
+        return index is None or (index.dtype is torch.int64 and index.is_contiguous())
     except AttributeError:  # no tensor
         return False
-    return True
 
 
 def _run_step(

@@ -25,10 +25,18 @@ def _empty_rows(like: Tensor, heads: int, width: int) -> Tensor:
     return like.new_empty(batch, heads, rows, width)
 
 
+def _require_one_device(q: Tensor, *others: Any) -> None:
+    """One tensor on "meta" brings a call here that would otherwise compute something."""
+    for x in others:
+        if isinstance(x, Tensor) and x.device != q.device:
+            raise ValueError(f"rebased_cuda: all tensors must be on q's device {q.device}, got {x.device}")
+
+
 @torch.library.register_fake("rebased_cuda::forward")
 def _(  # type: ignore[no-untyped-def]
     q, k, v, gamma_q, beta_q, gamma_k, beta_k, initial_kv, initial_k, cu_seqlens, feature_map, *options
 ):
+    _require_one_device(q, k, v, gamma_q, beta_q, gamma_k, beta_k, initial_kv, initial_k, cu_seqlens)
     return_state = options[-1]
     batch, heads, seqlen, feature_dim = q.shape
     sums = accumulator(q.dtype)
@@ -94,6 +102,7 @@ def _(grad_y, grad_kv, grad_k, q, k, v, *rest):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("rebased_cuda::step")
 def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
+    _require_one_device(q, k, v, *rest)
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
 
 

@@ -114,7 +114,8 @@ Gradients backward_part(const Tensor& grad_y, OptionalTensor grad_kv, OptionalTe
   };
   const auto parameter_like = [&](bool wanted, const OptionalTensor& parameter, void** target) {
     if (!wanted || !parameter) return absent(q, type);
-    Tensor gradient = torch::stable::new_empty(*parameter, parameter->sizes());
+    const auto sizes = parameter->sizes();
+    Tensor gradient = empty(*parameter, sizes.data(), static_cast<int64_t>(sizes.size()), type);
     *target = gradient.mutable_data_ptr();
     return gradient;
   };

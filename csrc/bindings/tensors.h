@@ -8,10 +8,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "op/feature_map.h"
 #include "op/problem.h"
@@ -117,17 +117,58 @@ inline const void* const_pointer(const OptionalTensor& tensor) {
   return tensor ? tensor->const_data_ptr() : nullptr;
 }
 
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-  return torch_call([&] { return torch::stable::new_empty(like, sizes, type); });
+inline int32_t aoti_dtype(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Byte:
+      return aoti_torch_dtype_uint8();
+    default:
+      return aoti_torch_dtype_float32();
+  }
+}
+constexpr int64_t kMostDimensions = 4;
+
+// On like's device. Not torch::stable::new_empty: that goes through the dispatcher, boxed, which for an
+// operator's several outputs is a good part of a small call.
+inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dims,
+                            ScalarType type) {
+  return torch_call([&] {
+    int32_t device = 0, index = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dims, sizes, strides, aoti_dtype(type), device, index, &handle));
+    return Tensor(handle);
+  });
+}
+// Contiguous; sizes: of at most kMostDimensions.
+inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dims, ScalarType type) {
+  int64_t strides[kMostDimensions], stride = 1;
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  return empty_strided(like, sizes, strides, dims, type);
+}
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  return empty(like, sizes.begin(), static_cast<int64_t>(sizes.size()), type);
 }
 // (batch, heads, rows, width) laid out in memory as `like` is: (batch, rows, heads, width) where like's heads
 // are closer together than its rows, so that y.transpose(1, 2).reshape(batch, rows, -1) costs no copy.
 // rebased_cuda/autograd.py tells the compiler the same rule.
 inline Tensor empty_rows(const Tensor& like, int64_t batch, int64_t heads, int64_t rows, int64_t width) {
-  if (like.stride(1) < like.stride(2)) {
-    return torch::stable::transpose(empty(like, {batch, rows, heads, width}, like.scalar_type()), 1, 2);
-  }
-  return empty(like, {batch, heads, rows, width}, like.scalar_type());
+  const int64_t sizes[] = {batch, heads, rows, width};
+  if (like.stride(1) >= like.stride(2)) return empty(like, sizes, 4, like.scalar_type());
+  const auto extent = [](int64_t size) { return size > 1 ? size : 1; };
+  const int64_t row = extent(heads) * extent(width);
+  const int64_t strides[] = {extent(rows) * row, extent(width), row, 1};
+  return empty_strided(like, sizes, strides, 4, like.scalar_type());
 }
 // The stable ABI has no undefined tensors: an absent output is one with no elements.
 inline Tensor absent(const Tensor& like, ScalarType type) { return empty(like, {0}, type); }
