@@ -68,15 +68,16 @@ inline void recur_tile(const Recurrence<T>& call, bool accumulate, int row, int 
       T* target = sums.data + token * sums.token_stride + head * sums.head_stride;
       __builtin_prefetch(a + query_rows.ahead, 0, 2);
       __builtin_prefetch(target + sums.ahead, 0, 2);
-      Vector<T> sum[NV];
+      Vector<T> sum[2][NV];  // of even and of odd rows: one alone would wait for itself
 #pragma GCC unroll 2
-      for (int n = 0; n < NV; n++) sum[n] = accumulate ? load(target + n * kWidth<T>) : Vector<T>{};
+      for (int n = 0; n < NV; n++)
+        sum[0][n] = accumulate ? load(target + n * kWidth<T>) : Vector<T>{}, sum[1][n] = Vector<T>{};
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; r++)
 #pragma GCC unroll 2
-        for (int n = 0; n < NV; n++) sum[n] += a[r] * tile[r][n];
+        for (int n = 0; n < NV; n++) sum[r % 2][n] += a[r] * tile[r][n];
 #pragma GCC unroll 2
-      for (int n = 0; n < NV; n++) store(target + n * kWidth<T>, sum[n]);
+      for (int n = 0; n < NV; n++) store(target + n * kWidth<T>, sum[0][n] + sum[1][n]);
     }
   }
 #pragma GCC unroll 16
