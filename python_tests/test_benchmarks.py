@@ -415,12 +415,21 @@ def test_the_command_leaves_a_table_and_json(
         yield from run.ask("length", [Shape(1, 2, 128), Shape(1, 2, 256)], (*run.few, fla))
 
     monkeypatch.setitem(questions.QUESTIONS, "length", Question("tiny", (60.0, 60.0), tiny))
-    monkeypatch.setattr("benchmarks.speed.ceilings.measure", lambda device: CEILINGS)
+    better = Ceilings({name: 2 * rate for name, rate in CEILINGS.flops.items()}, CEILINGS.copy_bytes / 2)
+    measured = iter((CEILINGS, better))  # before and after: the better rate of each counts
+    monkeypatch.setattr("benchmarks.speed.ceilings.measure", lambda device: next(measured))
     path = tmp_path / "speed.json"
     assert command.main(["--quick", "--only", "length", "--output", str(path)]) == 0
     contents = json.loads(path.read_text())
     assert len(contents["rows"]) == 2 * 2 * 6
     assert {"commit", "machine", "ceilings", "version", "when", "peers"} <= set(contents)
+    limits = Ceilings(better.flops, CEILINGS.copy_bytes)
+    assert contents["ceilings"] == limits.to_json()
+    ours = [row for row in contents["rows"] if row["method"] == OURS]
+    floors = [harness.floor_seconds(Shape(**row["shape"]), row["direction"], limits) for row in ours]
+    assert [row["over_floor"] for row in ours] == pytest.approx(
+        [row["median"] / floor for row, floor in zip(ours, floors, strict=True)]
+    )
     printed = capsys.readouterr().out
     assert "outer (1, 2, 256)" in printed
     assert f"{fla}: runs on a GPU only" in printed

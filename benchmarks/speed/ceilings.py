@@ -17,10 +17,14 @@ REPEATS = 15
 @dataclass(frozen=True)
 class Ceilings:
     """flops: FLOP/s of a large square matmul by dtype; copy_bytes: bytes read plus bytes written a second by
-    a large copy. Medians. float16 counts as bfloat16: torch's own float16 product on a CPU is no ceiling."""
+    a large copy. The best of all tries. float16 counts as bfloat16: torch's own float16 product on a CPU is no ceiling."""
 
     flops: dict[str, float]
     copy_bytes: float
+
+    def or_better(self, other: Ceilings) -> Ceilings:
+        flops = {dtype: max(rate, other.flops[dtype]) for dtype, rate in self.flops.items()}
+        return Ceilings(flops, max(self.copy_bytes, other.copy_bytes))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -116,9 +116,14 @@ class Row:
     median: float | None = None
     spread: float | None = None  # half the distance between the quartiles, over the median
     ratio: float | None = None  # time over that of the first method, ours unless the question says otherwise
-    over_floor: float | None = None
+    over_floor: float | None = None  # the op's, where all threads run, and a decode step's over its copy
     error: float | None = None
     peak_bytes: int | None = None
+
+    def set_floor(self, ceilings: Ceilings) -> None:
+        """over_floor by better ceilings, where it came from such."""
+        if self.over_floor is not None and self.median is not None and self.direction in DIRECTIONS:
+            self.over_floor = self.median / floor_seconds(Shape(**self.shape), self.direction, ceilings)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
