@@ -17,7 +17,8 @@ REPEATS = 15
 @dataclass(frozen=True)
 class Ceilings:
     """flops: FLOP/s of a large square matmul by dtype; copy_bytes: bytes read plus bytes written a second by
-    a large copy. The best of all tries. float16 counts as bfloat16: torch's own float16 product on a CPU is no ceiling."""
+    a large copy. The best of all tries. float16 counts as bfloat16: torch's own float16 product on a CPU is
+    no ceiling."""
 
     flops: dict[str, float]
     copy_bytes: float
