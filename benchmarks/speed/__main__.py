@@ -21,7 +21,7 @@ import benchmarks.speed
 from rebased_cuda import _measure, build_info
 
 from . import ceilings, questions, report
-from .harness import OURS, Row, keep_freed_memory
+from .harness import DIRECTIONS, OURS, Row, keep_freed_memory
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -108,7 +108,8 @@ def _measure_all(arguments: argparse.Namespace) -> int:
     _tell("the machine's ceilings")
     limits = limits.or_better(ceilings.measure(device))
     for row in rows:
-        row.set_floor(limits)
+        if row.over_floor is not None and row.direction in DIRECTIONS:  # a step's floor is a copy's time
+            row.set_floor(limits)
     contents = report.summary(rows, limits, device, arguments.quick, time.monotonic() - start, run.used)
     report.save(path, contents)
     if sys.stderr.isatty():

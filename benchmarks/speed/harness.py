@@ -121,9 +121,8 @@ class Row:
     peak_bytes: int | None = None
 
     def set_floor(self, ceilings: Ceilings) -> None:
-        """over_floor by better ceilings, where it came from such."""
-        if self.over_floor is not None and self.median is not None and self.direction in DIRECTIONS:
-            self.over_floor = self.median / floor_seconds(Shape(**self.shape), self.direction, ceilings)
+        assert self.median is not None
+        self.over_floor = self.median / floor_seconds(Shape(**self.shape), self.direction, ceilings)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -246,7 +245,7 @@ def _measure_methods(
             continue
         _fill(row, [x / runs[name][1] for x in seconds[name]])
         if ceilings is not None and method.name == OURS and threads[name] == all_threads:
-            row.over_floor = statistics.median(row.seconds) / floor_seconds(method.shape, direction, ceilings)
+            row.set_floor(ceilings)
         if base in runs:
             row.ratio = _measure.ratio(list(row.seconds), list(rows[base].seconds))
     return list(rows.values())

@@ -117,20 +117,6 @@ inline const void* const_pointer(const OptionalTensor& tensor) {
   return tensor ? tensor->const_data_ptr() : nullptr;
 }
 
-inline int32_t aoti_dtype(ScalarType type) {
-  switch (type) {
-    case ScalarType::Double:
-      return aoti_torch_dtype_float64();
-    case ScalarType::Half:
-      return aoti_torch_dtype_float16();
-    case ScalarType::BFloat16:
-      return aoti_torch_dtype_bfloat16();
-    case ScalarType::Byte:
-      return aoti_torch_dtype_uint8();
-    default:
-      return aoti_torch_dtype_float32();
-  }
-}
 constexpr int64_t kMostDimensions = 4;
 
 // On like's device. Not torch::stable::new_empty: that goes through the dispatcher, boxed, which for an
@@ -141,9 +127,10 @@ inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int6
     int32_t device = 0, index = 0;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+    const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
     AtenTensorHandle handle = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(dims, sizes, strides, aoti_dtype(type), device, index, &handle));
+        aoti_torch_empty_strided(dims, sizes, strides, dtype, device, index, &handle));
     return Tensor(handle);
   });
 }
