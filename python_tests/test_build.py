@@ -1,13 +1,18 @@
 """What setup.py finds and says: torch, nvcc, versions that don't fit, architectures. No compiler is run."""
 
+import os
 import runpy
+import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import setuptools
 
 import rebased_cuda
+from rebased_cuda import _load
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source folder")
@@ -122,3 +127,58 @@ def test_build_info_has_the_facts():
 def test_version_is_the_package_s():
     text = (ROOT / "pyproject.toml").read_text()
     assert f'version = "{rebased_cuda.__version__}"' in text
+
+
+def _import_error(folder: Path, *search: Path) -> str:
+    """The last line of what `import rebased_cuda` says with `folder` first, as Python is started in it."""
+    path = os.pathsep.join(str(x) for x in search)
+    run = subprocess.run(
+        [sys.executable, "-c", "import rebased_cuda"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert "partially initialized" not in run.stderr  # what Python itself says, and helps nobody
+    return run.stderr.splitlines()[-1]
+
+
+def _copy_of_the_package(folder: Path, *left_out: str) -> Path:
+    ignored = shutil.ignore_patterns("__pycache__", *left_out)
+    return shutil.copytree(Path(rebased_cuda.__file__).parent, folder / "rebased_cuda", ignore=ignored)
+
+
+def test_a_source_folder_that_hides_the_installed_package_says_so(tmp_path):
+    source = _copy_of_the_package(tmp_path / "source", "_C.*")
+    installed = _copy_of_the_package(tmp_path / "installed")
+    said = _import_error(source.parent, installed.parent)
+    assert said.startswith(f"ImportError: {source} is source code without a compiled part")
+    assert str(installed) in said
+    assert said.endswith(f"start Python in another folder, or run `pip install -e .` in {source.parent}.")
+
+
+def test_a_source_folder_that_was_never_built_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    said = _load._no_compiled_part(tmp_path / "rebased_cuda")
+    assert said.endswith(f"is source code without a compiled part: run `pip install -e .` in {tmp_path}.")
+
+
+def test_a_compiled_part_for_another_python_says_so(monkeypatch, tmp_path):
+    source = _copy_of_the_package(tmp_path, "_C.*")
+    (source / "_C.cpython-32-x86_64-linux-gnu.so").touch()
+    said = _import_error(tmp_path)
+    assert said.startswith(
+        f"ImportError: {source} has a compiled part for another Python only (_C.cpython-32"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert _load._no_compiled_part(source).endswith(f": run `pip install -e .` in {tmp_path}.")
+
+
+def test_a_compiled_part_that_does_not_load_says_why(tmp_path):
+    source = _copy_of_the_package(tmp_path, "_C.*")
+    (source / Path(_load._C.__file__).name).touch()
+    said = _import_error(tmp_path)
+    assert said.startswith("ImportError: rebased_cuda's compiled part does not load under torch")
+    assert "file too short" in said
+    assert said.endswith("reinstall it for this Python.")

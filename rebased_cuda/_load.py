@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +13,27 @@ import torch
 if tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
     raise ImportError(f"rebased_cuda needs torch 2.11 or later, this is {torch.__version__}.")
 
+
+def _has_compiled_part(folder: Path) -> bool:
+    return any((folder / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
+
+
+def _no_compiled_part(here: Path) -> str:
+    """Why the package folder `here` has no compiled part for this Python, and what to do: one sentence."""
+    for_others = ", ".join(sorted(x.name for x in here.glob("_C.*")))
+    what = f"{here} has a compiled part for another Python only ({for_others})"
+    if not for_others:
+        what = f"{here} is source code without a compiled part"
+    elsewhere = (Path(entry or ".").resolve() / "rebased_cuda" for entry in sys.path)
+    installed = next((x for x in elsewhere if x != here and _has_compiled_part(x)), None)
+    build = f"run `pip install -e .` in {here.parent}"
+    if installed is None:
+        return f"{what}: {build}."
+    return f"{what}, and hides the installed {installed}: start Python in another folder, or {build}."
+
+
+if not _has_compiled_part(_HERE := Path(__file__).resolve().parent):
+    raise ImportError(_no_compiled_part(_HERE))
 try:
     from . import _C  # type: ignore[attr-defined]
 except ImportError as error:
