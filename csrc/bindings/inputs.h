@@ -23,14 +23,14 @@ class Inputs {
   Inputs(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& gamma_q,
          const OptionalTensor& beta_q, const OptionalTensor& gamma_k, const OptionalTensor& beta_k,
          const OptionalTensor& cu_seqlens)
-      : q(q),
-        k(k),
-        v(v),
-        gamma_q(as_contiguous(gamma_q)),
-        beta_q(as_contiguous(beta_q)),
-        gamma_k(as_contiguous(gamma_k)),
-        beta_k(as_contiguous(beta_k)),
-        cu_seqlens(as_contiguous(cu_seqlens)) {
+      : q(with_memory("q", q)),
+        k(with_memory("k", k)),
+        v(with_memory("v", v)),
+        gamma_q(as_contiguous(with_memory("gamma_q", gamma_q))),
+        beta_q(as_contiguous(with_memory("beta_q", beta_q))),
+        gamma_k(as_contiguous(with_memory("gamma_k", gamma_k))),
+        beta_k(as_contiguous(with_memory("beta_k", beta_k))),
+        cu_seqlens(as_contiguous(with_memory("cu_seqlens", cu_seqlens))) {
     require(k.dim() == q.dim() && v.dim() == q.dim(), "q, k, v: must have as many dimensions each");
     this->q = with_dense_rows(q);
     this->k = with_dense_rows(k);
@@ -137,10 +137,11 @@ inline void check_state(const Problem& p, const Tensor& kv, const Tensor& k, int
       });
 }
 
-// The state's contiguous copies (both present or both absent), checked.
+// The state's contiguous copies (both present or both absent), checked. `names`: of kv and k.
 struct StateInputs {
-  StateInputs(const Problem& p, const OptionalTensor& kv, const OptionalTensor& k)
-      : kv(as_contiguous(kv)), k(as_contiguous(k)) {
+  StateInputs(const Problem& p, const char* const (&names)[2], const OptionalTensor& kv,
+              const OptionalTensor& k)
+      : kv(as_contiguous(with_memory(names[0], kv))), k(as_contiguous(with_memory(names[1], k))) {
     require(kv.has_value() == k.has_value(), "state: kv and k go together");
     if (kv) check_state(p, *kv, *k, p.num_sequences);
   }

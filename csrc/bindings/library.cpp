@@ -7,11 +7,15 @@
 // Everything goes through torch's stable ABI, so one build serves every later torch. Only int64_t, double,
 // bool, std::string, Tensor and optionals of these cross it intact.
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "bindings/inputs.h"
 
 namespace rebased {
 namespace {
+
+constexpr const char* kInitialState[2] = {"initial_state.kv", "initial_state.k"};
 
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -26,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor
   const Inputs inputs(q, k, v, gamma_q, beta_q, gamma_k, beta_k, cu_seqlens);
   auto problem = inputs.problem<ForwardProblem>(
       {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, Backend::on_host);
-  const StateInputs initial(problem, initial_kv, initial_k);
+  const StateInputs initial(problem, kInitialState, initial_kv, initial_k);
   if (initial_kv) inputs.require_same_device(*initial_kv), inputs.require_same_device(*initial_k);
   problem.initial_state = initial.pointers();
   Tensor y = empty_rows(q, problem.batch, problem.heads, problem.seqlen, problem.head_dim);
@@ -47,6 +51,7 @@ std::tuple<Tensor, Tensor> forward_state(const Tensor& k, const Tensor& v, Optio
                                          double layer_norm_eps) {
   const Backend backend(k);
   require(k.dim() == 4, "k, v: must have four dimensions");
+  with_memory("k", k);  // which Inputs would call q
   const Inputs inputs(k, k, v, std::nullopt, std::nullopt, gamma_k, beta_k, cu_seqlens);
   auto problem =
       inputs.problem<ForwardProblem>({feature_map, layer_norm, 1, 0, layer_norm_eps, true}, Backend::on_host);
@@ -83,15 +88,17 @@ Gradients backward_part(const Tensor& grad_y, OptionalTensor grad_kv, OptionalTe
   auto problem = inputs.problem<BackwardProblem>(
       {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, Backend::on_host);
   problem.part = backward_part_of(part);
-  const StateInputs initial(problem, initial_kv, initial_k), grad_final(problem, grad_kv, grad_k);
+  const StateInputs initial(problem, kInitialState, initial_kv, initial_k),
+      grad_final(problem, {"grad_kv", "grad_k"}, grad_kv, grad_k);
   for (const OptionalTensor* tensor : {&initial_kv, &initial_k, &grad_kv, &grad_k}) {
     if (*tensor) inputs.require_same_device(**tensor);
   }
   for (const Tensor* tensor : {&grad_y, &y, &r}) inputs.require_same_device(*tensor);
   problem.initial_state = initial.pointers();
   problem.grad_final_state = grad_final.pointers();
-  const Tensor dense_y = with_dense_rows(y), dense_grad_y = with_dense_rows(grad_y),
-               dense_r = as_contiguous(r);
+  const Tensor dense_y = with_dense_rows(with_memory("y", y)),
+               dense_grad_y = with_dense_rows(with_memory("grad_y", grad_y)),
+               dense_r = as_contiguous(with_memory("r", r));
   const auto is_output = [&](const Tensor& t) {
     return t.dim() == 4 && t.size(0) == problem.batch && t.size(1) == problem.heads &&
            t.size(2) == problem.seqlen && t.size(3) == problem.head_dim && t.scalar_type() == q.scalar_type();
@@ -147,6 +154,39 @@ Gradients backward(const Tensor& grad_y, OptionalTensor grad_kv, OptionalTensor 
                                 layer_norm_eps, normalize, "all");
 }
 
+// The values of state_index, where reading them costs no synchronisation. A step of two sequences into one
+// slot would be two writers at once.
+void check_slots(const StepProblem& p) {
+  std::vector<bool> used(static_cast<size_t>(p.num_slots));
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t slot = p.state_index[b];
+    const auto got = [&] { return ", got " + std::to_string(slot) + " at index " + std::to_string(b); };
+    require(slot >= -1 && slot < p.num_slots, [&] {
+      return "state_index: must lie in -1 (skip) to " + std::to_string(p.num_slots - 1) + got();
+    });
+    if (slot < 0) continue;
+    require(!used[static_cast<size_t>(slot)], [&] {
+      return "state_index: must name each slot once (-1, skip, may repeat)" + got() + " again";
+    });
+    used[static_cast<size_t>(slot)] = true;
+  }
+}
+
+// The state is read and written part by part, in an order that each backend chooses.
+void check_state_apart(const Tensor& state_kv, const Tensor& state_k,
+                       std::initializer_list<std::pair<const char*, const Tensor*>> read) {
+  const Written kv(state_kv), k(state_k);
+  require(!kv.overlaps(k), "state.kv: shares memory with state.k, and both are updated in place");
+  for (const auto& [name, tensor] : read) {
+    if (tensor == nullptr) continue;
+    for (const auto& [part, written] : {std::pair("kv", &kv), std::pair("k", &k)}) {
+      require(!written->holds_any_of(*tensor), [&, name = name, part = part] {
+        return std::string("state.") + part + ": shares memory with " + name + ", and is updated in place";
+      });
+    }
+  }
+}
+
 template <class Backend>
 Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Tensor state_kv, Tensor state_k,
             OptionalTensor gamma_q, OptionalTensor beta_q, OptionalTensor gamma_k, OptionalTensor beta_k,
@@ -160,6 +200,7 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Tensor state_kv, 
   problem.num_slots = state_kv.size(0);
   check_state(problem, state_kv, state_k, problem.num_slots);
   require(state_kv.is_contiguous() && state_k.is_contiguous(), "state: must be contiguous");
+  with_memory("state.kv", state_kv), with_memory("state.k", state_k), with_memory("state_index", state_index);
   inputs.require_same_device(state_kv), inputs.require_same_device(state_k);
   if (state_index) inputs.require_same_device(*state_index);
   if (state_index) {
@@ -167,17 +208,21 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Tensor state_kv, 
                 state_index->scalar_type() == ScalarType::Long && state_index->is_contiguous(),
             "state_index: must be int64 of shape (batch)");
     problem.state_index = static_cast<const int64_t*>(state_index->const_data_ptr());
-    for (int64_t b = 0; Backend::on_host && b < problem.batch; ++b) {
-      const int64_t slot = problem.state_index[b];
-      require(slot >= -1 && slot < problem.num_slots, [&] {
-        return "state_index: must lie in -1 (skip) to " + std::to_string(problem.num_slots - 1) + ", got " +
-               std::to_string(slot) + " at index " + std::to_string(b);
-      });
-    }
+    if (Backend::on_host) check_slots(problem);
   } else {
     require(problem.num_slots == problem.batch,
             "state: must have q's batch size where state_index is not given");
   }
+  const auto address = [](const OptionalTensor& tensor) { return tensor ? &*tensor : nullptr; };
+  check_state_apart(state_kv, state_k,
+                    {{"q", &q},
+                     {"k", &k},
+                     {"v", &v},
+                     {"gamma_q", address(gamma_q)},
+                     {"beta_q", address(beta_q)},
+                     {"gamma_k", address(gamma_k)},
+                     {"beta_k", address(beta_k)},
+                     {"state_index", address(state_index)}});
   problem.state = {state_kv.mutable_data_ptr(), state_k.mutable_data_ptr()};
   Tensor y = empty(q, {problem.batch, problem.heads, problem.head_dim}, q.scalar_type());
   problem.y = {y.mutable_data_ptr(), problem.heads * problem.head_dim, problem.head_dim, 0};

@@ -96,6 +96,69 @@ inline Tensor with_dense_rows(const Tensor& tensor) {
   if (dense && aligned) return tensor;
   return torch_call([&] { return dense ? torch::stable::clone(tensor) : torch::stable::contiguous(tensor); });
 }
+
+// A storage can be shrunk or freed under a tensor (untyped_storage().resize_, as sharding does between uses):
+// the tensor still has its sizes, and to read it would be a crash. `tensor`, if all of it is in its storage.
+inline const Tensor& with_memory(const char* name, const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t elements = tensor.storage_offset() + 1, held = 0;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] == 0) return tensor;
+    elements += (sizes[i] - 1) * strides[i];
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &held));
+  const int64_t needed = elements * static_cast<int64_t>(tensor.element_size());
+  require(needed <= held, [&] {
+    return std::string(name) + ": its storage was freed or shrunk: it takes " + std::to_string(needed) +
+           " bytes and has " + std::to_string(held);
+  });
+  return tensor;
+}
+inline const OptionalTensor& with_memory(const char* name, const OptionalTensor& tensor) {
+  if (tensor) with_memory(name, *tensor);
+  return tensor;
+}
+
+// The memory of a dense tensor, which a call writes.
+struct Written {
+  explicit Written(const Tensor& tensor)
+      : begin(reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr())),
+        end(begin + static_cast<uintptr_t>(tensor.numel()) * tensor.element_size()) {}
+
+  bool overlaps(const Written& other) const {
+    return begin != end && other.begin != other.end && begin < other.end && other.begin < end;
+  }
+  // Whether an element of `tensor`, which may have any strides, lies here.
+  bool holds_any_of(const Tensor& tensor) const {
+    return begin != end && tensor.numel() != 0 &&
+           holds_any_of(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()), tensor.element_size(),
+                        tensor.sizes().data(), tensor.strides().data(), tensor.dim());
+  }
+
+  uintptr_t begin, end;
+
+ private:
+  // First the range from the first element to the last. Only a tensor with gaps that reaches in is looked at
+  // part by part: rows that lie around this memory share none of it.
+  bool holds_any_of(uintptr_t first, size_t bytes, const int64_t* sizes, const int64_t* strides,
+                    int64_t dims) const {
+    int64_t last = 0, count = 1;
+    for (int64_t i = 0; i < dims; ++i) {
+      last += (sizes[i] - 1) * strides[i];
+      if (strides[i] != 0) count *= sizes[i];
+    }
+    if (first >= end || first + static_cast<uintptr_t>(last + 1) * bytes <= begin) return false;
+    if (last + 1 == count) return true;
+    for (int64_t i = 0; i < (strides[0] == 0 ? 1 : sizes[0]); ++i) {
+      if (holds_any_of(first + static_cast<uintptr_t>(i * strides[0]) * bytes, bytes, sizes + 1, strides + 1,
+                       dims - 1)) {
+        return true;
+      }
+    }
+    return false;
+  }
+};
+
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch_call([&] { return torch::stable::contiguous(tensor); });
 }
