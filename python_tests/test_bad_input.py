@@ -1,10 +1,16 @@
 """Every argument, wrong in every way: the error names it, and nothing in place is touched."""
 
 import contextlib
+import copy
 import gc
+import pickle
 import re
+import subprocess
+import sys
+import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -240,3 +246,332 @@ def test_raw_operator_has_a_backstop():
             None,
             *options,
         )
+
+
+def _freed(x, keep):
+    """x, its storage cut to `keep` bytes, as sharding leaves parameters between two uses."""
+    x = torch.cat([torch.zeros(3, dtype=x.dtype), x.detach().flatten()])[3:].view(x.shape)
+    x.untyped_storage().resize_(keep)
+    return x
+
+
+KEPT = (0, 8)  # freed, or less than all; with an offset into the storage the address is not even null
+
+
+@pytest.mark.parametrize("keep", KEPT)
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", ["q", "k", "v", "gamma_q", "beta_q", "gamma_k", "beta_k"])
+def test_freed_memory_is_refused(name, grad, keep):
+    given = {**arguments(), "gamma_k": torch.randn(2, 5), "beta_q": torch.randn(5)}
+    state = RebasedState.zeros(2, 2, 5, 7)
+    wide = "gamma" in name or "beta" in name
+    with torch.set_grad_enabled(grad):
+        for dtype in (torch.float32, torch.bfloat16) if wide else (torch.float32,):  # the latter is cast
+            with pytest.raises(ValueError, match=_names(f"{name}: its storage was freed")):
+                rebased_attention(**{**given, name: _freed(given[name].to(dtype), keep)})
+            row = step_arguments(**given)
+            with pytest.raises(ValueError, match=_names(f"{name}: its storage was freed")):
+                rebased_attention_step(**{**row, name: _freed(row[name].to(dtype), keep)}, state=state)
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=_names(f"{name}: its s")):
+            rebased_attention(**{**given, name: _freed(given[name], keep)})
+    assert not state.kv.any()
+
+
+@pytest.mark.parametrize("keep", KEPT)
+@pytest.mark.parametrize("grad", [True, False])
+def test_freed_states_and_indices_are_refused(grad, keep):
+    row = step_arguments()
+    with torch.set_grad_enabled(grad):
+        for part in ("kv", "k"):
+            state = RebasedState.zeros(2, 2, 5, 7)
+            state = state._replace(**{part: _freed(getattr(state, part), keep)})
+            with pytest.raises(ValueError, match=_names(f"state.{part}: its storage was freed")):
+                rebased_attention_step(**row, state=state)
+            with pytest.raises(ValueError, match=_names(f"initial_state.{part}: its storage was freed")):
+                rebased_attention(**arguments(), initial_state=state)
+        for dtype in (torch.int32, torch.int64):
+            index = _freed(torch.tensor([0, 1], dtype=dtype), keep)
+            with pytest.raises(ValueError, match=_names("state_index: its storage was freed")):
+                rebased_attention_step(**row, state=RebasedState.zeros(2, 2, 5, 7), state_index=index)
+            with pytest.raises(ValueError, match=_names("cu_seqlens: its storage was freed")):
+                rebased_attention(**ONE, cu_seqlens=_freed(torch.tensor([0, 6], dtype=dtype), keep))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "gamma_q", "beta_k"])
+def test_memory_freed_before_backward_is_refused(name):
+    given = arguments()
+    given = {key: x.requires_grad_() for key, x in given.items()}
+    y = rebased_attention(**given)
+    given[name].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=_names(f"{name}: its storage was freed")):
+        y.sum().backward()
+
+
+def test_memory_that_is_all_there_is_taken():
+    """A tensor that ends where its storage does, and one of no elements whose storage is freed."""
+    given = arguments()
+    whole = rebased_attention(**given)
+    last = {key: torch.cat([torch.zeros(3), x.flatten()])[3:].view(x.shape) for key, x in given.items()}
+    assert torch.equal(rebased_attention(**last), whole)
+    none = {key: x[:, :, :0] if x.dim() == 4 else x for key, x in given.items()}
+    none["q"].untyped_storage().resize_(0)
+    assert rebased_attention(**none).shape == (2, 4, 0, 7)
+
+
+LAYOUTS = {
+    "sparse": lambda x: x.to_sparse(),
+    "mkldnn": lambda x: x.to_mkldnn(),
+    "nested": lambda x: torch.nested.as_nested_tensor(list(x.unbind())),
+    "jagged": lambda x: torch.nested.as_nested_tensor(list(x.unbind()), layout=torch.jagged),
+    "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # each of these says that it is a prototype
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_layouts_are_refused_by_name(layout, grad):
+    given = {
+        **arguments(),
+        "gamma_k": torch.randn(2, 5),
+        "beta_q": torch.randn(4, 5),
+        "beta_k": torch.randn(2, 5),
+    }
+    row = step_arguments(**given)
+    make = LAYOUTS[layout]
+    state = RebasedState.zeros(2, 2, 5, 7)
+    with torch.set_grad_enabled(grad):
+        for name in given:
+            with pytest.raises(ValueError, match=_names(f"{name}: expected a dense tensor")):
+                rebased_attention(**{**given, name: make(given[name])})
+            with pytest.raises(ValueError, match=_names(f"{name}: expected a dense tensor")):
+                rebased_attention_step(**{**row, name: make(row[name])}, state=state)
+        for part in ("kv", "k"):
+            bad = state._replace(**{part: make(getattr(state, part))})
+            with pytest.raises(ValueError, match=_names(f"state.{part}: expected a dense tensor")):
+                rebased_attention_step(**row, state=bad)
+            with pytest.raises(ValueError, match=_names(f"initial_state.{part}: expected a dense tensor")):
+                rebased_attention(**given, initial_state=bad)
+        if layout == "sparse":
+            index = torch.tensor([0, 1]).to_sparse()
+            with pytest.raises(ValueError, match=_names("state_index: expected a dense tensor")):
+                rebased_attention_step(**row, state=state, state_index=index)
+            with pytest.raises(ValueError, match=_names("cu_seqlens: expected a dense tensor")):
+                rebased_attention(**ONE, cu_seqlens=index)
+    assert not state.kv.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_an_index_expanded_beyond_memory_is_refused(dtype):
+    huge = torch.zeros(1, dtype=dtype).expand(1 << 40)
+    with pytest.raises(ValueError, match=_names("cu_seqlens: expected memory")):
+        rebased_attention(**ONE, cu_seqlens=huge)
+    with pytest.raises(ValueError, match=_names("state_index: expected shape")):
+        rebased_attention_step(**step_arguments(), state=RebasedState.zeros(2, 2, 5, 7), state_index=huge)
+    assert not rebased_attention(**ONE, cu_seqlens=huge[:3]).any()  # two sequences of no rows
+
+
+NUMPY = {
+    "scale": (np.float32(0.5), np.float64(0.5), np.float16(0.5), np.int64(1)),
+    "eps": (np.float32(1e-3), np.float64(1e-3), np.int32(1)),
+    "layer_norm_eps": (np.float32(1e-3), np.float64(1e-3), np.uint8(1)),
+    "normalize": (np.bool_(True), np.bool_(False)),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", NUMPY)
+def test_numpy_scalars_are_numbers(name, grad):
+    given = arguments()
+    for value in NUMPY[name]:
+        with torch.set_grad_enabled(grad):
+            options = {"layer_norm": "head", name: value}
+            plain = {"layer_norm": "head", name: value.item()}
+            assert torch.equal(rebased_attention(**given, **options), rebased_attention(**given, **plain))
+            states = RebasedState.zeros(2, 2, 5, 7), RebasedState.zeros(2, 2, 5, 7)
+            row = step_arguments(**given)
+            y, expected = (
+                rebased_attention_step(**row, state=state, **chosen)
+                for state, chosen in zip(states, (options, plain), strict=True)
+            )
+            assert torch.equal(y, expected)
+
+
+def test_numpy_bools_and_integers_elsewhere():
+    _, state = rebased_attention(**arguments(), return_state=np.bool_(True))
+    assert isinstance(state, RebasedState)
+    assert isinstance(rebased_attention(**arguments(), return_state=np.bool_(False)), torch.Tensor)
+    assert RebasedState.zeros(np.int64(2), np.int32(2), np.int64(5), np.uint8(7)).kv.shape == (2, 2, 15, 7)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_is_no_number_is_refused(grad):
+    """numpy's bool is no number, and its arrays are none either."""
+    for value in (
+        np.bool_(True),
+        np.array([1.0]),
+        np.array(1.0),
+        np.complex64(1),
+        torch.tensor(1.0),
+        1j,
+        "1",
+        True,
+    ):
+        for name in ("scale", "eps", "layer_norm_eps"):
+            with (
+                torch.set_grad_enabled(grad),
+                pytest.raises(TypeError, match=_names(f"{name}: expected a float")),
+            ):
+                rebased_attention(**arguments(), **{name: value})
+    for value in (np.float32("nan"), np.float64("inf"), np.float16("-inf"), 10**400, -(10**400)):
+        for name in ("scale", "eps", "layer_norm_eps"):
+            with (
+                torch.set_grad_enabled(grad),
+                pytest.raises(ValueError, match=_names(f"{name}: expected a finite")),
+            ):
+                rebased_attention(**arguments(), **{name: value})
+
+
+class _Call(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+        self.gamma = torch.nn.Parameter(torch.randn(5))
+
+    def forward(self, q, k, v):
+        return rebased_attention(q, k, v, self.gamma, layer_norm="token", **self.options)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jit_trace(scale, grad, tmp_path):
+    """Sizes are tensors while torch.jit.trace follows: no complaint, no warning, and good for other sizes."""
+    q, k, v = (torch.randn(x) for x in (Q, K, V))
+    call = _Call(scale=scale, return_state=False)
+    with torch.set_grad_enabled(grad), warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(call, (q, k, v))  # runs it again, and compares
+    torch.jit.save(traced, tmp_path / "call.pt")
+    longer = [torch.cat([x, x], 2)[:1] for x in (q, k, v)]
+    with torch.no_grad():
+        for loaded in (traced, torch.jit.load(tmp_path / "call.pt")):
+            assert torch.equal(loaded(*longer), call(*longer))
+
+
+def test_a_traced_step():
+    row = [torch.randn(2, 4, 5), torch.randn(2, 2, 5), torch.randn(2, 2, 7)]
+
+    def decode(q, k, v, kv, k_sum):
+        return rebased_attention_step(q, k, v, RebasedState(kv, k_sum))
+
+    with torch.no_grad():
+        traced = torch.jit.trace(decode, (*row, *RebasedState.zeros(2, 2, 5, 7)), check_trace=False)
+        state, other = RebasedState.zeros(2, 2, 5, 7), RebasedState.zeros(2, 2, 5, 7)
+        assert torch.equal(traced(*row, *state), decode(*row, *other))
+    assert torch.equal(state.kv, other.kv)
+
+
+BAD_ZEROS = {
+    "batch": (-1, 2.0, "2", True, None, torch.tensor(2), np.float32(2)),
+    "kv_heads": (0, -1, 2.0, "2", True, None, torch.tensor(2)),
+    "feature_dim": (0, 129, 5.0, "5", True, None),
+    "head_dim": (0, 257, 7.0, "7", True, None),
+    "feature_map": ("relu", None, 3, ["outer"], torch.zeros(2)),
+    "dtype": (torch.float16, torch.bfloat16, torch.int32, torch.complex64, "float32", None),
+    "device": ("nowhere", -7, 1.5, True, ["cpu"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ZEROS)
+def test_zeros_names_the_argument(name):
+    sizes = {"batch": 2, "kv_heads": 2, "feature_dim": 5, "head_dim": 7}
+    assert RebasedState.zeros(**{**sizes, "feature_dim": 128, "head_dim": 256}).kv.shape == (2, 2, 8256, 256)
+    for value in BAD_ZEROS[name]:
+        with pytest.raises((ValueError, TypeError), match=f"^{name}: "):
+            RebasedState.zeros(**{**sizes, name: value})
+
+
+def test_index_select_names_the_argument():
+    state = RebasedState(torch.randn(3, 2, 15, 7), torch.randn(3, 2, 15))
+    assert torch.equal(state.index_select(torch.tensor([2, 2])).k, state.k[[2, 2]])
+    for index in (
+        [0, 1],
+        None,
+        1,
+        torch.tensor([0.0, 1.0]),
+        torch.tensor([True, False]),
+        torch.tensor([0, 1], dtype=torch.int16),
+        torch.tensor([[0, 1]]),
+        torch.tensor(1),
+        torch.tensor([0, 3]),
+        torch.tensor([-1, 0]),
+        torch.tensor([0, 1], device="meta"),
+        torch.tensor([0, 1]).to_sparse(),
+        _freed(torch.tensor([0, 1]), 0),
+    ):
+        with pytest.raises((ValueError, TypeError), match=r"^index: "):
+            state.index_select(index)
+    for part in ("kv", "k"):
+        with pytest.raises(ValueError, match=f"^{part}: its storage was freed"):
+            state._replace(**{part: _freed(getattr(state, part), 0)}).index_select(torch.tensor([0, 1]))
+
+
+def test_a_state_is_moved_copied_and_detached():
+    state = RebasedState(torch.randn(2, 2, 15, 7).requires_grad_(), torch.randn(2, 2, 15).requires_grad_())
+    for call in (
+        lambda: state.to("cpu"),
+        lambda: state.to(device="cpu", dtype=torch.float32),
+        lambda: state.to(torch.device("cpu"), non_blocking=True),
+        lambda: state.to(state.k),
+    ):
+        same = call()
+        assert same.kv is state.kv
+        assert same.k is state.k
+    wide = state.to(torch.float64)
+    assert isinstance(wide, RebasedState)
+    assert (wide.kv.dtype, wide.k.dtype) == (torch.float64, torch.float64)
+    assert state.to("meta").kv.device.type == "meta"
+    for dtype in (torch.float16, torch.bfloat16, torch.int64, torch.complex64):
+        with pytest.raises(ValueError, match=r"^dtype: a state is float32 or float64"):
+            state.to(dtype)
+    copied, bare = state.clone(), state.detach()
+    assert isinstance(copied, RebasedState)
+    assert isinstance(bare, RebasedState)
+    assert (copied.kv.requires_grad, bare.kv.requires_grad, bare.k.requires_grad) == (True, False, False)
+    for ours, x in ((copied.kv, state.kv), (copied.k, state.k)):
+        assert torch.equal(ours, x)
+        assert ours.data_ptr() != x.data_ptr()
+    assert (bare.kv.data_ptr(), bare.k.data_ptr()) == (state.kv.data_ptr(), state.k.data_ptr())
+
+
+@pytest.mark.parametrize("how", ["copy", "deepcopy", "pickle"])
+def test_a_state_copies_and_pickles(how):
+    state = RebasedState(torch.randn(2, 2, 15, 7), torch.randn(2, 2, 15))
+    made = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}[
+        how
+    ](state)
+    assert isinstance(made, RebasedState)
+    assert torch.equal(made.kv, state.kv)
+    assert torch.equal(made.k, state.k)
+    assert (made.kv is state.kv) == (how == "copy")
+
+
+def test_a_saved_state_loads_in_another_process(tmp_path):
+    """torch.load reads only classes that it was told of by default: to import this one tells it."""
+    state = RebasedState(torch.randn(2, 2, 15, 7), torch.randn(2, 2, 15))
+    torch.save({"states": [state, None], "step": 3}, tmp_path / "state.pt")
+    program = (
+        "import sys, torch; from rebased_cuda import RebasedState\n"
+        "state, nothing = torch.load(sys.argv[1])['states']\n"
+        "assert type(state) is RebasedState and nothing is None\n"
+        "print(state.kv.double().sum().item(), state.k.shape)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "state.pt")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == str(state.kv.double().sum().item())

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import EMULATED
 from problems import MAPS, NORMS, Problem, relative_error, run_reference
+from torch.autograd import forward_ad
 
 from rebased_cuda import RebasedState, rebased_attention, rebased_attention_step
 
@@ -163,3 +164,155 @@ def test_allocates_nothing_but_y():
         y = rebased_attention_step(q, k, v, state, *parameters, layer_norm="token")
     allocated = sum(max(0, e.self_cpu_memory_usage) for e in profile.key_averages())
     assert allocated == y.numel() * y.element_size()
+
+
+def _row(batch=2, device="cpu"):
+    """q, k, v of one token, and gamma, beta of (heads, d) for q and (d,) for k."""
+    sizes = ((batch, 4, 5), (batch, 2, 5), (batch, 2, 7), (4, 5), (4, 5), (5,), (5,))
+    return [torch.randn(size, device=device) for size in sizes]
+
+
+# what _row makes
+READ = ("q", "k", "v", "gamma_q", "beta_q", "gamma_k", "beta_k")
+
+
+@pytest.mark.parametrize("grad", [True, False])  # the operator looks either way
+@pytest.mark.parametrize("part", ["kv", "k"])
+@pytest.mark.parametrize("name", READ)
+def test_a_state_shares_no_memory_with_what_is_read(name, part, grad, device):
+    arguments = dict(zip(READ, _row(device=device), strict=True))
+    shape, size = arguments[name].shape, arguments[name].numel()
+    for last in (True, False):  # the state's last element is the argument's first, or the other way round
+        state = RebasedState.zeros(2, 2, 5, 7, device=device)
+        held = getattr(state, part)
+        memory = torch.zeros(held.numel() + size - 1, device=device)
+        first, second = (held.numel(), size) if last else (size, held.numel())
+        pieces = [memory[:first], memory[memory.numel() - second :]]
+        in_state, in_argument = pieces if last else reversed(pieces)
+        state = state._replace(**{part: in_state.view(held.shape)})
+        arguments[name] = in_argument.view(shape)
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=rf"state\.{part}: .*{name}"):
+            rebased_attention_step(**arguments, state=state)
+        assert not state.kv.any()
+        assert not state.k.any()
+
+
+def test_a_state_shares_no_memory_with_itself(device):
+    memory = torch.zeros(2 * 2 * 15 * 8 - 1, device=device)
+    row = _row(device=device)
+    for kv, k in (
+        (memory[: 2 * 2 * 15 * 7], memory[2 * 2 * 15 * 7 - 1 :]),
+        (memory[2 * 2 * 15 - 1 :], memory[: 2 * 2 * 15]),
+    ):
+        state = RebasedState(kv.view(2, 2, 15, 7), k.view(2, 2, 15))
+        with torch.no_grad(), pytest.raises(ValueError, match=r"state\.kv: .*state\.k"):
+            rebased_attention_step(*row[:3], state)
+    for state in (
+        RebasedState(torch.zeros(1, 2, 15, 7, device=device).expand(2, 2, 15, 7), memory[:60].view(2, 2, 15)),
+        RebasedState(memory[:420].view(2, 2, 15, 7), torch.zeros(2, 2, 1, device=device).expand(2, 2, 15)),
+    ):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"state.*contiguous"):
+            rebased_attention_step(*row[:3], state)
+    assert not memory.any()
+
+
+def test_a_pool_does_not_hold_its_own_index(device):
+    pool = RebasedState.zeros(2, 2, 5, 7, dtype=torch.float64, device=device)
+    row = [x.double() for x in _row(device=device)]
+    index = pool.kv.view(torch.int64).view(-1)[4:6].copy_(torch.tensor([0, 1]))
+    with torch.no_grad(), pytest.raises(ValueError, match=r"state\.kv: .*state_index"):
+        rebased_attention_step(*row[:3], RebasedState(pool.kv, torch.zeros_like(pool.k)), state_index=index)
+
+
+def test_memory_side_by_side_is_taken(device):
+    """A state between the rows of q in one buffer: no element of it is q's."""
+    buffer = torch.randn(2, 20 + 420 + 60, device=device)
+    _, k, v = _row(device=device)[:3]
+    buffer[:, 20:] = 0
+    kv = buffer[0, 20:440].view(2, 2, 15, 7)
+    state_k = buffer[0, 440:].view(2, 2, 15)
+    other = RebasedState.zeros(2, 2, 5, 7, device=device)
+    with torch.no_grad():
+        y = rebased_attention_step(buffer[:, :20].view(2, 4, 5), k, v, RebasedState(kv, state_k))
+        expected = rebased_attention_step(buffer[:, :20].reshape(2, 4, 5), k, v, other)
+    assert torch.equal(y, expected)
+    assert torch.equal(kv, other.kv)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("slots", [[1, 1, 2], [2, 0, 2], [0, 2, 2], [0, 0, 0]])
+def test_a_slot_twice_is_refused_on_the_cpu(slots, dtype):
+    pool = RebasedState.zeros(3, 2, 5, 7)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"state_index: .*once"):
+            rebased_attention_step(*_row(3)[:3], pool, state_index=torch.tensor(slots, dtype=dtype))
+    assert not pool.kv.any()
+    rebased_attention_step(*_row(3)[:3], pool, state_index=torch.tensor([-1, 2, -1], dtype=dtype))
+    assert pool.kv[2].any()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", [*READ, "kv", "k of the state"])
+def test_a_tangent_is_refused_not_dropped(name, grad, device):
+    state = RebasedState.zeros(2, 2, 5, 7, device=device)
+    arguments = dict(zip(READ, _row(device=device), strict=True))
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad):
+        rebased_attention_step(**arguments, state=state.clone())  # no tangent, nothing to drop
+        dual = state
+        if name in arguments:
+            arguments[name] = forward_ad.make_dual(arguments[name], torch.ones_like(arguments[name]))
+        else:
+            part = name.split()[0]
+            x = getattr(state, part)
+            dual = state._replace(**{part: forward_ad.make_dual(x, torch.ones_like(x))})
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            rebased_attention_step(**arguments, state=dual)
+    assert not state.kv.any()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_torch_func_transforms_are_refused(grad, device):
+    q, k, v = _row(device=device)[:3]
+    state = RebasedState.zeros(2, 2, 5, 7, device=device)
+
+    def function(q):
+        return rebased_attention_step(q, k, v, state)
+
+    with torch.set_grad_enabled(grad):
+        for transformed in (
+            lambda: torch.func.jvp(function, (q,), (q,)),
+            lambda: torch.vmap(function)(torch.stack([q, q])),
+            lambda: torch.func.vjp(function, q),
+            lambda: torch.func.jacfwd(function)(q),
+            lambda: torch.func.functionalize(function)(q),
+        ):
+            with pytest.raises(RuntimeError, match="rebased_attention_step is for inference"):
+                transformed()
+    assert not state.kv.any()
+
+
+@pytest.mark.parametrize("part", ["kv", "k"])
+def test_inference_tensors_are_updated_only_in_inference_mode(part, device):
+    """As torch's own in-place operators; a normal state is updated anywhere."""
+    row = _row(device=device)[:3]
+    with torch.inference_mode():
+        made = RebasedState.zeros(2, 2, 5, 7, device=device)
+    state = RebasedState.zeros(2, 2, 5, 7, device=device)._replace(**{part: getattr(made, part)})
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"state: .*inference_mode"):
+            rebased_attention_step(*row, state)
+    assert not state.kv.any()
+    with torch.inference_mode():
+        y = rebased_attention_step(*row, state)
+        expected = rebased_attention_step(*row, RebasedState.zeros(2, 2, 5, 7, device=device))
+    assert torch.equal(y, expected)
+
+
+def test_a_state_with_the_negative_bit_is_refused():
+    """torch gives the operator a copy of such a tensor, and the other part would be updated alone."""
+    state = RebasedState.zeros(2, 2, 5, 7)
+    for bad in (state._replace(kv=torch._neg_view(state.kv)), state._replace(k=torch._neg_view(state.k))):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"state: .*negative bit"):
+            rebased_attention_step(*_row()[:3], bad)
+    assert not state.kv.any()
+    assert not state.k.any()

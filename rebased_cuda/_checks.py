@@ -2,37 +2,69 @@
 
 from __future__ import annotations
 
+import numbers
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
 from ._load import build_info
 from .autograd import accumulator
-from .state import RebasedState, num_features
+from .state import MAX_FEATURE_DIM as MAX_FEATURE_DIM
+from .state import MAX_HEAD_DIM as MAX_HEAD_DIM
+from .state import RebasedState, check_layout, check_memory, num_features
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _LAYER_NORMS = (None, "token", "head")
 Options = tuple[str, str, float, float, float, bool]
 """feature_map, layer_norm, scale, eps, layer_norm_eps, normalize, as the operators take them."""
-MAX_FEATURE_DIM = 128
-MAX_HEAD_DIM = 256
 MAX_FLOAT = torch.finfo(torch.float64).max
 HAS_CUDA = build_info()["cuda"]
+_NUMPY_BOOLS = (("numpy", "bool"), ("numpy", "bool_"))  # known by name: nothing here needs numpy
+_Checked = TypeVar("_Checked")
 
 
 def fail(argument: str, expected: str, got: object) -> ValueError:
     return ValueError(f"{argument}: expected {expected}, got {got}")
 
 
+def check_bool(name: str, value: object) -> bool:
+    """A bool, or numpy's, which torch takes for one."""
+    kind = type(value)
+    if not isinstance(value, bool) and (kind.__module__, kind.__name__) not in _NUMPY_BOOLS:
+        raise TypeError(f"{name}: expected a bool, got {kind.__name__}")
+    return bool(value)
+
+
+def check_number(name: str, value: Any, least: float = -MAX_FLOAT) -> float:
+    """A finite number from `least` on, numpy's scalars included."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:  # an int or a fraction beyond all floats
+        number = float("inf")
+    if not least <= number <= MAX_FLOAT:
+        raise fail(name, "a finite number" + (" >= 0" if least == 0 else ""), value)
+    return number
+
+
 def check_tensor(name: str, value: object, dims: int, shape: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    check_layout(name, value)
     if value.dim() != dims:
         raise fail(name, f"shape {shape}", f"shape {tuple(value.shape)}")
     return value
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor, rows: str) -> None:
-    """Shapes (batch, heads[, rows], width), devices and dtypes of q, k and v; `rows` is "N, " or ""."""
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, rows: str, of_op: bool = True) -> None:
+    """Shapes (batch, heads[, rows], width), devices and dtypes of q, k and v; `rows` is "N, " or "".
+
+    `of_op`: also what only the operators ask, a device that they run on and widths up to theirs.
+    """
     dims = 4 if rows else 3
     check_tensor("q", q, dims, f"(B, Hq, {rows}d)")
     check_tensor("k", k, dims, f"(B, Hkv, {rows}d)")
@@ -48,17 +80,15 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, rows: str) -> None:
             raise fail(name, f"q's batch size {q.shape[0]}", f"shape {tuple(x.shape)}")
         if rows and x.shape[2] != q.shape[2]:
             raise fail(name, f"q's sequence length {q.shape[2]}", f"shape {tuple(x.shape)}")
-    if q.device.type not in ("cpu", "cuda", "meta") or q.layout != torch.strided:
-        raise fail("q", "a dense CPU or CUDA tensor", f"device {q.device}, layout {q.layout}")
-    if q.device.type == "cuda" and not HAS_CUDA:
-        raise RuntimeError(
-            "q: is on a GPU, but this build has no CUDA kernels: "
-            "reinstall with nvcc on PATH or in $CUDA_HOME/bin"
-        )
-    if not 1 <= q.shape[-1] <= MAX_FEATURE_DIM:
-        raise fail("q", f"a feature dim from 1 to {MAX_FEATURE_DIM}", f"shape {tuple(q.shape)}")
-    if not 1 <= v.shape[-1] <= MAX_HEAD_DIM:
-        raise fail("v", f"a head dim from 1 to {MAX_HEAD_DIM}", f"shape {tuple(v.shape)}")
+    if of_op:
+        _check_device(q)
+    for name, x, kind, most in (
+        ("q", q, "a feature dim", MAX_FEATURE_DIM),
+        ("v", v, "a head dim", MAX_HEAD_DIM),
+    ):
+        if x.shape[-1] < 1 or (of_op and x.shape[-1] > most):
+            allowed = f"from 1 to {most}" if of_op else "of at least 1"
+            raise fail(name, f"{kind} {allowed}", f"shape {tuple(x.shape)}")
     if k.shape[-1] != q.shape[-1]:
         raise fail("k", f"q's feature dim {q.shape[-1]}", f"shape {tuple(k.shape)}")
     if k.shape[1] == 0:
@@ -69,6 +99,16 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, rows: str) -> None:
         raise fail("v", f"k's {k.shape[1]} heads", f"shape {tuple(v.shape)}")
 
 
+def _check_device(q: Tensor) -> None:
+    if q.device.type not in ("cpu", "cuda", "meta"):
+        raise fail("q", "a CPU or CUDA tensor", f"device {q.device}")
+    if q.device.type == "cuda" and not HAS_CUDA:
+        raise RuntimeError(
+            "q: is on a GPU, but this build has no CUDA kernels: "
+            "reinstall with nvcc on PATH or in $CUDA_HOME/bin"
+        )
+
+
 def check_parameter(name: str, value: Tensor | None, heads: int, like: Tensor) -> Tensor | None:
     """gamma or beta, checked and in the accumulation dtype."""
     if value is None:
@@ -76,6 +116,7 @@ def check_parameter(name: str, value: Tensor | None, heads: int, like: Tensor) -
     feature_dim = like.shape[-1]
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(value).__name__}")
+    check_layout(name, value)
     if tuple(value.shape) not in ((feature_dim,), (heads, feature_dim)):
         allowed = f"shape ({feature_dim},) or ({heads}, {feature_dim})"
         raise fail(name, allowed, f"shape {tuple(value.shape)}")
@@ -83,6 +124,9 @@ def check_parameter(name: str, value: Tensor | None, heads: int, like: Tensor) -
         raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
     if value.device != like.device:
         raise fail(name, f"q's device {like.device}", value.device)
+    if value.dtype == accumulator(like.dtype):
+        return value
+    check_memory(name, value)
     return value.to(accumulator(like.dtype))
 
 
@@ -96,20 +140,31 @@ def check_options(
     feature_dim: int,
 ) -> Options:
     """The operator's options, checked."""
+    if isinstance(feature_dim, (Tensor, torch.SymInt)):  # torch.jit.trace, or an export that follows sizes
+        feature_dim = int(feature_dim)
     num_features(feature_map, feature_dim)
-    if layer_norm not in _LAYER_NORMS:
+    if not (layer_norm is None or (isinstance(layer_norm, str) and layer_norm in _LAYER_NORMS)):
         raise fail("layer_norm", 'None, "token" or "head"', repr(layer_norm))
-    numbers = {"scale": feature_dim**-0.5 if scale is None else scale, "eps": eps}
-    numbers["layer_norm_eps"] = layer_norm_eps
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
-        if not -MAX_FLOAT <= value <= MAX_FLOAT or (name != "scale" and value < 0):
-            raise fail(name, "a finite number" + ("" if name == "scale" else " >= 0"), value)
-    if not isinstance(normalize, bool):
-        raise TypeError(f"normalize: expected a bool, got {type(normalize).__name__}")
-    scale, eps, layer_norm_eps = (float(value) for value in numbers.values())
-    return feature_map, layer_norm or "none", scale, eps, layer_norm_eps, normalize
+    return (
+        feature_map,
+        layer_norm or "none",
+        feature_dim**-0.5 if scale is None else check_number("scale", scale),
+        check_number("eps", eps, 0),
+        check_number("layer_norm_eps", layer_norm_eps, 0),
+        check_bool("normalize", normalize),
+    )
+
+
+def untraced(check: Callable[..., _Checked], *arguments: Any) -> _Checked:
+    """check(*arguments), silent under torch.jit.trace, where sizes are tensors and every comparison warns.
+
+    What is compared is no part of the trace: no operator takes a size, so it is good for other sizes too.
+    """
+    if torch.compiler.is_compiling() or not torch._C._is_tracing():  # dynamo refuses the latter
+        return check(*arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        return check(*arguments)
 
 
 def check_state(
@@ -118,6 +173,7 @@ def check_state(
     if not (isinstance(state, tuple) and len(state) == 2 and all(isinstance(x, Tensor) for x in state)):
         raise TypeError(f"{name}: expected a RebasedState, got {type(state).__name__}")
     for part, x, shape in (("kv", state[0], sizes), ("k", state[1], sizes[:3])):
+        check_layout(f"{name}.{part}", x)
         if tuple(x.shape) != shape:
             expected = f"shape {shape} ({states}, kv heads, features{', head dim' if part == 'kv' else ''})"
             raise fail(f"{name}.{part}", expected, f"shape {tuple(x.shape)}")
@@ -129,15 +185,28 @@ def check_state(
             raise fail(f"{name}.{part}", f"q's device {like.device}", x.device)
 
 
-def check_index(name: str, index: Tensor, like: Tensor) -> Tensor:
+def check_index(name: str, index: Tensor, like: Tensor, size: int | None = None) -> Tensor:
+    """cu_seqlens, or state_index of `size` elements, contiguous and int64."""
     if not isinstance(index, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(index).__name__}")
+    check_layout(name, index)
     if index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected dtype int32 or int64, got {index.dtype}")
     if index.dim() != 1:
         raise fail(name, "one dimension", f"shape {tuple(index.shape)}")
     if index.device != like.device:
         raise fail(name, f"q's device {like.device}", index.device)
+    if size is None:
+        if index.shape[0] < 1:
+            raise fail(name, "at least one element", f"shape {tuple(index.shape)}")
+        # one element in memory may be expanded to more than any memory holds, and is copied below
+        if index.stride(0) == 0 and index.shape[0] > like.shape[-2] + 1:
+            raise fail(
+                name, "memory for every element, or at most N + 1 of them", f"{index.shape[0]} expanded"
+            )
+    elif index.shape[0] != size:
+        raise fail(name, f"shape ({size},)", f"shape {tuple(index.shape)}")
+    check_memory(name, index)
     return index.to(torch.int64).contiguous()
 
 
@@ -148,11 +217,14 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
 
-    def cast(x: Tensor) -> Tensor:
-        eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-        return x.to(dtype) if eligible else x
+    def cast(name: str, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype in (torch.float64, dtype):
+            return x
+        check_layout(name, x)
+        check_memory(name, x)
+        return x.to(dtype)
 
-    return cast(q), cast(k), cast(v)
+    return cast("q", q), cast("k", k), cast("v", v)
 
 
 def distinct(tensors: list[Tensor | None]) -> list[Tensor | None]:
@@ -197,14 +269,12 @@ def check_call(
         cu_seqlens = check_index("cu_seqlens", cu_seqlens, q)
         if q.shape[0] != 1:
             raise fail("q", "batch size 1 where cu_seqlens is given", f"shape {tuple(q.shape)}")
-        if cu_seqlens.shape[0] < 1:
-            raise fail("cu_seqlens", "at least one element", f"shape {tuple(cu_seqlens.shape)}")
         states = cu_seqlens.shape[0] - 1
     initial: tuple[Tensor | None, Tensor | None] = (None, None)
     if initial_state is not None:
-        sizes = (states, k.shape[1], num_features(feature_map, q.shape[3]), v.shape[3])
+        features = num_features(feature_map, q.shape[3])
+        sizes = (states, k.shape[1], features, v.shape[3])
         check_state("initial_state", initial_state, sizes, "sequences", q)
         initial = (initial_state[0], initial_state[1])
-    if not isinstance(return_state, bool):
-        raise TypeError(f"return_state: expected a bool, got {type(return_state).__name__}")
+    check_bool("return_state", return_state)
     return distinct([q, k, v, *parameters, *initial]), cu_seqlens, options

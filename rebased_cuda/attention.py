@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from ._checks import (
     Options,
     autocast,
+    check_bool,
     check_call,
     check_index,
     check_options,
@@ -19,12 +20,13 @@ from ._checks import (
     check_qkv,
     check_state,
     fail,
+    untraced,
 )
 from .autograd import Attention, ops
 from .state import RebasedState, num_features
 
 # what an operator, or the options' checks before it, raise for arguments that are wrong
-_REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError)
+_REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError, AttributeError)
 _Options = tuple[
     str, str | None, float | None, float, float, bool
 ]  # as they are given, in _cached_options' order
@@ -161,7 +163,7 @@ def rebased_attention(
         RuntimeError: in double backward: there are no second derivatives.
 
     Under autocast q, k, v are cast to its dtype, gamma and beta are not. torch.func transforms (vmap, jvp)
-    are not supported and raise.
+    are not supported and raise. What torch.jit.trace makes of a call is for inference: it has no gradients.
     """
     parameters = (gamma_q, beta_q, gamma_k, beta_k)
     options = (feature_map, layer_norm, scale, eps, layer_norm_eps, normalize)
@@ -179,7 +181,8 @@ def rebased_attention(
         except _REFUSALS:
             _check_attention(q, k, v, parameters, options, initial_state, return_state, cu_seqlens)
             raise
-    return _attend(*_check_attention(q, k, v, parameters, options, initial_state, return_state, cu_seqlens))
+    given = (q, k, v, parameters, options, initial_state, return_state, cu_seqlens)
+    return _attend(*untraced(_check_attention, *given))
 
 
 def _check_attention(
@@ -197,7 +200,7 @@ def _check_attention(
     keywords: dict[str, Any] = dict(zip(names, options, strict=True))
     keywords |= {"initial_state": initial_state, "return_state": return_state, "cu_seqlens": cu_seqlens}
     tensors, cu_seqlens, checked = check_call(q, k, v, *parameters, **keywords)
-    return tensors, cu_seqlens, return_state, checked
+    return tensors, cu_seqlens, check_bool("return_state", return_state), checked
 
 
 def _attend(
@@ -205,7 +208,8 @@ def _attend(
 ) -> Tensor | tuple[Tensor, RebasedState]:
     if (
         torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
+        # a trace holds the operator itself, or it could be neither checked nor saved; it has no gradients
+        or (torch.is_grad_enabled() and not torch._C._is_tracing())
         or forward_ad._current_level >= 0  # where the bare operator would give silent zeros
         or torch._C._are_functorch_transforms_active()
     ):
@@ -244,18 +248,21 @@ def rebased_attention_step(
         q: (B, Hq, d).
         k: (B, Hkv, d).
         v: (B, Hkv, dv); dtypes, sizes and parameters as in `rebased_attention`.
-        state: contiguous, kv and k apart in memory; **updated in place**. (B, Hkv, ...), or with state_index
-            a pool (slots, Hkv, ...).
+        state: contiguous, kv and k apart in memory from each other and from all other arguments; **updated in
+            place**. (B, Hkv, ...), or with state_index a pool (slots, Hkv, ...).
         state_index: (B,) int32 or int64 on q's device: the slot that each sequence uses. -1 skips a sequence:
-            y is 0 there and no state changes. Other values outside the pool raise on the CPU, and skip on a
-            GPU. The same slot twice is undefined.
+            y is 0 there and no state changes, for as many sequences as wanted. Other values outside the pool
+            raise on the CPU, and skip on a GPU. The same slot twice raises on the CPU, and is undefined on a
+            GPU, where to read the values would synchronise.
 
     Returns:
         y (B, Hq, dv) in q's dtype.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the state is untouched.
-        RuntimeError: grad mode is on and an input requires grad: call it under torch.no_grad().
+        RuntimeError: grad mode is on and an input requires grad: call it under torch.no_grad(). An input has
+            a forward-mode tangent, or a torch.func transform is active. The state was made under
+            inference_mode and this is outside of it.
     """
     parameters = (gamma_q, beta_q, gamma_k, beta_k)
     tensors = (*parameters, state_index)
@@ -263,11 +270,39 @@ def rebased_attention_step(
     if _is_plain(q, 3, state) and not torch.is_grad_enabled() and _fit(q, parameters, state_index):
         # as in rebased_attention; the operator looks at everything before it touches the state
         try:
+            _refuse_modes(q, k, v, state, tensors)
             return _run_step(q, k, v, state, tensors, _cached_options(*options, q.shape[2]))
         except _REFUSALS:
             _check_step(q, k, v, state, tensors, options)
             raise
-    return _run_step(*_check_step(q, k, v, state, tensors, options))
+    checked = untraced(_check_step, q, k, v, state, tensors, options)
+    if not torch.compiler.is_compiling():
+        _refuse_modes(*checked[:5])
+    return _run_step(*checked)
+
+
+def _refuse_modes(
+    q: Tensor, k: Tensor, v: Tensor, state: tuple[Tensor, Tensor], tensors: tuple[Tensor | None, ...]
+) -> None:
+    """What the operator cannot see of its tensors, and torch's own in-place operators refuse."""
+    if torch._C._are_functorch_transforms_active() or (
+        forward_ad._current_level >= 0
+        and any(
+            x is not None and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+            for x in (q, k, v, *state, *tensors)
+        )
+    ):
+        raise RuntimeError(
+            "rebased_attention_step is for inference: it has no forward-mode derivatives and takes part in "
+            "no torch.func transform (vmap, jvp, grad). Use rebased_cuda.reference.step."
+        )
+    if (state[0].is_inference() or state[1].is_inference()) and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "state: was made under torch.inference_mode() and is updated in place, which torch allows only "
+            "there: step under inference_mode too, or on state.clone()."
+        )
+    if state[0].is_neg() or state[1].is_neg():  # torch would hand the operator a copy
+        raise ValueError("state: expected tensors without the negative bit: pass their resolve_neg()")
 
 
 def _is_plain(q: Tensor, dims: int, state: tuple[Any, ...]) -> bool:
@@ -280,6 +315,7 @@ def _is_plain(q: Tensor, dims: int, state: tuple[Any, ...]) -> bool:
         and len(state) == 2
         and not torch.is_autocast_enabled("cpu" if q.is_cpu else "cuda")  # q.device.type takes its time
         and not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()  # sizes are then tensors
     )
 
 
@@ -330,9 +366,7 @@ def _check_step(
     )
     slots = q.shape[0]
     if state_index is not None:
-        state_index = check_index("state_index", state_index, q)
-        if state_index.shape[0] != q.shape[0]:
-            raise fail("state_index", f"shape ({q.shape[0]},)", f"shape {tuple(state_index.shape)}")
+        state_index = check_index("state_index", state_index, q, q.shape[0])
         if isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], Tensor) and state[0].dim():
             slots = state[0].shape[0]
     sizes = (slots, k.shape[1], num_features(options[0], q.shape[2]), v.shape[2])
