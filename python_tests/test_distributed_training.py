@@ -23,6 +23,7 @@ from rebased_cuda.context_parallel import context_parallelize
 
 pytestmark = pytest.mark.skipif(EMULATED, reason="what is tested here is the same on every backend")
 
+WAYS = ["data ddp", "data fsdp", "data leaf fsdp", "context ddp", "context fsdp", "context leaf fsdp"]
 BATCH, SEQLEN, VOCABULARY, WIDTH, STEPS = 4, 21, 17, 12, 3
 
 
@@ -69,7 +70,8 @@ def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
 
 def train(how: str, with_checkpoints: bool, path: Path | None = None) -> list[float]:
     """Losses of every step and after the last. `how` is "one process", or how a batch and how parameters are
-    dealt with: data or context, ddp or fsdp."""
+    dealt with: data or context, ddp, fsdp (block by block) or leaf fsdp (every module with parameters alone).
+    """
     model = make_model(with_checkpoints)
     alone = how == "one process"
     rank, ranks = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
@@ -84,7 +86,8 @@ def train(how: str, with_checkpoints: bool, path: Path | None = None) -> list[fl
     if "ddp" in how:
         wrapped = DistributedDataParallel(model)
     if "fsdp" in how:
-        for block in model.blocks:
+        leaves = (module for module in model.modules() if list(module.parameters(recurse=False)))
+        for block in list(leaves) if "leaf" in how else model.blocks:
             fully_shard(block)
         fully_shard(model)
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
@@ -120,7 +123,7 @@ def expected() -> list[float]:
 
 
 @pytest.mark.parametrize("with_checkpoints", [False, True], ids=["", "activation checkpointing"])
-@pytest.mark.parametrize("how", ["data ddp", "data fsdp", "context ddp", "context fsdp"])
+@pytest.mark.parametrize("how", WAYS)
 def test_losses_are_those_of_one_process(two_processes, expected, how, with_checkpoints):
     for losses in two_processes.run(train, how, with_checkpoints):
         assert losses == pytest.approx(expected, rel=1e-10)

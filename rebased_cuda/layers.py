@@ -6,7 +6,7 @@ layer remembers of it, step takes one token more and updates that in place.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,85 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+class QueryKeyNorm(nn.LayerNorm):
+    """gamma and beta of a layer's queries or keys: the module `ln_q` or `ln_k`.
+
+    The operator does the LayerNorm and the affine itself, so the layer calls this module with None and gets
+    gamma and beta from it. It calls, and does not read the attributes, because whatever takes hold of a
+    module does so at its call: hooks, offloading, sharding, adapters and pruning. It is an nn.LayerNorm,
+    because optimisers that spare norms from weight decay look for one.
+
+    Args:
+        heads, feature_dim: gamma and beta have heads * feature_dim entries.
+        layer_norm: "token", "head" or None, as in `ReBasedAttention`.
+        eps: added to the variance.
+        use_gamma, use_beta: False leaves gamma (weight) or beta (bias) out.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        feature_dim: int,
+        layer_norm: str | None,
+        eps: float,
+        use_gamma: bool,
+        use_beta: bool,
+    ) -> None:
+        super().__init__(heads * feature_dim, eps, use_gamma or use_beta, use_beta)
+        self.feature_dim = feature_dim
+        self.layer_norm = layer_norm
+        if not use_gamma:
+            self.register_parameter("weight", None)
+
+    def reset_parameters(self) -> None:
+        """gamma = 1 and beta = 0, as far as there are any."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @overload
+    def forward(self, input: None) -> tuple[Tensor | None, Tensor | None]: ...
+
+    @overload
+    def forward(self, input: Tensor) -> Tensor: ...
+
+    def forward(self, input: Tensor | None) -> Tensor | tuple[Tensor | None, Tensor | None]:
+        """What the layer does to its queries or keys, or, of None, the parameters to do it with.
+
+        Args:
+            input: (..., heads * feature_dim), what proj_q or proj_k gives; or None. An argument must be
+                given: wrappers, such as PEFT's for the tuning of norms, hand on the first one.
+
+        Returns:
+            Of a tensor: (..., heads * feature_dim), gamma * LayerNorm(input) + beta, with the LayerNorm over
+            all entries for "token" (that of nn.LayerNorm), over each head's for "head", and none for None.
+            Of None: (gamma, beta), (heads * feature_dim,) each, None where it is left out. They are copies,
+            because fully_shard frees the parameters when the call returns, before the operator reads them.
+        """
+        if input is None:
+            weight, bias = self.weight, self.bias  # each read once: a parametrization computes it anew
+            return None if weight is None else weight.clone(), None if bias is None else bias.clone()
+        if self.layer_norm == "token":
+            return super().forward(input)
+        if self.layer_norm == "head":
+            heads = input.reshape(*input.shape[:-1], -1, self.feature_dim)
+            input = nn.functional.layer_norm(heads, (self.feature_dim,), eps=self.eps).flatten(-2)
+        if self.weight is not None:
+            input = input * self.weight
+        return input if self.bias is None else input + self.bias
+
+
 class ReBasedAttention(nn.Module):
     """Multi-head ReBased attention: projections, LayerNorm and affine of q and k, linear attention.
 
     With the defaults it is the authors' layer, in arithmetic and in the names of its state dict, so that
     their checkpoints load with a strict load_state_dict: proj_q, proj_k, proj_v, proj_o (.weight), ln_q and
     ln_k (.weight = gamma, .bias = beta, one entry per head and feature).
+
+    gamma and beta come from calling ln_q and ln_k (`QueryKeyNorm`), so that hooks, offloading, sharding and
+    adapters of these modules work. A plain nn.LayerNorm put in the place of one is read instead. The operator
+    takes gamma and beta in float32 whatever dtype they have (float64 for float64 inputs).
 
     Args:
         hidden_size: width of x.
@@ -90,15 +163,9 @@ class ReBasedAttention(nn.Module):
         self.proj_k = nn.Linear(hidden_size, num_kv_heads * feature_dim, bias=False)
         self.proj_v = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.proj_o = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
-        # These hold gamma and beta, the op does their arithmetic. nn.LayerNorm, because optimisers that spare
-        # norms from weight decay look for it.
-        self.ln_q = nn.LayerNorm(num_heads * feature_dim, eps=layer_norm_eps)
-        self.ln_k = nn.LayerNorm(num_kv_heads * feature_dim, eps=layer_norm_eps)
-        for norm in (self.ln_q, self.ln_k):
-            if not use_gamma:
-                norm.register_parameter("weight", None)
-            if not use_beta:
-                norm.register_parameter("bias", None)
+        norm = (feature_dim, layer_norm, layer_norm_eps, use_gamma, use_beta)
+        self.ln_q = QueryKeyNorm(num_heads, *norm)
+        self.ln_k = QueryKeyNorm(num_kv_heads, *norm)
 
     def extra_repr(self) -> str:
         return (
@@ -216,20 +283,28 @@ class ReBasedAttention(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _options(self) -> dict[str, Any]:
-        def per_head(parameter: Tensor | None, heads: int) -> Tensor | None:
-            return None if parameter is None else parameter.view(heads, self.feature_dim)
-
+        gamma_q, beta_q = self._affine(self.ln_q, self.num_heads)
+        gamma_k, beta_k = self._affine(self.ln_k, self.num_kv_heads)
         return {
-            "gamma_q": per_head(self.ln_q.weight, self.num_heads),
-            "beta_q": per_head(self.ln_q.bias, self.num_heads),
-            "gamma_k": per_head(self.ln_k.weight, self.num_kv_heads),
-            "beta_k": per_head(self.ln_k.bias, self.num_kv_heads),
+            "gamma_q": gamma_q,
+            "beta_q": beta_q,
+            "gamma_k": gamma_k,
+            "beta_k": beta_k,
             "feature_map": self.feature_map,
             "layer_norm": self.layer_norm,
             "scale": self.scale,
             "eps": self.eps,
             "layer_norm_eps": self.layer_norm_eps,
         }
+
+    def _affine(self, norm: nn.LayerNorm, heads: int) -> tuple[Tensor | None, Tensor | None]:
+        """gamma and beta (heads, feature_dim) of ln_q or ln_k, or of what was put in their place."""
+        if type(norm).forward in (nn.LayerNorm.forward, nn.Module.forward):  # which cannot give them
+            gamma, beta = norm.weight, norm.bias
+        else:
+            gamma, beta = norm(None)
+        sizes = (heads, self.feature_dim)
+        return None if gamma is None else gamma.view(sizes), None if beta is None else beta.view(sizes)
 
     def _pack(self, x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(x, None, None), or x (1, B N, hidden_size) with all padding last, its order, cu_seqlens (B + 1,).
