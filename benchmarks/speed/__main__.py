@@ -20,8 +20,9 @@ import torch
 import benchmarks.speed
 from rebased_cuda import _measure, build_info
 
-from . import ceilings, questions, report
-from .harness import DIRECTIONS, OURS, Row, keep_freed_memory
+from . import against, ceilings, questions, report
+from .harness import DIRECTIONS, OURS, Row
+from .op import keep_freed_memory
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -43,7 +44,26 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     show.add_argument("file", type=Path)
     plot = commands.add_parser("plot", help="figures of a JSON file, beside it")
     plot.add_argument("file", type=Path)
+    versions = commands.add_parser(
+        "against",
+        help="another built checkout of the project beside this one",
+        description=against.__doc__,
+        formatter_class=formatter,
+        argument_default=argparse.SUPPRESS,  # what was given before the command's name holds
+    )
+    versions.add_argument("folder", type=Path)
+    versions.add_argument("--only", nargs="+", choices=against.NAMES)
+    versions.add_argument("--device", choices=("cpu", "cuda"))
+    versions.add_argument("--output", type=Path, help="JSON, with every ratio; none where not given")
+    versions.add_argument("--pairs", type=_pairs, default=against.PAIRS, help="a row's; default %(default)s")
+    versions.add_argument("--threads", type=int, default=0, help="default: torch's")
     return parser.parse_args(argv)
+
+
+def _pairs(text: str) -> int:
+    if int(text) < against.FEWEST_PAIRS:
+        raise argparse.ArgumentTypeError(f"at least {against.FEWEST_PAIRS}, or there is no interval")
+    return int(text)
 
 
 def _tell(text: str) -> None:
@@ -70,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.device == "cuda" and not (build_info()["cuda"] and torch.cuda.is_available()):
         print("--device cuda: torch sees no GPU, or this build has no CUDA kernels", file=sys.stderr)
         return 1
+    if arguments.command == "against":
+        return against.run(arguments, _tell)
     return _measure_all(arguments)
 
 

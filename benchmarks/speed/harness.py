@@ -22,9 +22,8 @@ from rebased_cuda import _measure
 from rebased_cuda.state import num_features
 
 from .ceilings import Ceilings
+from .op import DIRECTIONS, OURS, Flush, Shape
 
-OURS = "rebased_cuda"
-DIRECTIONS = ("forward", "forward + backward")
 ROUNDS = (3, 15)  # fewest and most
 QUICK = 5e-3  # seconds: what is shorter is called once more before its repetitions are chosen
 # Rounds that do not count, for runs of at most so many seconds: PeakMemory handed the heap's pages back, and
@@ -32,49 +31,8 @@ QUICK = 5e-3  # seconds: what is shorter is called once more before its repetiti
 UNCOUNTED, UNCOUNTED_SECONDS = 2, 0.3
 
 
-def keep_freed_memory() -> bool:
-    """Tells the C library to give no memory back to the system; whether it does so (glibc).
-
-    Outputs then lie in pages that are there already, for every method. Else calls also time the system
-    handing out pages and clearing them, more or less of it as the methods before have left the heap.
-    """
-    m_trim_threshold, m_mmap_max = -1, -4
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, -1))
-
-
 class UnavailableError(Exception):
     """A peer that does not run here; the message is its row."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One call of the op. `threads` is what torch is told, 0 for all."""
-
-    batch: int
-    heads: int
-    seqlen: int
-    feature_map: str = "outer"
-    dtype: str = "float32"
-    feature_dim: int = 16
-    head_dim: int = 64
-    threads: int = 0
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        dtype = getattr(torch, self.dtype)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
-
-    def __str__(self) -> str:
-        words = [self.feature_map, f"({self.batch}, {self.heads}, {self.seqlen})"]
-        if self.dtype != "float32":
-            words.append(self.dtype)
-        if (self.feature_dim, self.head_dim) != (16, 64):
-            words.append(f"d {self.feature_dim} dv {self.head_dim}")
-        if self.threads:
-            words.append(f"{self.threads} thread" + "s" * (self.threads > 1))
-        return " ".join(words)
 
 
 @dataclass
@@ -162,20 +120,6 @@ def _status(name: str) -> int:
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"no {name} in /proc/self/status")
-
-
-class Flush:
-    """Overwrites a GPU's L2 cache between calls; a CPU's caches are left as a training step leaves them."""
-
-    def __init__(self, device: str) -> None:
-        self._buffer: Tensor | None = None
-        if device == "cuda":
-            bytes_ = 4 * torch.cuda.get_device_properties(0).L2_cache_size
-            self._buffer = torch.empty(bytes_, dtype=torch.uint8, device=device)
-
-    def __call__(self, *_: object) -> None:
-        if self._buffer is not None:
-            self._buffer.zero_()
 
 
 def measure(

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rebased_cuda import _baselines, _measure, rebased_attention, reference
+from rebased_cuda import _baselines, _measure, reference
 
 from . import others
 from .harness import OURS, Prepared, Shape, UnavailableError, relative_error
+from .op import attention, projections, runner, split_heads
 
 Function = Callable[..., Tensor]
 
@@ -41,32 +41,11 @@ QUADRATIC_PAIRS = {"cpu": 1 << 26, "cuda": 1 << 30}
 
 
 @functools.lru_cache(maxsize=2)
-def projections(shape: Shape, device: str) -> tuple[Tensor, ...]:
-    """q, k, v as the projections leave them; gamma_q, beta_q, gamma_k, beta_k (H, d), float32 or float64."""
-    generator = torch.Generator(device).manual_seed(0)
-    rows = (shape.batch, shape.seqlen)
-
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator, device=device)
-
-    widths = (shape.feature_dim, shape.feature_dim, shape.head_dim)
-    qkv = [normal(*rows, shape.heads * width).to(shape.torch_dtype) for width in widths]
-    wide = torch.float64 if shape.dtype == "float64" else torch.float32
-    affine = [(mean + 0.3 * normal(shape.heads, shape.feature_dim)).to(wide) for mean in (1.0, 0.2, 1.0, 0.2)]
-    return tuple(x.requires_grad_() for x in (*qkv, *affine))
-
-
-@functools.lru_cache(maxsize=2)
 def softmax_inputs(shape: Shape, device: str) -> tuple[Tensor, ...]:
     generator = torch.Generator(device).manual_seed(0)
     sizes = (shape.batch, shape.heads, shape.seqlen, shape.head_dim)
     made = (torch.randn(sizes, generator=generator, device=device) for _ in range(3))
     return tuple(x.to(shape.torch_dtype).requires_grad_() for x in made)
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, N, H*width) -> (B, H, N, width), a view."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 @functools.lru_cache(maxsize=2)
@@ -133,31 +112,11 @@ def prepare(name: str, shape: Shape, direction: str, device: str, build: bool = 
         edges = torch.cat([y[:, :, rows.start : rows.stop] for rows in (first, last)], 2)
         return relative_error(edges, expected_softmax(shape, device))
 
-    run = _runner(function, tensors, shape, direction, device)
+    run = runner(function, tensors, shape, direction, device)
     compiles = (
         name in COMPILED or device == "cuda"
     )  # where libraries choose, and Triton compiles, at first use
     return Prepared(run, error, BOUNDS[shape.dtype], compiles)
-
-
-def _runner(
-    function: Function, tensors: tuple[Tensor, ...], shape: Shape, direction: str, device: str
-) -> Callable[[], Any]:
-    if direction == "forward":
-
-        def forward() -> None:
-            with torch.no_grad():
-                function(*tensors)
-
-        return forward
-    generator = torch.Generator(device).manual_seed(1)
-    sizes = (shape.batch, shape.heads, shape.seqlen, shape.head_dim)
-    grad_y = torch.randn(sizes, generator=generator, device=device).to(shape.torch_dtype)
-
-    def both() -> None:
-        torch.autograd.grad(function(*tensors), tensors, grad_y)
-
-    return both
 
 
 def _refuse_pairs(shape: Shape, most: int) -> None:
@@ -182,7 +141,7 @@ def _softmax(name: str, shape: Shape, device: str) -> Function:
 
 def _linear(name: str, shape: Shape, direction: str, device: str, build: bool) -> Function:
     if name == OURS:
-        return functools.partial(_ours, heads=shape.heads, feature_map=shape.feature_map)
+        return functools.partial(attention, heads=shape.heads, feature_map=shape.feature_map)
     if name in others.NAMES:
         return others.function(name, shape, device, build)
     if shape.feature_map not in ("outer", "square"):
@@ -229,13 +188,8 @@ _CHUNKED: dict[str, Function] = {LOOP: _baselines.chunked_loop, CUMSUM: _baselin
 def _fastest_chunk(name: str, shape: Shape, direction: str, device: str) -> int:
     def seconds(chunk: int) -> float:
         function = functools.partial(_CHUNKED[name], feature_map=shape.feature_map, chunk=chunk)
-        run = _runner(function, projections(shape, device), shape, direction, device)
+        run = runner(function, projections(shape, device), shape, direction, device)
         return min(_measure.once(run, device) for _ in range(2))
 
     allowed = [chunk for chunk in _baselines.CHUNKS if chunk <= max(shape.seqlen, _baselines.CHUNKS[0])]
     return min(allowed, key=seconds)
-
-
-def _ours(q: Tensor, k: Tensor, v: Tensor, *affine: Tensor, heads: int, feature_map: str) -> Tensor:
-    q, k, v = (split_heads(x, heads) for x in (q, k, v))
-    return rebased_attention(q, k, v, *affine, feature_map=feature_map, layer_norm="token")

@@ -147,9 +147,8 @@ def _absent(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 @functools.lru_cache
-def commit() -> str:
+def commit(folder: Path = Path(__file__).parent) -> str:
     """The source's commit, with + where it was changed since; empty outside git."""
-    folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
         result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)

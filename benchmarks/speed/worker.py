@@ -11,26 +11,34 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
-from .harness import OURS, Method, Prepared, Shape, UnavailableError, keep_freed_memory
+from .harness import OURS, Method, Prepared, Shape, UnavailableError
+from .op import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 
+Started = TypeVar("Started", bound="Process")
 
-class Worker:
-    """`with Worker("avx2") as worker: worker.method(shape, direction)`; one method at a time."""
 
-    def __init__(self, instruction_set: str) -> None:
-        self.instruction_set = instruction_set
+class Process:
+    """A module of this folder that answers lines, while a `with` statement lasts."""
 
-    def __enter__(self) -> Worker:
-        environment = os.environ | {"REBASED_CPU_ISA": self.instruction_set}
+    def __init__(
+        self, about: str, module: str, arguments: Sequence[str], environment: dict[str, str]
+    ) -> None:
+        self.about = about
+        self._command = [sys.executable, "-m", f"benchmarks.speed.{module}", *arguments]
+        self._environment = environment
+
+    def __enter__(self: Started) -> Started:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.speed.worker"],
+            self._command,
             cwd=ROOT,
-            env=environment,
+            env=os.environ | self._environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -40,22 +48,30 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self._process.communicate()  # closes its input, which ends it
 
-    def _answer(self, line: str) -> str:
+    def answer(self, line: str) -> str:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"the {self.instruction_set} process ended: {self._process.wait()}")
+            raise RuntimeError(f"the {self.about} process ended: {self._process.wait()}")
         return answer
 
+
+class Worker(Process):
+    """`with Worker("avx2") as worker: worker.method(shape, direction)`; one method at a time."""
+
+    def __init__(self, instruction_set: str) -> None:
+        super().__init__(instruction_set, "worker", (), {"REBASED_CPU_ISA": instruction_set})
+        self.instruction_set = instruction_set
+
     def _prepare(self, shape: Shape, direction: str) -> Prepared:
-        told = json.loads(self._answer(json.dumps({"shape": asdict(shape), "direction": direction})))
+        told = json.loads(self.answer(json.dumps({"shape": asdict(shape), "direction": direction})))
         if told["instruction_set"] != self.instruction_set:
             raise UnavailableError(f"this processor or build gives {told['instruction_set']} instead")
         return Prepared(
-            lambda: self._answer("run"), lambda: float(told["error"]), float(told["bound"]), elsewhere=True
+            lambda: self.answer("run"), lambda: float(told["error"]), float(told["bound"]), elsewhere=True
         )
 
     def method(self, shape: Shape, direction: str) -> Method:

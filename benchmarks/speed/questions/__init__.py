@@ -1,6 +1,7 @@
 """What is asked, one file per question: SECONDS it may take (all of it, --quick), and `rows(run)`.
 
-The first line of a file's docstring is the question. run.py has what they share.
+Some have `calls(run)`: those of the op alone, for another version of it beside this one (against.py). The
+first line of a file's docstring is the question. run.py has what they share.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from ..harness import Row
+from ..op import Call
 from . import (
     batch_heads,
     decoding,
@@ -31,10 +33,12 @@ class Question:
     about: str
     seconds: tuple[float, float]  # of a full run, of a quick one
     rows: Callable[[Run], Iterator[Row]]
+    calls: Callable[[Run], list[Call]] | None = None  # the op alone, for another version beside this one
 
 
 def _question(module: ModuleType) -> Question:
-    return Question((module.__doc__ or "").split("\n")[0], module.SECONDS, module.rows)
+    about = (module.__doc__ or "").split("\n")[0]
+    return Question(about, module.SECONDS, module.rows, getattr(module, "calls", None))
 
 
 QUESTIONS = {

@@ -6,14 +6,15 @@ from collections.abc import Iterator
 
 from .. import others
 from ..harness import DIRECTIONS, OURS, Row, Shape
-from .run import Run
+from ..op import Call
+from .run import Run, both_directions
 
 SECONDS = (30.0, 0.0)
 
 
-def rows(run: Run) -> Iterator[Row]:
+def shapes(run: Run) -> list[Shape]:
     if run.quick:
-        return
+        return []
     batch = 8 if run.device == "cuda" else 1
     maps = [Shape(batch, 12, 4096, name, run.dtype) for name in ("outer", "square", "taylor", "elu")]
     narrow = [Shape(batch, 12, 4096, "outer", run.dtype, feature_dim=d) for d in (8, 32)]
@@ -21,9 +22,20 @@ def rows(run: Run) -> Iterator[Row]:
         Shape(batch, 12, 4096, "square", run.dtype, feature_dim=64),
         Shape(batch, 12, 4096, "outer", run.dtype, head_dim=128),
     ]
+    return [*maps, *narrow, *wide]
+
+
+def calls(run: Run) -> list[Call]:
+    return both_directions(shapes(run))
+
+
+def rows(run: Run) -> Iterator[Row]:
+    if run.quick:
+        return
     for direction in DIRECTIONS:
-        methods = [run.method(OURS, shape, direction) for shape in (*maps, *narrow, *wide)]
+        methods = [run.method(OURS, shape, direction) for shape in shapes(run)]
         if run.device == "cuda":  # the one peer that has taylor
             based = next(name for name, (_, names) in others.FLA.items() if "taylor" in names)
-            methods.append(run.method(based, maps[2], direction))
+            (taylor,) = (shape for shape in shapes(run) if shape.feature_map == "taylor")
+            methods.append(run.method(based, taylor, direction))
         yield from run.compare("feature_maps", direction, methods)

@@ -11,7 +11,7 @@ from torch import Tensor
 from rebased_cuda import rebased_attention, rebased_attention_step, reference
 
 from ..harness import OURS, Method, Prepared, Row, Shape, relative_error
-from .decoding import BOUND, FEATURE_DIM, HEAD_DIM, HEADS
+from .decoding import BOUND, HEADS
 from .run import Run
 
 SECONDS = (5.0, 4.0)
@@ -30,7 +30,7 @@ def rows(run: Run) -> Iterator[Row]:
 
 def _prepare(shape: Shape, steps: int, device: str) -> Prepared:
     generator = torch.Generator(device).manual_seed(0)
-    widths = (FEATURE_DIM, FEATURE_DIM, HEAD_DIM)
+    widths = (shape.feature_dim, shape.feature_dim, shape.head_dim)
     sizes = (shape.batch, shape.heads, PROMPT + STEPS)
     q, k, v = (torch.randn(*sizes, width, generator=generator, device=device) for width in widths)
     options = {"feature_map": shape.feature_map, "layer_norm": "token"}

@@ -10,10 +10,12 @@ import torch
 from torch.nn import functional as F
 
 from ..harness import DIRECTIONS, OURS, Method, Prepared, Row, Shape, measure
+from ..op import STEP, Call
 from . import decoding
 from .run import Run
 
 SECONDS = (2.0, 2.0)
+SHAPE = Shape(1, 1, 1, "square")
 
 
 def _call(run: Callable[[], Any]) -> Prepared:
@@ -30,18 +32,21 @@ def _layer_norm(device: str) -> Prepared:
     return _call(run)
 
 
+def calls(run: Run) -> list[Call]:
+    return [Call(SHAPE, direction, host=True) for direction in (STEP, *DIRECTIONS)]
+
+
 def rows(run: Run) -> Iterator[Row]:
     """Of the host alone: on a GPU nothing waits for the kernels. torch's layer_norm is what any op costs."""
-    shape = Shape(1, 1, 1, "square")
-    step = functools.partial(decoding.prepare_ours, shape, run.device)
+    step = functools.partial(decoding.prepare_ours, SHAPE, run.device)
     norm = functools.partial(_layer_norm, run.device)
     yield from measure(
         "overhead",
-        "step",
-        [Method(OURS, shape, step), Method("torch layer_norm", shape, norm)],
+        STEP,
+        [Method(OURS, SHAPE, step), Method("torch layer_norm", SHAPE, norm)],
         "cpu",
         run.budget / 2,
         tell=run.tell,
     )
     for direction in DIRECTIONS:
-        yield from measure("overhead", direction, [run.method(OURS, shape, direction)], "cpu", run.budget / 2)
+        yield from measure("overhead", direction, [run.method(OURS, SHAPE, direction)], "cpu", run.budget / 2)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..harness import Row, Shape
-from .run import Run
+from ..op import Call
+from .run import Run, both_directions
 
 SECONDS = (420.0, 40.0)  # a first run's compilers take most of it
 CPU = ((1, 12, 4096, 64), (1, 4, 16384, 64), (8, 1, 2048, 64))  # batch, heads, N, head dim
@@ -20,6 +21,10 @@ def shapes(run: Run) -> list[Shape]:
         for size in (sizes[:1] if run.quick else sizes)
         for feature_map in ("outer", "square")
     ]
+
+
+def calls(run: Run) -> list[Call]:
+    return both_directions(shapes(run))
 
 
 def rows(run: Run) -> Iterator[Row]:

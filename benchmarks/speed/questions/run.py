@@ -11,8 +11,13 @@ from dataclasses import asdict, dataclass, field
 from .. import peers
 from ..ceilings import Ceilings
 from ..harness import DIRECTIONS, OURS, Method, Row, Shape, measure
+from ..op import Call
 
 Tell = Callable[[str], None]
+
+
+def both_directions(shapes: Sequence[Shape]) -> list[Call]:
+    return [Call(shape, direction) for shape in shapes for direction in DIRECTIONS]
 
 
 @dataclass
@@ -21,7 +26,7 @@ class Run:
 
     device: str
     quick: bool
-    ceilings: Ceilings
+    ceilings: Ceilings | None
     tell: Tell
     deadline: float = math.inf
     used: dict[str, float] = field(default_factory=dict)  # seconds by question
