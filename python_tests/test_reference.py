@@ -342,3 +342,84 @@ def test_gradcheck(feature_map, layer_norm):
 def test_unknown_names_are_errors(form, name, value):
     with pytest.raises(ValueError, match=f"{name}.*{value}"):
         form(*random_inputs().qkv, **{name: value})
+
+
+BAD_CALLS = {  # what of random_inputs(group=2) is changed, and the argument that the message must name
+    "heads not in groups": (lambda x: {"q": x["q"][:, :1]}, "q"),
+    "lengths": (lambda x: {"k": x["k"][:, :, :9]}, "k"),
+    "batch": (lambda x: {"k": x["k"][:1]}, "k"),
+    "feature dim": (lambda x: {"k": x["k"][..., :4]}, "k"),
+    "device": (lambda x: {"k": x["k"].to("meta")}, "k"),
+    "dtypes": (lambda x: {"k": x["k"].float()}, "k"),
+    "int8": (lambda x: {name: x[name].to(torch.int8) for name in "qkv"}, "q"),
+    "complex": (lambda x: {name: x[name].to(torch.complex64) for name in "qkv"}, "q"),
+    "sparse": (lambda x: {"k": x["k"].to_sparse()}, "k"),
+    "type": (lambda x: {"q": x["q"].tolist()}, "q"),
+    "gamma": (lambda x: {"gamma_q": x["gamma_q"][:3]}, "gamma_q"),
+    "beta": (lambda x: {"beta_k": x["beta_k"].long()}, "beta_k"),
+    "eps negative": (lambda x: {"eps": -1}, "eps"),
+    "eps nan": (lambda x: {"eps": float("nan")}, "eps"),
+    "scale": (lambda x: {"scale": float("inf")}, "scale"),
+    "scale type": (lambda x: {"scale": "1"}, "scale"),
+    "layer_norm_eps": (lambda x: {"layer_norm_eps": -1e-5}, "layer_norm_eps"),
+    "normalize": (lambda x: {"normalize": 1}, "normalize"),
+    "feature_map": (lambda x: {"feature_map": ["outer"]}, "feature_map"),
+    "layer_norm": (lambda x: {"layer_norm": 0}, "layer_norm"),
+}
+CALLS = {**FORMS, "attention_matrix": reference.attention_matrix}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+@pytest.mark.parametrize("call", CALLS)
+def test_bad_calls_name_the_argument(call, name):
+    x = random_inputs(group=2)
+    given = dict(
+        zip(("q", "k", "v", "gamma_q", "beta_q", "gamma_k", "beta_k"), x.qkv + x.affine, strict=True)
+    )
+    change, argument = BAD_CALLS[name]
+    given |= change(given)
+    if call == "attention_matrix":
+        del given["v"]
+    with pytest.raises((ValueError, TypeError), match=f"^{argument}: "):
+        CALLS[call](**given)
+
+
+@every_form
+@pytest.mark.parametrize(
+    "bounds",
+    [[5, 2], [0, 7, 3, 13], [-1, 4], [0, 14], [3, 14, 13], [], [[0, 13]], [0.0, 13.0], [True, True]],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [None, torch.int32])
+def test_bad_cu_seqlens(form, bounds, dtype):
+    x = random_inputs(batch=1)
+    bounds = torch.tensor(bounds)
+    bounds = bounds.long() if bounds.numel() == 0 else bounds
+    if dtype is not None and bounds.dtype == torch.int64:
+        bounds = bounds.to(dtype)
+    with pytest.raises((ValueError, TypeError), match=r"^cu_seqlens: "):
+        form(*x.qkv, cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize("chunk", [0, -1, 4.0, "4", None, True])
+def test_bad_chunk(chunk):
+    with pytest.raises((ValueError, TypeError), match=r"^chunk: "):
+        reference.chunked(*random_inputs().qkv, chunk=chunk)
+
+
+def test_under_torch_func():
+    """The checks read sizes and dtypes, which functorch's tensors have, and leave their memory alone."""
+    x = random_inputs(2, seqlen=4, batch=3, group=2)
+    q, k, v = x.qkv
+
+    def call(q, k, v):
+        return reference.quadratic(q, k, v, *x.affine, layer_norm="token")
+
+    batched = torch.vmap(lambda *one: call(*(t.unsqueeze(0) for t in one)).squeeze(0))(q, k, v)
+    assert_close(batched, call(q, k, v))
+    _, tangent = torch.func.jvp(lambda q: call(q, k, v), (q,), (q,))
+    _, pull = torch.func.vjp(lambda q: call(q, k, v), q)
+    assert_close((tangent * tangent).sum(), (pull(tangent)[0] * q).sum(), 1e-10)
+    for function in (reference.attention_matrix, reference.sim):
+        matrices = torch.vmap(lambda q, k, f=function: f(q.unsqueeze(0), k.unsqueeze(0)).squeeze(0))(k, k)
+        assert_close(matrices, function(k, k))

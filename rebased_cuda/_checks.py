@@ -168,7 +168,7 @@ def untraced(check: Callable[..., _Checked], *arguments: Any) -> _Checked:
 
 
 def check_state(
-    name: str, state: RebasedState, sizes: tuple[int, int, int, int], states: str, like: Tensor
+    name: str, state: tuple[Tensor, Tensor], sizes: tuple[int, int, int, int], states: str, like: Tensor
 ) -> None:
     if not (isinstance(state, tuple) and len(state) == 2 and all(isinstance(x, Tensor) for x in state)):
         raise TypeError(f"{name}: expected a RebasedState, got {type(state).__name__}")

@@ -26,14 +26,30 @@ Query head h reads the kv head h // (Hq // Hkv). `cu_seqlens` packs sequences al
 the states' first dimension is then the number of sequences, and y = 0 for rows in no sequence.
 Everything inside, states included, is float32, or float64 for float64 inputs; y has q's dtype.
 Nothing is updated in place, so autograd gives the gradients, also those through the states.
+
+Every public function here raises a ValueError or a TypeError that names the argument which is wrong, as
+`rebased_attention` does. Devices and widths may be any. The values of cu_seqlens are checked on any device.
 """
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._checks import (
+    check_bool,
+    check_index,
+    check_number,
+    check_options,
+    check_parameter,
+    check_qkv,
+    check_state,
+    fail,
+)
+from .state import check_layout, check_memory, check_size
 
 State = tuple[Tensor, Tensor]  # kv (B, Hkv, F, dv), k (B, Hkv, F)
 Result = Tensor | tuple[Tensor, State]
@@ -54,7 +70,19 @@ def normalise(
     "token" takes mean and variance over all heads' features of a token together, "head" over each
     head's own; None leaves the LayerNorm out, gamma and beta stay. Both are (d,) or (heads, d).
     """
-    _check("layer_norm", layer_norm, LAYER_NORMS)
+    _check_rows("x", x, 3)
+    if x.dim() != 4:
+        raise fail("x", "shape (B, heads, N, d)", f"shape {tuple(x.shape)}")
+    _check_name("layer_norm", layer_norm, LAYER_NORMS)
+    check_number("layer_norm_eps", layer_norm_eps, 0)
+    for name, parameter in (("gamma", gamma), ("beta", beta)):
+        _check_affine(name, parameter, x)
+    return _normalise(x, gamma, beta, layer_norm, layer_norm_eps)
+
+
+def _normalise(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, layer_norm: str | None, layer_norm_eps: float
+) -> Tensor:
     if layer_norm is not None:
         over = (-3, -1) if layer_norm == "token" else (-1,)
         centred = x - x.mean(over, keepdim=True)
@@ -68,7 +96,8 @@ def normalise(
 
 def num_features(feature_map: str, feature_dim: int) -> int:
     """F, the length of phi(x) for x of length d."""
-    _check("feature_map", feature_map, FEATURE_MAPS)
+    _check_name("feature_map", feature_map, FEATURE_MAPS)
+    feature_dim = check_size("feature_dim", feature_dim, 1)
     symmetric = feature_dim * (feature_dim + 1) // 2
     return {"outer": symmetric, "taylor": 1 + feature_dim + symmetric}.get(feature_map, feature_dim)
 
@@ -78,6 +107,11 @@ def circulant(x: Tensor) -> Tensor:
 
     For even d the second half of the last offset repeats the first and is left out.
     """
+    _check_rows("x", x, 1)
+    return _circulant(x)
+
+
+def _circulant(x: Tensor) -> Tensor:
     d = x.shape[-1]
     rotated = torch.cat([x, x], -1).unfold(-1, d, 1)[..., : d // 2 + 1, :]  # (..., e, i)
     return (x.unsqueeze(-2) * rotated).flatten(-2)[..., : d * (d + 1) // 2]
@@ -85,7 +119,12 @@ def circulant(x: Tensor) -> Tensor:
 
 def key_features(k: Tensor, feature_map: str = "outer") -> Tensor:
     """phi(k') as the states hold it, without scale or weights: (..., d) -> (..., F)."""
-    _check("feature_map", feature_map, FEATURE_MAPS)
+    _check_rows("k", k, 1)
+    _check_name("feature_map", feature_map, FEATURE_MAPS)
+    return _key_features(k, feature_map)
+
+
+def _key_features(k: Tensor, feature_map: str) -> Tensor:
     if feature_map == "square":
         return k.square()
     if feature_map == "elu":
@@ -93,8 +132,8 @@ def key_features(k: Tensor, feature_map: str = "outer") -> Tensor:
     if feature_map == "identity":
         return k
     if feature_map == "taylor":
-        return torch.cat([torch.ones_like(k[..., :1]), k, circulant(k)], -1)
-    return circulant(k)
+        return torch.cat([torch.ones_like(k[..., :1]), k, _circulant(k)], -1)
+    return _circulant(k)
 
 
 def query_features(q: Tensor, feature_map: str = "outer", scale: float | None = None) -> Tensor:
@@ -103,7 +142,13 @@ def query_features(q: Tensor, feature_map: str = "outer", scale: float | None = 
     (s q.k)^2 is a sum over ordered pairs of entries, and `circulant` has every unordered pair once:
     the d squares weigh s^2, all other products 2 s^2. `taylor` takes half of that.
     """
-    features = key_features(q, feature_map)
+    _check_rows("q", q, 1)
+    _check_name("feature_map", feature_map, FEATURE_MAPS)
+    return _query_features(q, feature_map, _check_scale(scale))
+
+
+def _query_features(q: Tensor, feature_map: str, scale: float | None) -> Tensor:
+    features = _key_features(q, feature_map)
     if feature_map in ("square", "elu", "identity"):
         return features
     d = q.shape[-1]
@@ -119,9 +164,26 @@ def sim(q: Tensor, k: Tensor, feature_map: str = "outer", scale: float | None = 
 
     With u = s q'.k' it is u^2 for `outer` and 1 + u + u^2 / 2 for `taylor`: no features needed.
     """
+    _check_rows("q", q, 2)
+    _check_rows("k", k, 2)
+    _check_name("feature_map", feature_map, FEATURE_MAPS)
+    if k.dtype != q.dtype:
+        raise TypeError(f"k: expected q's dtype {q.dtype}, got {k.dtype}")
+    if k.device != q.device:
+        raise fail("k", f"q's device {q.device}", k.device)
+    if k.shape[-1] != q.shape[-1]:
+        raise fail("k", f"q's feature dim {q.shape[-1]}", f"shape {tuple(k.shape)}")
+    try:
+        torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        allowed = f"sizes that broadcast with q's {tuple(q.shape[:-2])}"
+        raise fail("k", allowed, f"shape {tuple(k.shape)}") from None
+    return _sim(q, k, feature_map, _check_scale(scale))
+
+
+def _sim(q: Tensor, k: Tensor, feature_map: str, scale: float | None) -> Tensor:
     if feature_map in ("square", "elu", "identity"):
-        return key_features(q, feature_map) @ key_features(k, feature_map).mT
-    _check("feature_map", feature_map, FEATURE_MAPS)
+        return _key_features(q, feature_map) @ _key_features(k, feature_map).mT
     s = q.shape[-1] ** -0.5 if scale is None else scale
     u = s * q @ k.mT
     return u.square() if feature_map == "outer" else 1 + u + u.square() / 2
@@ -159,12 +221,15 @@ def attention_matrix(
         eps.
 
     Raises:
-        ValueError: feature_map or layer_norm is not one of those there are.
+        ValueError, TypeError: an argument is wrong; the message names it, what is allowed and what was given.
     """
-    q = normalise(*_widen(q, gamma_q, beta_q), layer_norm, layer_norm_eps)
-    k = normalise(*_widen(k, gamma_k, beta_k), layer_norm, layer_norm_eps)
+    check_qkv(q, k, k, "N, ", of_op=False)
+    options = (feature_map, layer_norm, scale, eps, layer_norm_eps, normalize)
+    _, _, scale, eps, layer_norm_eps, normalize = check_options(*options, q.shape[3])
+    q = _normalise(*_widen("q", q, gamma_q, beta_q), layer_norm, layer_norm_eps)
+    k = _normalise(*_widen("k", k, gamma_k, beta_k), layer_norm, layer_norm_eps)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    attention = sim(q, k, feature_map, scale).tril()
+    attention = _sim(q, k, feature_map, scale).tril()
     return attention / (attention.sum(-1, keepdim=True) + eps) if normalize else attention
 
 
@@ -176,7 +241,11 @@ def quadratic(q: Tensor, k: Tensor, v: Tensor, *affine: Tensor | None, **options
 def chunked(
     q: Tensor, k: Tensor, v: Tensor, *affine: Tensor | None, chunk: int = 64, **options: Any
 ) -> Result:
-    """(3) within a chunk, (4) and (5) between chunks, O(N). Arguments: the head of this module."""
+    """(3) within a chunk, (4) and (5) between chunks, O(N). Arguments: the head of this module.
+
+    chunk: how many tokens a chunk has, at least 1.
+    """
+    chunk = check_size("chunk", chunk, 1)
     return _attend(partial(_chunked, chunk=chunk), q, k, v, *affine, **options)
 
 
@@ -188,7 +257,15 @@ def recurrent(q: Tensor, k: Tensor, v: Tensor, *affine: Tensor | None, **options
 def step(
     q: Tensor, k: Tensor, v: Tensor, state: State, *affine: Tensor | None, **options: Any
 ) -> tuple[Tensor, State]:
-    """One token of `recurrent`: q (B, Hq, d), k (B, Hkv, d), v (B, Hkv, dv) -> y (B, Hq, dv)."""
+    """One token of `recurrent`: q (B, Hq, d), k (B, Hkv, d), v (B, Hkv, dv) -> y (B, Hq, dv).
+
+    state: of B sequences, not updated: the result has the next one.
+    """
+    check_qkv(q, k, v, "", of_op=False)
+    features = num_features(options.get("feature_map", "outer"), q.shape[2])
+    check_state("state", state, (q.shape[0], k.shape[1], features, v.shape[2]), "sequences", q)
+    if options.get("cu_seqlens") is not None:
+        raise TypeError("cu_seqlens: expected None, as step takes one token of each sequence")
     q, k, v = (x.unsqueeze(2) for x in (q, k, v))
     y, state = recurrent(q, k, v, *affine, initial_state=state, return_state=True, **options)
     return y.squeeze(2), state
@@ -205,8 +282,8 @@ Form = Callable[[Tensor, Tensor, Tensor, Tensor, str, float | None], tuple[Tenso
 def _quadratic(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, feature_map: str, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    sums = sim(q, k, feature_map, scale).tril() @ v + query_features(q, feature_map, scale) @ state
-    return sums, state + key_features(k, feature_map).mT @ v
+    sums = _sim(q, k, feature_map, scale).tril() @ v + _query_features(q, feature_map, scale) @ state
+    return sums, state + _key_features(k, feature_map).mT @ v
 
 
 def _chunked(
@@ -230,8 +307,8 @@ def _recurrent(
 ) -> tuple[Tensor, Tensor]:
     sums = []
     for q_t, k_t, v_t in _split(1, q, k, v):
-        state = state + key_features(k_t, feature_map).mT @ v_t
-        sums.append(query_features(q_t, feature_map, scale) @ state)
+        state = state + _key_features(k_t, feature_map).mT @ v_t
+        sums.append(_query_features(q_t, feature_map, scale) @ state)
     return torch.cat(sums, -2), state
 
 
@@ -261,15 +338,29 @@ def _attend(
     cu_seqlens: Tensor | None = None,
 ) -> Result:
     """Everything around a form's sums: (1), groups of heads, sequences, the division of (3)."""
+    check_qkv(q, k, v, "N, ", of_op=False)
+    options = (feature_map, layer_norm, scale, eps, layer_norm_eps, normalize)
+    _, _, scale, eps, layer_norm_eps, normalize = check_options(*options, q.shape[3])
+    return_state = check_bool("return_state", return_state)
+    sequences = q.shape[0]
+    bounds = None if cu_seqlens is None else _bounds(cu_seqlens, q)
+    if bounds is not None:
+        sequences = len(bounds) - 1
+    if initial_state is not None:
+        sizes = (sequences, k.shape[1], num_features(feature_map, q.shape[3]), v.shape[3])
+        check_state("initial_state", initial_state, sizes, "sequences", q)
+        for part, x in zip(("kv", "k"), initial_state, strict=True):
+            check_memory(f"initial_state.{part}", x)
+    check_memory("v", v)
+
     dtype, kv_heads = q.dtype, k.shape[1]
-    q = normalise(*_widen(q, gamma_q, beta_q), layer_norm, layer_norm_eps)
-    k = normalise(*_widen(k, gamma_k, beta_k), layer_norm, layer_norm_eps)
+    q = _normalise(*_widen("q", q, gamma_q, beta_q), layer_norm, layer_norm_eps)
+    k = _normalise(*_widen("k", k, gamma_k, beta_k), layer_norm, layer_norm_eps)
     v = v.to(q.dtype)
     q = torch.unflatten(q, 1, (kv_heads, q.shape[1] // kv_heads))
     k = k.unsqueeze(2)
     v = torch.cat([v, torch.ones_like(v[..., :1])], -1).unsqueeze(2)
 
-    sequences = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     if initial_state is None:
         features = num_features(feature_map, k.shape[-1])
         state = v.new_zeros(sequences, kv_heads, 1, features, v.shape[-1])
@@ -283,10 +374,9 @@ def _attend(
         y = sums[..., :-1] / (sums[..., -1:] + eps) if normalize else sums[..., :-1]
         return y, state
 
-    if cu_seqlens is None:
+    if bounds is None:
         y, state = rows(0, q.shape[-2], state)
     else:
-        bounds = cu_seqlens.tolist()
         before, after = (
             v.new_zeros(*q.shape[:-2], length, v.shape[-1] - 1)
             for length in (bounds[0], q.shape[-2] - bounds[-1])
@@ -301,9 +391,12 @@ def _attend(
 
 
 def _widen(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None
+    name: str, x: Tensor, gamma: Tensor | None, beta: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The type that sums are taken in: float32, or float64 where x is float64."""
+    """The type that sums are taken in: float32, or float64 where x is float64. `name`: q or k, checked."""
+    check_memory(name, x)
+    for parameter, value in (("gamma", gamma), ("beta", beta)):
+        _check_affine(f"{parameter}_{name}", value, x)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
         x.to(dtype),
@@ -312,6 +405,43 @@ def _widen(
     )
 
 
-def _check(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+def _bounds(cu_seqlens: Tensor, q: Tensor) -> list[int]:
+    """The values of cu_seqlens, checked."""
+    index = check_index("cu_seqlens", cu_seqlens, q)
+    if q.shape[0] != 1:
+        raise fail("q", "batch size 1 where cu_seqlens is given", f"shape {tuple(q.shape)}")
+    bounds: list[int] = index.tolist()
+    if any(a > b for a, b in pairwise([0, *bounds, q.shape[2]])):
+        raise ValueError(
+            "cu_seqlens: must not decrease and must stay within 0 and the sequence length "
+            f"{q.shape[2]}, got {bounds}"
+        )
+    return bounds
+
+
+def _check_rows(name: str, x: object, dims: int) -> None:
+    """x (..., d), of at least `dims` dimensions and one feature."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    check_layout(name, x)
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point dtype, got {x.dtype}")
+    if x.dim() < dims or x.shape[-1] < 1:
+        allowed = f"at least {dims} dimensions, and one feature in the last"
+        raise fail(name, allowed, f"shape {tuple(x.shape)}")
+    check_memory(name, x)
+
+
+def _check_affine(name: str, parameter: Tensor | None, x: Tensor) -> None:
+    check_parameter(name, parameter, x.shape[1], x)
+    if parameter is not None:
+        check_memory(name, parameter)
+
+
+def _check_scale(scale: float | None) -> float | None:
+    return None if scale is None else check_number("scale", scale)
+
+
+def _check_name(name: str, value: object, allowed: tuple[str | None, ...]) -> None:
+    if not (value is None or isinstance(value, str)) or value not in allowed:
+        raise ValueError(f"{name}: must be one of {allowed}, got {value!r}")
