@@ -181,8 +181,80 @@ def test_chunk_linear_attn_defaults_and_mistakes():
         chunk_linear_attn(q, k, v, initial_state=(None, None), normalize=False)
     with pytest.raises(ValueError, match="initial_state: expected z of shape"):
         chunk_linear_attn(q, k, v, initial_state=(None, torch.zeros(2, 3, 5)))
-    with pytest.raises(ValueError, match=r"initial_state\.kv"):
+    with pytest.raises(ValueError, match="initial_state: expected kv of shape"):
         chunk_linear_attn(q, k, v, initial_state=torch.zeros(2, 3, 5, 8), normalize=False)
+
+
+NAN, INF = float("nan"), float("inf")
+BAD_REBASED = {
+    "eps": (NAN, INF, -1.0, "1", None, True),
+    "use_scale": (1, None, "yes", 0.5),
+    "use_normalize": (1, None, "yes"),
+    "return_both": (1, None, "yes"),
+    "head_first": (1, None, "yes"),
+    "q": (None, [1.0], torch.zeros(2, 37, 3), torch.zeros(2, 37, 4, 5), torch.zeros(2, 37, 3, 5).long()),
+    "k": (None, [1.0], torch.zeros(2, 37, 3), torch.zeros(2, 36, 3, 5), torch.zeros(2, 37, 3, 5).half()),
+    "v": (None, [1.0], torch.zeros(2, 37, 3), torch.zeros(2, 36, 3, 5), torch.zeros(2, 37, 3, 257)),
+}
+
+
+@pytest.mark.parametrize("name", BAD_REBASED)
+@pytest.mark.parametrize("options", [{}, {"return_both": True}, {"head_first": True}], ids=str)
+def test_parallel_rebased_names_its_own_argument(name, options):
+    given = dict(zip("qkv", _qkv(torch.float32), strict=True))
+    if options.get("head_first"):
+        given = {key: x.transpose(1, 2) for key, x in given.items()}
+    for value in BAD_REBASED[name]:
+        if options.get("head_first") and isinstance(value, Tensor) and value.dim() == 4:
+            value = value.transpose(1, 2)
+        with pytest.raises((ValueError, TypeError), match=f"^{name}: "):
+            parallel_rebased(**{**given, **options, name: value})
+
+
+BAD_LINEAR = {
+    "scale": (NAN, INF, "1", True, torch.tensor(1.0)),
+    "output_final_state": (1, None, "yes"),
+    "normalize": (1, None, "yes"),
+    "cu_seqlens": ([0, 37], torch.tensor([0.0, 37.0]), torch.tensor([[0, 37]]), torch.tensor([0, 38])),
+    "initial_state": (
+        [None, None],
+        "x",
+        (None,),
+        (None, None, None),
+        ("kv", None),
+        (None, 1.0),
+        torch.zeros(2, 3, 5, 8),
+        torch.zeros(3, 3, 5, 7),
+        torch.zeros(1, 3, 5, 7).long(),
+        torch.zeros(1, 3, 5, 7, dtype=torch.complex64),
+        torch.zeros(1, 3, 5, 7).to_sparse(),
+        torch.zeros(1, 3, 5, 7, device="meta"),
+        (None, torch.zeros(1, 1, 3, 6)),
+        (None, torch.zeros(1, 1, 3, 5).int()),
+        (None, torch.zeros(1, 1, 3, 5, device="meta")),
+        (torch.zeros(3, 5, 7), None),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINEAR)
+def test_chunk_linear_attn_names_its_own_argument(name):
+    q, k, v = _qkv(torch.float32, positive=True, batch=1)
+    states: dict[str, Any] = {"initial_state": torch.zeros(1, 3, 5, 7)}
+    for value in BAD_LINEAR[name]:
+        for more in ({}, states):  # a state is read before the op checks
+            with pytest.raises((ValueError, TypeError), match=f"^(rebased_cuda: )?{name}: "):
+                chunk_linear_attn(q, k, v, **{**more, name: value})
+
+
+def test_an_initial_state_of_any_floating_dtype():
+    q, k, v = _qkv(torch.float32, positive=True)
+    kv, z = torch.rand(2, 3, 5, 7), torch.rand(2, 1, 3, 5)
+    expected, _ = chunk_linear_attn(q, k, v, initial_state=(kv.double(), z.double()))
+    given, _ = chunk_linear_attn(q, k, v, initial_state=(kv, z))
+    assert torch.equal(given, expected)
+    nothing, _ = chunk_linear_attn(q, k, v, initial_state=(None, None))
+    assert torch.equal(nothing, chunk_linear_attn(q, k, v)[0])
 
 
 @pytest.mark.parametrize(
@@ -336,3 +408,51 @@ def test_mixer_defaults():
 def test_mixer_mistakes(argument, arguments):
     with pytest.raises(ValueError, match=f"^{argument}: expected"):
         ReBased(768, **arguments)
+
+
+BAD_MIXER = {
+    "d_model": (0, -1, 12.0, "12", None, True),
+    "feature_dim": (0, 129, 5.0, "5", None, True),
+    "num_heads": (0, 3.0, "3", None, True),
+    "num_key_value_heads": (0, 2, 3.0, "3", None, True),
+    "eps": (NAN, INF, -1e-5, "1", None, True),
+    "causal": (False, 1, "yes", None),
+    "mode": ("chunk", None, 1, ["parallel"]),
+    "use_beta": (1, "True", None),
+    "use_gamma": (1, "True", None),
+    "normalize": (1, "True", None),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MIXER)
+def test_mixer_names_its_own_argument(name):
+    good = {"d_model": 12, "feature_dim": 5, "num_heads": 3, "num_key_value_heads": 3}
+    for value in BAD_MIXER[name]:
+        with pytest.raises((ValueError, TypeError), match=f"^{name}: "):
+            ReBased(**{**good, name: value})
+
+
+def test_mixer_names_hidden_states():
+    mixer = ReBased(12, feature_dim=5, num_key_value_heads=3, num_heads=3)
+    for x in (None, [1.0], torch.zeros(2, 12), torch.zeros(2, 5, 13), torch.zeros(2, 5, 12).to_sparse()):
+        with pytest.raises((ValueError, TypeError), match=r"^hidden_states: "):
+            mixer(x)
+    with pytest.raises(TypeError, match=r"^attention_mask: "):
+        mixer(torch.zeros(2, 5, 12), [1, 1])
+
+
+@pytest.mark.parametrize("use_beta", [True, False])
+def test_the_mixers_gamma_comes_from_a_call(use_beta):
+    """As that of ReBasedAttention, so that a hook on ln_q or ln_k fires."""
+    mixer = ReBased(12, 2048, 5, 3, 3, use_beta=use_beta, normalize=False).double()
+    calls = []
+    for norm in (mixer.ln_q, mixer.ln_k):
+        norm.register_forward_hook(lambda module, given, result: calls.append(module))
+    mixer(torch.randn(2, 5, 12, dtype=torch.float64))
+    assert calls == [mixer.ln_q, mixer.ln_k]
+    with torch.no_grad():
+        mixer.ln_q.gamma.uniform_(), mixer.ln_q.beta.uniform_()
+    x = torch.randn(4, 15, dtype=torch.float64)
+    gamma, beta = mixer.ln_q(None)
+    assert torch.equal(mixer.ln_q(x), x * gamma if beta is None else x * gamma + beta)
+    assert (beta is not None) == use_beta

@@ -26,11 +26,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import MAX_FEATURE_DIM, MAX_HEAD_DIM
+from ._checks import (
+    MAX_FEATURE_DIM,
+    MAX_HEAD_DIM,
+    check_bool,
+    check_call,
+    check_number,
+    check_tensor,
+    fail,
+)
 from .attention import rebased_attention
 from .autograd import accumulator
 from .layers import ReBasedAttention
-from .state import IDENTITY, RebasedState
+from .state import IDENTITY, RebasedState, check_layout, check_memory, check_size
 
 __all__ = ["ReBased", "chunk_linear_attn", "parallel_rebased"]
 
@@ -63,10 +71,14 @@ def parallel_rebased(
     Raises:
         ValueError, TypeError: as `rebased_attention`; also v: return_both takes V up to 255.
     """
-    if not head_first:
-        q, k, v = (_head_first(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    check_bool("use_scale", use_scale)
+    check_bool("return_both", return_both)
+    head_first = check_bool("head_first", head_first)
+    use_normalize = check_bool("use_normalize", use_normalize)
+    q, k, v = (_head_first(name, x, head_first) for name, x in (("q", q), ("k", k), ("v", v)))
     options: dict[str, Any] = {"scale": None if use_scale else 1.0, "eps": eps}
     if return_both:
+        check_memory("v", v)  # which is copied below
         if v.shape[-1] == MAX_HEAD_DIM:
             raise ValueError(
                 f"v: expected a width up to {MAX_HEAD_DIM - 1} with return_both, got {v.shape[-1]}"
@@ -95,7 +107,7 @@ def chunk_linear_attn(
         v: (B, T, H, V), V up to 256.
         scale: K ** -0.5 when None.
         initial_state: without normalize (B, H, K, V); with it (kv, z), z (B, 1, H, K), either of them None
-            for zeros, or kv alone.
+            for zeros, or kv alone. In any floating-point dtype, on q's device.
         output_final_state: also return the state after the last token, of the same shape, float32.
         normalize: divide by the sum of sim + 1e-10.
         cu_seqlens: (S + 1,): S sequences packed along T; B must be 1, and states have first dimension S.
@@ -106,27 +118,40 @@ def chunk_linear_attn(
     Raises:
         ValueError, TypeError: as `rebased_attention`.
     """
-    q, k, v = (_head_first(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    q, k, v = (_head_first(name, x, False) for name, x in (("q", q), ("k", k), ("v", v)))
     feature_dim = q.shape[-1]
     if feature_dim > MAX_FEATURE_DIM:
         raise ValueError(
             f"q: expected up to {MAX_FEATURE_DIM} features, got {feature_dim}; those of a map that this "
             "package has need not be made: see rebased_attention's feature_map"
         )
-    sums = accumulator(q.dtype)
-    scale = feature_dim**-0.5 if scale is None else scale
-    result = rebased_attention(
-        q,
-        k,
-        v,
-        gamma_q=torch.full((feature_dim,), scale, dtype=sums, device=q.device),
-        feature_map=IDENTITY,
-        eps=1e-10,
-        normalize=normalize,
-        initial_state=_initial_state(initial_state, q, k, v, normalize, cu_seqlens),
-        return_state=output_final_state,
-        cu_seqlens=cu_seqlens,
-    )
+    scale = feature_dim**-0.5 if scale is None else check_number("scale", scale)
+    normalize = check_bool("normalize", normalize)
+    output_final_state = check_bool("output_final_state", output_final_state)
+    options: dict[str, Any] = {
+        "feature_map": IDENTITY,
+        "eps": 1e-10,
+        "normalize": normalize,
+        "return_state": output_final_state,
+        "cu_seqlens": cu_seqlens,
+    }
+    initial = None
+    if initial_state is not None:
+        # what the state is held to must itself be right
+        check_call(
+            q,
+            k,
+            v,
+            *[None] * 4,
+            **options,
+            layer_norm=None,
+            scale=1.0,
+            layer_norm_eps=0.0,
+            initial_state=None,
+        )
+        initial = _initial_state(initial_state, q, k, v, normalize, cu_seqlens)
+    gamma = torch.full((feature_dim,), scale, dtype=accumulator(q.dtype), device=q.device)
+    result = rebased_attention(q, k, v, gamma_q=gamma, initial_state=initial, **options)
     if not isinstance(result, tuple):
         return result.transpose(1, 2), None
     o, state = result
@@ -134,37 +159,44 @@ def chunk_linear_attn(
 
 
 def _initial_state(
-    given: Tensor | tuple[Tensor | None, Tensor | None] | None,
+    given: Tensor | tuple[Tensor | None, Tensor | None],
     q: Tensor,
     k: Tensor,
     v: Tensor,
     normalize: bool,
     cu_seqlens: Tensor | None,
 ) -> RebasedState | None:
-    kv, z = given if isinstance(given, tuple) else (given, None)
+    """`given` as the operator takes it; q, k, v and cu_seqlens are checked."""
     if isinstance(given, tuple) and not normalize:
         raise TypeError("initial_state: expected one tensor (B, H, K, V) without normalize, got a tuple")
-    if kv is None and z is None:
-        return None
+    parts = given if isinstance(given, tuple) else (given, None)
+    if len(parts) != 2 or not all(x is None or isinstance(x, Tensor) for x in parts):
+        kinds = ", ".join(type(x).__name__ for x in parts)
+        raise TypeError(f"initial_state: expected a tensor, or (kv, z) with normalize, got {kinds}")
     states = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    sizes = (states, k.shape[1], q.shape[-1])
-    if z is not None and tuple(z.shape) != (states, 1, *sizes[1:]):
-        raise ValueError(
-            f"initial_state: expected z of shape {(states, 1, *sizes[1:])}, got {tuple(z.shape)}"
-        )
+    shapes = ((states, k.shape[1], q.shape[-1], v.shape[-1]), (states, 1, k.shape[1], q.shape[-1]))
     sums = accumulator(q.dtype)
-    return RebasedState(
-        q.new_zeros(*sizes, v.shape[-1], dtype=sums) if kv is None else kv.to(sums),
-        q.new_zeros(sizes, dtype=sums) if z is None else z.squeeze(1).to(sums),
-    )
+    made = []
+    for part, x, shape in zip(("kv", "z"), parts, shapes, strict=True):
+        if x is None:
+            made.append(q.new_zeros(shape, dtype=sums))
+            continue
+        check_layout("initial_state", x)
+        if tuple(x.shape) != shape:
+            raise fail("initial_state", f"{part} of shape {shape}", tuple(x.shape))
+        if not x.is_floating_point():
+            raise TypeError(f"initial_state: expected {part} of a floating-point dtype, got {x.dtype}")
+        if x.device != q.device:
+            raise fail("initial_state", f"{part} on q's device {q.device}", x.device)
+        check_memory("initial_state", x)
+        made.append(x.to(sums))
+    return RebasedState(made[0], made[1].squeeze(1))
 
 
-def _head_first(name: str, x: Tensor) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if x.dim() != 4:
-        raise ValueError(f"{name}: expected shape (B, T, H, width), got {tuple(x.shape)}")
-    return x.transpose(1, 2)
+def _head_first(name: str, x: Tensor, already: bool) -> Tensor:
+    """(B, H, T, width) of x (B, T, H, width), or of one that is so `already`."""
+    check_tensor(name, x, 4, "(B, H, T, width)" if already else "(B, T, H, width)")
+    return x if already else x.transpose(1, 2)
 
 
 class ReBased(ReBasedAttention):
@@ -181,7 +213,8 @@ class ReBased(ReBasedAttention):
             dict), or none of the three.
 
     Raises:
-        ValueError: a combination that the original cannot run either; the message names the argument.
+        ValueError, TypeError: an argument is not as above, or a combination that the original cannot run
+            either; the message names the argument.
     """
 
     def __init__(
@@ -199,6 +232,11 @@ class ReBased(ReBasedAttention):
         use_gamma: bool = True,
         normalize: bool = True,
     ) -> None:
+        d_model = check_size("d_model", d_model, 1)
+        num_heads = check_size("num_heads", num_heads, 1)
+        num_key_value_heads = check_size("num_key_value_heads", num_key_value_heads, 1)
+        causal, normalize = check_bool("causal", causal), check_bool("normalize", normalize)
+        use_beta, use_gamma = check_bool("use_beta", use_beta), check_bool("use_gamma", use_gamma)
         if num_key_value_heads != num_heads:
             raise ValueError(
                 f"num_key_value_heads: expected num_heads {num_heads}, got {num_key_value_heads}; "
@@ -232,11 +270,17 @@ class ReBased(ReBasedAttention):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> Tensor:
         """`ReBasedAttention.forward`; other keywords have no effect, as in the original."""
-        return super().forward(hidden_states, attention_mask)
+        try:
+            return super().forward(hidden_states, attention_mask)
+        except (ValueError, TypeError) as error:  # which calls hidden_states x
+            kind, message = type(error), str(error)
+            if not message.startswith("x:"):
+                raise
+        raise kind("hidden_states" + message[1:])
 
 
 class _Scaler(nn.Module):
-    """gamma and beta under the names of the original, where the layer finds them as weight and bias."""
+    """gamma and beta under the names of the original, called by the layer as its own `QueryKeyNorm` is."""
 
     def __init__(self, width: int, use_beta: bool) -> None:
         super().__init__()
@@ -244,10 +288,9 @@ class _Scaler(nn.Module):
         self.beta = nn.Parameter(torch.zeros(width))
         self.use_beta = use_beta
 
-    @property
-    def weight(self) -> Tensor:
-        return self.gamma
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.beta if self.use_beta else None
+    def forward(self, input: Tensor | None) -> Tensor | tuple[Tensor, Tensor | None]:
+        """gamma * input + beta; of None, copies of gamma and beta, None for a beta that has no effect."""
+        gamma, beta = self.gamma, self.beta if self.use_beta else None
+        if input is None:
+            return gamma.clone(), None if beta is None else beta.clone()
+        return input * gamma if beta is None else input * gamma + beta
