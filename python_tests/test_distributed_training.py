@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as distributed_checkpoint
 from conftest import EMULATED
+from problems import relative_error
 from processes import Processes
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from rebased_cuda import GatedShortConvolution, ReBasedAttention
@@ -140,3 +145,36 @@ def test_a_checkpoint_of_two_processes_loads_into_one(two_processes, expected, h
     assert not any(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     with torch.no_grad():
         assert loss_of(model, *batch(STEPS)).item() == pytest.approx(expected[-1], rel=1e-10)
+
+
+def _copies_share_the_group() -> None:
+    """A copy works over the processes as the original does; what is loaded takes whole sequences again."""
+    model = make_model()
+    x = torch.randn(2, 8, WIDTH, dtype=torch.float64)
+    layers = nn.Sequential(*model.blocks)
+    whole = layers(x)
+    context_parallelize(layers)
+    rows = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+    for other in (copy.deepcopy(layers), copy.copy(layers), AveragedModel(layers).module):
+        groups = [layer.context_parallel_group for layer in other if hasattr(layer, "context_parallel_group")]
+        assert groups == [dist.group.WORLD] * 3
+        assert relative_error(other(x[:, rows]), whole[:, rows]) <= 1e-12
+
+    averaged = AveragedModel(layers)
+    averaged.update_parameters(layers)
+    assert relative_error(averaged(x[:, rows]), whole[:, rows]) <= 1e-12
+
+    file = io.BytesIO()
+    torch.save(layers, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for other in (loaded, pickle.loads(pickle.dumps(layers)), copy.deepcopy(loaded)):
+        assert not any(getattr(layer, "context_parallel_group", None) for layer in other)
+        assert relative_error(other(x), whole) <= 1e-12
+        context_parallelize(other)
+        assert relative_error(other(x[:, rows]), whole[:, rows]) <= 1e-12
+    assert relative_error(layers(x[:, rows]), whole[:, rows]) <= 1e-12  # the original kept its own
+
+
+def test_copies_share_the_group(two_processes):
+    two_processes.run(_copies_share_the_group)

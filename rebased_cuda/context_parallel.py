@@ -449,13 +449,23 @@ def context_parallelize(module: LayerModule, group: Group = None) -> LayerModule
     `prefill` go over the group; `step` stays as it is, on the state that prefill gives to every rank.
     Parameters stay what they are: synchronise their gradients over the group, as for data parallelism.
 
+    A copy of the module (copy.deepcopy, torch.optim.swa_utils.AveragedModel) shares the group, and takes part
+    in its exchanges. torch.save of the module leaves the group out: a loaded one takes its input for whole
+    sequences, until this function gives it the group of the process that loaded it.
+
     Args:
         module: changed in place.
         group: as in `context_parallel_rebased_attention`; None takes all processes.
 
     Returns:
         module.
+
+    Raises:
+        ValueError, TypeError: module is no nn.Module, or group is not as above; no layer is changed.
+        RuntimeError: torch.distributed is not initialised.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     group = process_group(group)
     for layer in module.modules():
         if isinstance(layer, (ReBasedAttention, GatedShortConvolution)):

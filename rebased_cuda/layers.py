@@ -89,7 +89,40 @@ class QueryKeyNorm(nn.LayerNorm):
         return input if self.bias is None else input + self.bias
 
 
-class ReBasedAttention(nn.Module):
+class _SharedGroup:
+    """A process group as a layer holds it: a copy of the layer shares it, a pickle leaves it out."""
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SharedGroup:
+        return self
+
+    def __reduce__(self) -> tuple[type[_SharedGroup], tuple[None]]:
+        return _SharedGroup, (None,)
+
+
+class _ContextParallelLayer(nn.Module):
+    """A layer that context_parallelize can give a process group."""
+
+    _shared_group = _SharedGroup(None)
+
+    @property
+    def context_parallel_group(self) -> ProcessGroup | None:
+        """Set by context_parallelize: the input is then this rank's rows of a sequence over the group.
+
+        copy.deepcopy gives a layer with the same group. A pickle, and so torch.save of a module, leaves the
+        group out, since it means nothing to another process: what is loaded takes its input for whole
+        sequences until context_parallelize is called for it.
+        """
+        return self._shared_group.group
+
+    @context_parallel_group.setter
+    def context_parallel_group(self, group: ProcessGroup | None) -> None:
+        self._shared_group = _SharedGroup(group)
+
+
+class ReBasedAttention(_ContextParallelLayer):
     """Multi-head ReBased attention: projections, LayerNorm and affine of q and k, linear attention.
 
     With the defaults it is the authors' layer, in arithmetic and in the names of its state dict, so that
@@ -115,9 +148,6 @@ class ReBasedAttention(nn.Module):
     Raises:
         ValueError: a size or a name is out of range; the message names the argument.
     """
-
-    context_parallel_group: ProcessGroup | None = None
-    """Set by context_parallelize: x is then this rank's rows of a sequence over the group."""
 
     def __init__(
         self,
@@ -329,7 +359,7 @@ class ReBasedAttention(nn.Module):
         return output
 
 
-class GatedShortConvolution(nn.Module):
+class GatedShortConvolution(_ContextParallelLayer):
     """y = u + conv(u) * proj(u): what a token and the few before it say, without attention.
 
     conv is a causal depthwise convolution over time with bias, proj a Linear with bias. State-dict names:
@@ -342,9 +372,6 @@ class GatedShortConvolution(nn.Module):
     Raises:
         ValueError: a size is less than 1.
     """
-
-    context_parallel_group: ProcessGroup | None = None
-    """Set by context_parallelize: u is then this rank's rows of a sequence over the group."""
 
     def __init__(self, hidden_size: int, kernel_size: int = 3) -> None:
         super().__init__()
