@@ -2,7 +2,9 @@
 
 import copy
 import io
+import re
 
+import numpy as np
 import pytest
 import torch
 from problems import MAPS, NORMS, relative_error
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 
 from rebased_cuda import GatedShortConvolution, ReBasedAttention, RebasedState, reference
 
+SIZES = ("hidden_size", "num_heads", "feature_dim", "num_kv_heads", "head_dim")
 SMALL = {"hidden_size": 24, "num_heads": 4, "feature_dim": 5}
 MASKS = {
     "right": [[1] * 9, [1] * 5 + [0] * 4, [0] * 9],
@@ -287,22 +290,78 @@ def test_step_is_for_inference(make):
         ({"head_dim": 0}, "head_dim"),
         ({"head_dim": 257}, "head_dim"),
         ({"feature_map": "cube"}, "feature_map"),
+        ({"feature_map": 2}, "feature_map"),
+        ({"feature_map": None}, "feature_map"),
+        ({"feature_map": ["outer"]}, "feature_map"),
         ({"layer_norm": "batch"}, "layer_norm"),
+        ({"layer_norm": ["token"]}, "layer_norm"),
+        ({"layer_norm": True}, "layer_norm"),
+        ({"scale": float("nan")}, "scale"),
+        ({"scale": float("inf")}, "scale"),
+        ({"eps": -1}, "eps"),
+        ({"eps": float("nan")}, "eps"),
+        ({"eps": np.float32(-1)}, "eps"),
+        ({"layer_norm_eps": -1e-5}, "layer_norm_eps"),
+        ({"layer_norm_eps": float("inf")}, "layer_norm_eps"),
     ],
     ids=str,
 )
-def test_bad_sizes_are_named(arguments, name):
-    with pytest.raises(
-        ValueError, match=f"^{name}: .*{next(iter(arguments.values()))}" if name in arguments else name
-    ):
+def test_what_a_call_would_refuse_the_constructor_refuses(arguments, name):
+    given = re.escape(str(next(iter(arguments.values())))) if name in arguments else ""
+    with pytest.raises(ValueError, match=f"^{name}: .*{given}"):
         ReBasedAttention(**{**SMALL, **arguments})
 
 
 @pytest.mark.parametrize(
-    ("arguments", "name"), [({"hidden_size": 0}, "hidden_size"), ({"kernel_size": 0}, "kernel_size")]
+    ("name", "value"),
+    [
+        *((name, value) for name in ("scale", "eps", "layer_norm_eps") for value in ("1", [1.0], True, 1j)),
+        *((name, None) for name in ("eps", "layer_norm_eps", "use_gamma", "use_beta")),
+        *((name, value) for name in ("use_gamma", "use_beta") for value in ("True", 1, [True])),
+        *((name, value) for name in SIZES for value in (4.0, "4", True, np.float32(4), np.True_, [4])),
+    ],
 )
-def test_bad_sizes_of_the_convolution_are_named(arguments, name):
-    with pytest.raises(ValueError, match=f"^{name}: .*0"):
+def test_arguments_of_the_wrong_type_are_refused_by_the_constructor(name, value):
+    with pytest.raises(TypeError, match=f"^{name}: .*{type(value).__name__}"):
+        ReBasedAttention(**{**SMALL, name: value})
+
+
+def test_numbers_of_numpy_are_taken():
+    sizes = {"hidden_size": 24, "num_heads": 4, "feature_dim": 5, "num_kv_heads": 2, "head_dim": 3}
+    numbers = {"scale": 0.5, "eps": 0.25, "layer_norm_eps": 0.125}  # exact in every width
+    flags = {"use_gamma": True, "use_beta": False}
+    plain = ReBasedAttention(**sizes, **numbers, **flags)
+    for integer, real in ((np.int64, np.float64), (np.int32, np.float32), (np.uint8, np.float16)):
+        layer = ReBasedAttention(
+            **{name: integer(size) for name, size in sizes.items()},
+            **{name: real(number) for name, number in numbers.items()},
+            **{name: np.bool_(flag) for name, flag in flags.items()},
+        )
+        layer.load_state_dict(plain.state_dict())
+        for name, value in {**sizes, **numbers}.items():
+            assert type(getattr(layer, name)) is type(value)
+            assert getattr(layer, name) == value
+        x = tokens(dtype=torch.float32)
+        assert torch.equal(layer(x), plain(x))
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x), plain(x))
+    convolution = GatedShortConvolution(np.int64(24), np.int32(2))
+    assert convolution(tokens(dtype=torch.float32)).shape == (3, 9, 24)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "error"),
+    [
+        ({"hidden_size": 0}, "hidden_size", ValueError),
+        ({"kernel_size": 0}, "kernel_size", ValueError),
+        ({"hidden_size": 24.0}, "hidden_size", TypeError),
+        ({"kernel_size": True}, "kernel_size", TypeError),
+        ({"kernel_size": None}, "kernel_size", TypeError),
+    ],
+    ids=str,
+)
+def test_bad_sizes_of_the_convolution_are_named(arguments, name, error):
+    with pytest.raises(error, match=f"^{name}: "):
         GatedShortConvolution(**{"hidden_size": 24, **arguments})
 
 
@@ -338,12 +397,6 @@ def test_nan_at_padding_reaches_nothing(make):
     y.sum().backward()
     assert y.isfinite().all()
     assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
-
-
-@pytest.mark.parametrize("name", ["hidden_size", "num_heads", "feature_dim", "num_kv_heads", "head_dim"])
-def test_sizes_must_be_integers(name):
-    with pytest.raises(TypeError, match=f"^{name}: "):
-        ReBasedAttention(**{"hidden_size": 48, name: 4.0})
 
 
 @every_layer

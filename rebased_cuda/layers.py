@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor, nn
 
-from ._checks import MAX_FEATURE_DIM, MAX_HEAD_DIM
+from ._checks import check_bool, check_options, fail
 from .attention import rebased_attention, rebased_attention_step
 from .reference import attention_matrix
-from .state import RebasedState, num_features
+from .state import MAX_FEATURE_DIM, MAX_HEAD_DIM, RebasedState, check_size
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -145,8 +145,10 @@ class ReBasedAttention(_ContextParallelLayer):
         layer_norm: "token" (over all heads' features of a token together, the authors'), "head" or None.
         use_gamma, use_beta: False leaves gamma (ln_q.weight, ln_k.weight) or beta (the .bias) out.
 
+    NumPy's numbers are taken as Python's are.
+
     Raises:
-        ValueError: a size or a name is out of range; the message names the argument.
+        ValueError, TypeError: an argument is not as above; the message names it.
     """
 
     def __init__(
@@ -166,18 +168,18 @@ class ReBasedAttention(_ContextParallelLayer):
         layer_norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        _check_size("hidden_size", hidden_size)
-        _check_size("num_heads", num_heads)
-        _check_size("feature_dim", feature_dim, MAX_FEATURE_DIM)
+        hidden_size = check_size("hidden_size", hidden_size, 1)
+        num_heads = check_size("num_heads", num_heads, 1)
+        feature_dim = check_size("feature_dim", feature_dim, 1, MAX_FEATURE_DIM)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _check_size("num_kv_heads", num_kv_heads, num_heads)
+        num_kv_heads = check_size("num_kv_heads", num_kv_heads, 1, num_heads)
         if num_heads % num_kv_heads != 0:
-            raise ValueError(f"num_kv_heads: expected a divisor of num_heads {num_heads}, got {num_kv_heads}")
+            raise fail("num_kv_heads", f"a divisor of num_heads {num_heads}", num_kv_heads)
         head_dim = hidden_size // num_kv_heads if head_dim is None else head_dim
-        _check_size("head_dim", head_dim, MAX_HEAD_DIM)
-        num_features(feature_map, feature_dim)  # raises for an unknown map
-        if layer_norm not in ("token", "head", None):
-            raise ValueError(f'layer_norm: expected "token", "head" or None, got {layer_norm!r}')
+        head_dim = check_size("head_dim", head_dim, 1, MAX_HEAD_DIM)
+        options = check_options(feature_map, layer_norm, scale, eps, layer_norm_eps, True, feature_dim)
+        _, _, checked_scale, eps, layer_norm_eps, _ = options
+        use_gamma, use_beta = check_bool("use_gamma", use_gamma), check_bool("use_beta", use_beta)
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -185,7 +187,7 @@ class ReBasedAttention(_ContextParallelLayer):
         self.head_dim = head_dim
         self.feature_map = feature_map
         self.layer_norm = layer_norm
-        self.scale = scale
+        self.scale = None if scale is None else checked_scale
         self.eps = eps
         self.layer_norm_eps = layer_norm_eps
 
@@ -370,15 +372,13 @@ class GatedShortConvolution(_ContextParallelLayer):
         kernel_size: how many tokens the convolution sees, the present one included.
 
     Raises:
-        ValueError: a size is less than 1.
+        ValueError, TypeError: a size is not an integer of at least 1; the message names it.
     """
 
     def __init__(self, hidden_size: int, kernel_size: int = 3) -> None:
         super().__init__()
-        _check_size("hidden_size", hidden_size)
-        _check_size("kernel_size", kernel_size)
-        self.hidden_size = hidden_size
-        self.kernel_size = kernel_size
+        self.hidden_size = hidden_size = check_size("hidden_size", hidden_size, 1)
+        self.kernel_size = kernel_size = check_size("kernel_size", kernel_size, 1)
         self.conv = nn.Conv1d(hidden_size, hidden_size, kernel_size, groups=hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
@@ -450,14 +450,6 @@ def _refuse_mask(attention_mask: Tensor | None) -> None:
 def _refuse_gradients(layer: str, *tensors: Tensor) -> None:
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise RuntimeError(f"{layer}.step is for inference: call it under torch.no_grad().")
-
-
-def _check_size(name: str, value: int, largest: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < 1 or (largest is not None and value > largest):
-        allowed = "at least 1" if largest is None else f"from 1 to {largest}"
-        raise ValueError(f"{name}: expected {allowed}, got {value}")
 
 
 def _check_shape(name: str, x: Tensor, shape: tuple[int | str, ...]) -> None:
