@@ -3,6 +3,7 @@
 import copy
 import io
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -399,15 +400,259 @@ def test_nan_at_padding_reaches_nothing(make):
     assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
 
 
+def freed(x):
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def jagged(x):
+    return torch.nested.nested_tensor(list(x.unbind()), layout=torch.jagged)
+
+
+WRONG_TENSORS = {
+    "list": lambda x: x.tolist(),
+    "numpy": lambda x: x.numpy(),
+    "none": lambda x: None,
+    "integers": lambda x: x.long(),
+    "bool": lambda x: x.bool(),
+    "complex": lambda x: x.to(torch.complex128),
+    "another dtype": lambda x: x.float(),
+    "half": lambda x: x.half(),
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+    "sparse": lambda x: x.to_sparse(),
+    "compressed": lambda x: x.reshape(-1, 24).to_sparse_csr(),
+    "mkldnn": lambda x: x.float().to_mkldnn(),
+    "nested": jagged,
+    "quantized": lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
+    "meta": lambda x: x.to("meta"),
+    "freed": freed,
+    "flat": lambda x: x.flatten(),
+    "narrow": lambda x: x[..., 1:],
+}
+OPERATIONS = {
+    "forward": lambda layer, x: layer(x),
+    "masked": lambda layer, x: layer(x, torch.ones(3, 9, dtype=torch.bool, device=device_of(x))),
+    "prefill": lambda layer, x: layer.prefill(x),
+    "attention_matrix": lambda layer, x: layer.attention_matrix(x),
+}
+
+
+def device_of(x):
+    return x.device if isinstance(x, torch.Tensor) else "cpu"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # prototypes of torch: sparse and nested tensors
 @every_layer
-def test_arguments_of_the_wrong_type_are_named(make):
-    layer, x = make(), tokens()
-    with pytest.raises(TypeError, match=r"^(x|u): "):
-        layer([1.0])
-    with pytest.raises(TypeError, match=r"^attention_mask: "):
-        layer(x, [[1, 0]])
-    with pytest.raises(ValueError, match=r"^attention_mask: expected x's device"):
-        layer(x, torch.ones(x.shape[:2], dtype=torch.bool, device="meta"))
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+@pytest.mark.parametrize("wrong", WRONG_TENSORS.values(), ids=WRONG_TENSORS)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_wrong_input_is_named(make, operation, wrong, grad):
+    if operation is OPERATIONS["attention_matrix"] and make is convolution:
+        pytest.skip("a convolution has none")
+    layer = make()
+    name = "x" if make is attention else "u"
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises((TypeError, ValueError), match=rf"^{name}: (expected|its storage)"),
+    ):
+        operation(layer, wrong(tokens()))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@torch.no_grad()
+@every_layer
+@pytest.mark.parametrize("wrong", WRONG_TENSORS.values(), ids=WRONG_TENSORS)
+def test_a_wrong_token_is_named_and_nothing_is_written(make, wrong):
+    """A token of another dtype or device than cache and weights is as well the cache that is wrong."""
+    layer = make()
+    _, state = layer.prefill(tokens())
+    before = flat(state).clone()
+    name = "x_t" if make is attention else "(u_t|cache: expected u_t's)"
+    with pytest.raises((TypeError, ValueError), match=f"^{name}"):
+        layer.step(wrong(tokens()[:, 0]), state)
+    assert torch.equal(flat(state), before)
+
+
+@every_layer
+def test_autocast_decides_which_dtypes_meet(make):
+    layer, x = make(dtype=torch.float32), tokens(dtype=torch.float32)
+    words = rf"^{'x' if make is attention else 'u'}: expected the weights' dtype torch.float32, got torch."
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        assert relative_error(layer(x.bfloat16()), expected) < 5e-2
+        with pytest.raises(TypeError, match=words + "float64"):
+            layer(x.double())
+    with pytest.raises(TypeError, match=words + "bfloat16"):
+        layer(x.bfloat16())
+
+
+@every_layer
+def test_an_error_that_does_not_lie_in_the_input_stays_what_it_is(make):
+    layer = make()
+
+    def fail(*_):
+        raise RuntimeError("of the hook")
+
+    layer.get_submodule("proj_v" if make is attention else "conv").register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match=r"^of the hook$"):
+        layer(tokens())
+
+
+WRONG_MASKS = {
+    "list": lambda mask: mask.tolist(),
+    "numpy": lambda mask: mask.numpy(),
+    "float": lambda mask: mask.float(),
+    "complex": lambda mask: mask.to(torch.complex64),
+    "short": lambda mask: mask[:, 1:],
+    "one row": lambda mask: mask[0],
+    "four dimensions": lambda mask: mask[:, None, None],
+    "meta": lambda mask: mask.to("meta"),
+    "sparse": lambda mask: mask.to_sparse(),
+    "nested": jagged,
+    "quantized": lambda mask: torch.quantize_per_tensor(mask.float(), 1.0, 0, torch.quint8),
+    "freed": freed,
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@every_layer
+@pytest.mark.parametrize("wrong", WRONG_MASKS.values(), ids=WRONG_MASKS)
+def test_a_wrong_mask_is_named(make, wrong):
+    with pytest.raises((TypeError, ValueError), match=r"^attention_mask: (expected|its storage)"):
+        make()(tokens(), wrong(torch.ones(3, 9, dtype=torch.int64)))
+
+
+def interleaved(cache):
+    """Memory in which rows of a batch overlap, as sliding windows do."""
+    return torch.zeros(200, dtype=cache.dtype).as_strided(cache.shape, (1, 2, 1))
+
+
+WRONG_CACHES = {
+    "none": lambda cache: None,
+    "numpy": lambda cache: cache.numpy(),
+    "tuple": lambda cache: (cache, cache),
+    "dtype": lambda cache: cache.float(),
+    "integers": lambda cache: cache.long(),
+    "short": lambda cache: cache[..., 1:],
+    "batch": lambda cache: cache[1:],
+    "transposed": lambda cache: cache.mT,
+    "meta": lambda cache: cache.to("meta"),
+    "sparse": lambda cache: cache.to_sparse(),
+    "nested": jagged,
+    "freed": freed,
+    "one row for all": lambda cache: cache[:1].expand(3, -1, -1),
+    "one channel for all": lambda cache: cache[:, :1].expand(-1, 24, -1),
+    "one token for all": lambda cache: cache[..., :1].expand(-1, -1, 2),
+    "windows": interleaved,
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@torch.no_grad()
+@pytest.mark.parametrize("wrong", WRONG_CACHES.values(), ids=WRONG_CACHES)
+def test_a_wrong_cache_is_named_and_not_written(wrong):
+    layer = convolution()
+    cache = layer.prefill(tokens())[1]
+    before = cache.clone()
+    given = wrong(cache)
+    with pytest.raises((TypeError, ValueError), match=r"^cache: (expected|its storage)"):
+        layer.step(tokens()[:, 0], given)
+    assert torch.equal(cache, before)
+    if wrong is interleaved:
+        assert not given.any()
+
+
+@torch.no_grad()
+def test_any_strides_of_a_cache_do_as_long_as_its_elements_are_apart():
+    layer, u_t = convolution(), tokens()[:, 0]
+    cache = layer.prefill(tokens())[1]
+    expected = cache.clone()
+    y = layer.step(u_t, expected)
+    pool = cache.new_zeros(7, 30, 5)
+    for given in (
+        cache.clone(memory_format=torch.contiguous_format),
+        torch.empty(2, 24, 3, dtype=cache.dtype).permute(2, 1, 0),
+        pool[1:7:2, 2:26, 1:5:2],
+        pool[:3, :24, :2],
+    ):
+        given.copy_(cache)
+        assert torch.equal(layer.step(u_t, given), y)
+        assert torch.equal(given, expected)
+
+
+@torch.no_grad()
+def test_a_cache_and_a_token_may_lie_in_one_buffer_but_not_on_each_other():
+    layer, u_t = convolution(), tokens()[:, 0]
+    cache = layer.prefill(tokens())[1]
+    expected = cache.clone()
+    y = layer.step(u_t, expected)
+    buffer = cache.new_empty(3, 24, 3)  # side by side, so that the ranges of their addresses cross
+    buffer[..., :2], buffer[..., 2] = cache, u_t
+    assert torch.equal(layer.step(buffer[..., 2], buffer[..., :2]), y)
+    assert torch.equal(buffer[..., :2], expected)
+    assert torch.equal(buffer[..., 2], u_t)
+    for column in (0, 1):
+        before = buffer.clone()
+        with pytest.raises(ValueError, match=r"^cache: expected memory apart from u_t's"):
+            layer.step(buffer[..., column], buffer[..., :2])
+        assert torch.equal(buffer, before)
+
+
+def test_a_cache_of_inference_mode_stays_there():
+    layer, u = convolution(), tokens()
+    with torch.inference_mode():
+        cache = layer.prefill(u)[1]
+        layer.step(u[:, 0], cache)
+    before = cache.clone()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"^cache: was made under torch\.inference_mode"):
+        layer.step(u[:, 0], cache)
+    assert torch.equal(cache, before)
+    with torch.no_grad():
+        layer.step(u[:, 0], before)  # a clone is an ordinary tensor
+
+
+WRONG_STATES = {
+    "none": lambda state: None,
+    "tensor": lambda state: state.kv,
+    "list": list,
+    "swapped": lambda state: (state.k, state.kv),
+    "dtype": lambda state: RebasedState(*(part.float() for part in state)),
+    "batch": lambda state: RebasedState(*(part[1:] for part in state)),
+    "meta": lambda state: RebasedState(*(part.to("meta") for part in state)),
+    "expanded": lambda state: RebasedState(state.kv[:1].expand(3, -1, -1, -1), state.k),
+    "half meta": lambda state: RebasedState(state.kv, state.k.to("meta")),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrong", WRONG_STATES.values(), ids=WRONG_STATES)
+def test_a_wrong_state_is_named_and_not_written(wrong):
+    layer = attention()
+    state = layer.prefill(tokens())[1]
+    before = flat(state).clone()
+    with pytest.raises((TypeError, ValueError), match=r"^(rebased_cuda: )?state(\.kv|\.k)?: "):
+        layer.step(tokens()[:, 0], wrong(state))
+    assert torch.equal(flat(state), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@every_layer
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_traces(make, masked, grad):
+    """With no warning that a trace may not be good for other inputs, and good for them."""
+    layer = make()
+
+    def inputs(mask):
+        return (tokens(), torch.tensor(MASKS[mask])) if masked else (tokens(),)
+
+    with torch.set_grad_enabled(grad), warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(layer, inputs("left"))
+        for mask in ("left", "right", "holes"):
+            given = inputs(mask)
+            assert torch.equal(traced(*given), layer(*given))
 
 
 def test_attention_matrix_refuses_a_shared_out_sequence():

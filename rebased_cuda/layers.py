@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_bool, check_options, fail
+from ._checks import _DTYPES, check_bool, check_options, fail, untraced
 from .attention import rebased_attention, rebased_attention_step
 from .reference import attention_matrix
-from .state import MAX_FEATURE_DIM, MAX_HEAD_DIM, RebasedState, check_size
+from .state import MAX_FEATURE_DIM, MAX_HEAD_DIM, RebasedState, check_layout, check_memory, check_size
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -218,7 +218,8 @@ class ReBasedAttention(_ContextParallelLayer):
             y (B, N, hidden_size), 0 at padding.
 
         Raises:
-            ValueError, TypeError: x or attention_mask is not as above.
+            ValueError, TypeError: x or attention_mask is not as above, or x is not in the weights' dtype
+                (under autocast any dtype but float64 may meet any other) or not on their device.
         """
         return self._attend(x, attention_mask, False)[0]
 
@@ -247,9 +248,9 @@ class ReBasedAttention(_ContextParallelLayer):
             RuntimeError: grad mode is on and x_t, the state or a parameter requires grad: call it under
                 torch.no_grad().
         """
-        _check_shape("x_t", x_t, ("B", self.hidden_size))
+        _check_input("x_t", x_t, ("B", self.hidden_size))
         _refuse_gradients("ReBasedAttention", x_t, *self.parameters())
-        y = rebased_attention_step(*self._heads(x_t), state, **self._options())
+        y = rebased_attention_step(*self._heads(x_t, "x_t"), state, **self._options())
         output: Tensor = self.proj_o(y.flatten(1))
         return output
 
@@ -263,7 +264,7 @@ class ReBasedAttention(_ContextParallelLayer):
             raise RuntimeError(
                 "attention_matrix: needs the whole sequence, which context_parallelize shares out"
             )
-        _check_shape("x", x, ("B", "N", self.hidden_size))
+        _check_input("x", x, ("B", "N", self.hidden_size))
         q, k, _ = self._sequences(x)
         return attention_matrix(q, k, **self._options())
 
@@ -294,20 +295,20 @@ class ReBasedAttention(_ContextParallelLayer):
         q = self._queries(x).transpose(1, 2)
         return context_parallel_rebased_attention(q, k, v, **options, group=group, exchange=exchange)
 
-    def _queries(self, x: Tensor) -> Tensor:
-        """(..., num_heads, feature_dim) of x (..., hidden_size)."""
-        q: Tensor = self.proj_q(x).unflatten(-1, (self.num_heads, self.feature_dim))
+    def _queries(self, x: Tensor, name: str = "x") -> Tensor:
+        """(..., num_heads, feature_dim) of x (..., hidden_size), which errors call `name`."""
+        q: Tensor = _call(self.proj_q, x, name).unflatten(-1, (self.num_heads, self.feature_dim))
         return q
 
-    def _keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _keys_and_values(self, x: Tensor, name: str = "x") -> tuple[Tensor, Tensor]:
         """(..., num_kv_heads, feature_dim) and (..., num_kv_heads, head_dim) of x (..., hidden_size)."""
         return (
-            self.proj_k(x).unflatten(-1, (self.num_kv_heads, self.feature_dim)),
-            self.proj_v(x).unflatten(-1, (self.num_kv_heads, self.head_dim)),
+            _call(self.proj_k, x, name).unflatten(-1, (self.num_kv_heads, self.feature_dim)),
+            _call(self.proj_v, x, name).unflatten(-1, (self.num_kv_heads, self.head_dim)),
         )
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self._queries(x), *self._keys_and_values(x)
+    def _heads(self, x: Tensor, name: str = "x") -> tuple[Tensor, Tensor, Tensor]:
+        return self._queries(x, name), *self._keys_and_values(x, name)
 
     def _sequences(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v (B, heads, N, ...) of x (B, N, hidden_size)."""
@@ -343,7 +344,7 @@ class ReBasedAttention(_ContextParallelLayer):
 
         The rows behind the last sequence are in none, so the op gives y = 0 there.
         """
-        _check_shape("x", x, ("B", "N", self.hidden_size))
+        _check_input("x", x, ("B", "N", self.hidden_size))
         if attention_mask is None:
             return x, None, None
         tokens = _tokens(attention_mask, x)
@@ -390,9 +391,10 @@ class GatedShortConvolution(_ContextParallelLayer):
         """`forward`, and the cache to go on from: (B, hidden_size, kernel_size - 1), the last tokens of u.
 
         Raises:
-            ValueError, TypeError: u or attention_mask has another shape or dtype.
+            ValueError, TypeError: u or attention_mask has another shape or dtype, or u is not in the weights'
+                dtype (except under autocast) or on their device.
         """
-        _check_shape("u", u, ("B", "N", self.hidden_size))
+        _check_input("u", u, ("B", "N", self.hidden_size))
         if self.context_parallel_group is not None:
             from ._halo import Halo  # only where torch.distributed is in use
 
@@ -413,29 +415,41 @@ class GatedShortConvolution(_ContextParallelLayer):
     def step(self, u_t: Tensor, cache: Tensor) -> Tensor:
         """One token more: u_t (B, hidden_size) -> y_t (B, hidden_size); `cache` is **updated in place**.
 
+        Args:
+            u_t: (B, hidden_size).
+            cache: (B, hidden_size, kernel_size - 1) in u_t's dtype, from `prefill`, or zeros where nothing
+                came before. Any strides, but each element in memory of its own, apart from u_t's.
+
         Raises:
-            ValueError: u_t or the cache has another shape; the cache is untouched.
+            ValueError, TypeError: u_t or the cache is not as above; the cache is untouched.
             RuntimeError: grad mode is on and u_t, the cache or a parameter requires grad: call it under
-                torch.no_grad().
+                torch.no_grad(). Or the cache was made under torch.inference_mode(), and this is outside.
         """
-        _check_shape("u_t", u_t, ("B", self.hidden_size))
-        _check_shape("cache", cache, (u_t.shape[0], self.hidden_size, self.kernel_size - 1))
+        _check_input("u_t", u_t, ("B", self.hidden_size))
+        _check_tensor("cache", cache, (u_t.shape[0], self.hidden_size, self.kernel_size - 1))
         if cache.dtype != u_t.dtype:
             raise TypeError(f"cache: expected u_t's dtype {u_t.dtype}, got {cache.dtype}")
+        if cache.device != u_t.device:
+            raise fail("cache", f"u_t's device {u_t.device}", cache.device)
         _refuse_gradients("GatedShortConvolution", u_t, cache, *self.parameters())
-        y, last = self._convolve(u_t.unsqueeze(1), cache)
+        if not torch.compiler.is_compiling() and not torch._C._is_tracing():  # which know no memory
+            _check_writable("cache", cache, "u_t", u_t)
+        y, last = self._convolve(u_t.unsqueeze(1), cache, "u_t")
         cache.copy_(last)
         return y.squeeze(1)
 
-    def _convolve(self, u: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _convolve(self, u: Tensor, before: Tensor | None = None, name: str = "u") -> tuple[Tensor, Tensor]:
         """y of u (B, N, hidden_size) after the tokens `before` (a cache, or None: zeros); the next cache."""
         if before is None:
             before = u.new_zeros(u.shape[0], self.hidden_size, self.kernel_size - 1)
         window = torch.cat([before, u.transpose(1, 2)], -1)  # (B, hidden_size, kernel_size - 1 + N)
         cache = window[..., u.shape[1] :].contiguous()
-        if u.shape[1] == 0:  # nn.Conv1d refuses a window shorter than its kernel
+        if untraced(
+            _fits, u, ("B", 0, self.hidden_size)
+        ):  # nn.Conv1d refuses a window shorter than its kernel
             window = nn.functional.pad(window, (0, 1))
-        return u + self.conv(window)[..., : u.shape[1]].transpose(1, 2) * self.proj(u), cache
+        convolved = _call(self.conv, window, name)[..., : u.shape[1]].transpose(1, 2)
+        return u + convolved * _call(self.proj, u, name), cache
 
 
 def _refuse_mask(attention_mask: Tensor | None) -> None:
@@ -452,25 +466,97 @@ def _refuse_gradients(layer: str, *tensors: Tensor) -> None:
         raise RuntimeError(f"{layer}.step is for inference: call it under torch.no_grad().")
 
 
-def _check_shape(name: str, x: Tensor, shape: tuple[int | str, ...]) -> None:
-    """Sizes given as a number must be met, those given as a letter may be any."""
+def _call(module: nn.Linear | nn.Conv1d, x: Tensor, name: str) -> Any:
+    """module(x), where an error that lies in x names it.
+
+    x and the weight are compared only after the call has failed: until then hooks may still bring them
+    together, as offloading and mixed precision do.
+    """
+    if x.is_meta and not module.weight.is_meta:  # which a Linear may take without a word
+        raise fail(name, f"the weights' device {module.weight.device}", x.device)
+    try:
+        return module(x)
+    except RuntimeError:
+        weight = module.weight
+        if weight.dtype in _DTYPES and _multiplied_in(x) != _multiplied_in(weight):
+            raise TypeError(f"{name}: expected the weights' dtype {weight.dtype}, got {x.dtype}") from None
+        if not weight.is_meta and x.device != weight.device:
+            raise fail(name, f"the weights' device {weight.device}", x.device) from None
+        raise
+
+
+def _multiplied_in(x: Tensor) -> torch.dtype:
+    """The dtype in which products take x: its own, or autocast's."""
+    device = x.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _check_tensor(name: str, x: Tensor, shape: tuple[int | str, ...]) -> None:
+    """A dense tensor; sizes given as a number must be met, those given as a letter may be any."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    fits = x.dim() == len(shape) and all(
+    check_layout(name, x)  # before its shape, which a nested tensor has not
+    if not untraced(_fits, x, shape):
+        raise fail(name, f"shape ({', '.join(str(size) for size in shape)})", tuple(x.shape))
+    check_memory(name, x)
+
+
+def _fits(x: Tensor, shape: tuple[int | str, ...]) -> bool:
+    return x.dim() == len(shape) and all(
         isinstance(size, str) or size == given for size, given in zip(shape, x.shape, strict=True)
     )
-    if not fits:
-        expected = ", ".join(str(size) for size in shape)
-        raise ValueError(f"{name}: expected shape ({expected}), got {tuple(x.shape)}")
+
+
+def _check_input(name: str, x: Tensor, shape: tuple[int | str, ...]) -> None:
+    _check_tensor(name, x, shape)
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected dtype float32, float64, float16 or bfloat16, got {x.dtype}")
+
+
+def _check_writable(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """That writing to x does what it says, and nothing to `other` (of the same dtype and device)."""
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name}: was made under torch.inference_mode() and cannot be updated outside it; clone it first"
+        )
+    if x.numel() == 0 or x.is_meta:
+        return
+    spread = 0  # of the elements along the dimensions with smaller strides
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= spread:
+            given = f"shape {tuple(x.shape)} with strides {x.stride()}"
+            raise fail(name, "elements apart in memory, since it is updated in place", given)
+        spread += stride * (size - 1)
+    if type(x) is Tensor and type(other) is Tensor and _share_memory(x, other):  # a subclass may have none
+        raise ValueError(f"{name}: expected memory apart from {other_name}'s, since it is updated in place")
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether an element of x is one of y; both of the same dtype, neither empty."""
+
+    def end(x: Tensor) -> int:
+        last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
+        return x.data_ptr() + (last + 1) * x.element_size()
+
+    def addresses(x: Tensor) -> Tensor:
+        result = torch.tensor(x.data_ptr(), device="cpu")
+        for stride, size in zip(x.stride(), x.shape, strict=True):
+            steps = torch.arange(size, device="cpu") * (stride * x.element_size())
+            result = result.unsqueeze(-1) + steps
+        return result
+
+    if x.data_ptr() >= end(y) or y.data_ptr() >= end(x):  # as good as always
+        return False
+    return bool(torch.isin(addresses(x), addresses(y)).any())
 
 
 def _tokens(attention_mask: Tensor, x: Tensor) -> Tensor:
     """The mask as bool (B, N): True for tokens."""
-    if not isinstance(attention_mask, Tensor):
-        raise TypeError(f"attention_mask: expected a torch.Tensor, got {type(attention_mask).__name__}")
+    _check_tensor("attention_mask", attention_mask, tuple(x.shape[:2]))
     if attention_mask.device != x.device:
-        raise ValueError(f"attention_mask: expected x's device {x.device}, got {attention_mask.device}")
+        raise fail("attention_mask", f"x's device {x.device}", attention_mask.device)
     if attention_mask.is_floating_point() or attention_mask.is_complex():
         raise TypeError(f"attention_mask: expected bool or an integer dtype, got {attention_mask.dtype}")
-    _check_shape("attention_mask", attention_mask, tuple(x.shape[:2]))
     return attention_mask != 0
