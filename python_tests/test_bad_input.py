@@ -575,3 +575,16 @@ def test_a_saved_state_loads_in_another_process(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == str(state.kv.double().sum().item())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_nested_pool_is_refused_by_name():
+    """Where slots are named the pool's first size is read before the rest of it is checked."""
+    pool = RebasedState.zeros(3, 2, 5, 7)
+    nested = pool._replace(kv=torch.nested.as_nested_tensor(list(pool.kv.unbind())))
+    for grad in (True, False):
+        with (
+            torch.set_grad_enabled(grad),
+            pytest.raises(ValueError, match=_names("state.kv: expected a dense")),
+        ):
+            rebased_attention_step(**step_arguments(), state=nested, state_index=torch.tensor([0, 2]))

@@ -109,8 +109,10 @@ def _check_device(q: Tensor) -> None:
         )
 
 
-def check_parameter(name: str, value: Tensor | None, heads: int, like: Tensor) -> Tensor | None:
-    """gamma or beta, checked and in the accumulation dtype."""
+def check_parameter(
+    name: str, value: Tensor | None, heads: int, like: Tensor, called: str = "q"
+) -> Tensor | None:
+    """gamma or beta, checked and in the accumulation dtype; errors call `like` by its name `called`."""
     if value is None:
         return None
     feature_dim = like.shape[-1]
@@ -123,7 +125,7 @@ def check_parameter(name: str, value: Tensor | None, heads: int, like: Tensor) -
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
     if value.device != like.device:
-        raise fail(name, f"q's device {like.device}", value.device)
+        raise fail(name, f"{called}'s device {like.device}", value.device)
     if value.dtype == accumulator(like.dtype):
         return value
     check_memory(name, value)

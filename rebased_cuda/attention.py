@@ -23,7 +23,7 @@ from ._checks import (
     untraced,
 )
 from .autograd import Attention, ops
-from .state import RebasedState, num_features
+from .state import RebasedState, check_layout, num_features
 
 # what an operator, or the options' checks before it, raise for arguments that are wrong
 _REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError, AttributeError)
@@ -368,6 +368,7 @@ def _check_step(
     if state_index is not None:
         state_index = check_index("state_index", state_index, q, q.shape[0])
         if isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], Tensor) and state[0].dim():
+            check_layout("state.kv", state[0])  # a nested tensor has no shape
             slots = state[0].shape[0]
     sizes = (slots, k.shape[1], num_features(options[0], q.shape[2]), v.shape[2])
     check_state("state", state, sizes, "slots" if state_index is not None else "sequences", q)

@@ -21,6 +21,7 @@ dtype. What cannot be mapped raises an error that names the argument.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -78,7 +79,6 @@ def parallel_rebased(
     q, k, v = (_head_first(name, x, head_first) for name, x in (("q", q), ("k", k), ("v", v)))
     options: dict[str, Any] = {"scale": None if use_scale else 1.0, "eps": eps}
     if return_both:
-        check_memory("v", v)  # which is copied below
         if v.shape[-1] == MAX_HEAD_DIM:
             raise ValueError(
                 f"v: expected a width up to {MAX_HEAD_DIM - 1} with return_both, got {v.shape[-1]}"
@@ -196,6 +196,7 @@ def _initial_state(
 def _head_first(name: str, x: Tensor, already: bool) -> Tensor:
     """(B, H, T, width) of x (B, T, H, width), or of one that is so `already`."""
     check_tensor(name, x, 4, "(B, H, T, width)" if already else "(B, T, H, width)")
+    check_memory(name, x)  # torch may be the next to touch it
     return x if already else x.transpose(1, 2)
 
 
@@ -244,7 +245,7 @@ class ReBased(ReBasedAttention):
             )
         if not causal:
             raise ValueError("causal: expected True, got False: the op is causal, and so is the original")
-        if mode != "parallel":
+        if not isinstance(mode, str) or mode != "parallel":
             raise ValueError(f'mode: expected "parallel", got {mode!r}')
         if normalize and not (use_gamma and use_beta):
             raise ValueError(
@@ -273,10 +274,8 @@ class ReBased(ReBasedAttention):
         try:
             return super().forward(hidden_states, attention_mask)
         except (ValueError, TypeError) as error:  # which calls hidden_states x
-            kind, message = type(error), str(error)
-            if not message.startswith("x:"):
-                raise
-        raise kind("hidden_states" + message[1:])
+            kind, message = type(error), re.sub(r"\bx(?=:|'s)", "hidden_states", str(error))
+        raise kind(message)
 
 
 class _Scaler(nn.Module):

@@ -76,7 +76,7 @@ def normalise(
     _check_name("layer_norm", layer_norm, LAYER_NORMS)
     check_number("layer_norm_eps", layer_norm_eps, 0)
     for name, parameter in (("gamma", gamma), ("beta", beta)):
-        _check_affine(name, parameter, x)
+        _check_affine(name, parameter, x, "x")
     return _normalise(x, gamma, beta, layer_norm, layer_norm_eps)
 
 
@@ -264,6 +264,8 @@ def step(
     check_qkv(q, k, v, "", of_op=False)
     features = num_features(options.get("feature_map", "outer"), q.shape[2])
     check_state("state", state, (q.shape[0], k.shape[1], features, v.shape[2]), "sequences", q)
+    for name, x in zip(("q", "k", "v", "state.kv", "state.k"), (q, k, v, *state), strict=True):
+        check_memory(name, x)
     if options.get("cu_seqlens") is not None:
         raise TypeError("cu_seqlens: expected None, as step takes one token of each sequence")
     q, k, v = (x.unsqueeze(2) for x in (q, k, v))
@@ -282,8 +284,16 @@ Form = Callable[[Tensor, Tensor, Tensor, Tensor, str, float | None], tuple[Tenso
 def _quadratic(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, feature_map: str, scale: float | None
 ) -> tuple[Tensor, Tensor]:
+    sums, added = _one_chunk(q, k, v, state, feature_map, scale)
+    return sums, state + added
+
+
+def _one_chunk(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, feature_map: str, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """The sums of a chunk, and what its tokens add to the state."""
     sums = _sim(q, k, feature_map, scale).tril() @ v + _query_features(q, feature_map, scale) @ state
-    return sums, state + _key_features(k, feature_map).mT @ v
+    return sums, _key_features(k, feature_map).mT @ v
 
 
 def _chunked(
@@ -295,10 +305,15 @@ def _chunked(
     scale: float | None,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    sums = []
+    # What rounding takes from the state goes back into it with the next chunk (compensated summation): a
+    # float32 state of many chunks would else be off by the more, the more chunks there are.
+    sums, carry = [], torch.zeros_like(state)
     for q_c, k_c, v_c in _split(chunk, q, k, v):
-        sums_c, state = _quadratic(q_c, k_c, v_c, state, feature_map, scale)
+        sums_c, added = _one_chunk(q_c, k_c, v_c, state, feature_map, scale)
         sums.append(sums_c)
+        corrected = added + carry
+        before, state = state, state + corrected
+        carry = (corrected - (state - before)).detach()
     return torch.cat(sums, -2), state
 
 
@@ -432,8 +447,9 @@ def _check_rows(name: str, x: object, dims: int) -> None:
     check_memory(name, x)
 
 
-def _check_affine(name: str, parameter: Tensor | None, x: Tensor) -> None:
-    check_parameter(name, parameter, x.shape[1], x)
+def _check_affine(name: str, parameter: Tensor | None, x: Tensor, called: str = "q") -> None:
+    """gamma or beta of x, which errors call `called`."""
+    check_parameter(name, parameter, x.shape[1], x, called)
     if parameter is not None:
         check_memory(name, parameter)
 
