@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,12 +19,13 @@ from conftest import EMULATED
 from problems import MAPS, NORMS, Problem, plain_low_precision, relative_error, run_reference
 from processes import Processes
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
 from rebased_cuda import GatedShortConvolution, ReBasedAttention, RebasedState, rebased_attention, reference
 from rebased_cuda import context_parallel as module
 from rebased_cuda.context_parallel import (
+    StateExchange,
     begin_exchange,
     context_parallel_rebased_attention,
     context_parallelize,
@@ -437,10 +440,99 @@ def _mistakes() -> None:
             call(exchange=begun, cu_seqlens=options["cu_seqlens"])
     with pytest.raises(ValueError, match="v: expected k's 4 heads"):
         begin_exchange(k, v[:, :1], gamma_k, beta_k, **options)
+    call(shard_lengths=[np.int64(10), np.int32(10)])
+    call(shard_lengths=(10, 10), return_state=np.True_)
 
 
 def test_mistakes_are_named_before_anything_is_sent(two_processes):
     two_processes.run(_mistakes)
+
+
+WRONG_GROUPS = ("all", 1, [0], dist.GroupMember.NON_GROUP_MEMBER, object)
+WRONG_LENGTHS = {
+    TypeError: (
+        20,
+        10.0,
+        "ab",
+        b"ab",
+        {10: 0, 20: 0},
+        {10, 20},
+        [10.0, 10],
+        [True, 10],
+        [None, 10],
+        [[10], 10],
+    ),
+    ValueError: ([10], [10, 10, 10], [], [-10, 30], [9, 11], [10**30, 10**30]),
+}
+
+
+def _wrong_arguments() -> None:
+    """Of every public function. Whatever one sent would meet the last call's message, and spoil it."""
+    problem = Problem(batch=1, seqlen=10)
+    q, k, v, gamma_q, _, gamma_k, *_ = problem.inputs()
+
+    def attention(**changes: Any) -> Any:
+        given = {"q": q, "k": k, "v": v, "gamma_q": gamma_q, "gamma_k": gamma_k, "layer_norm": "token"}
+        return context_parallel_rebased_attention(**{**given, **changes})
+
+    def begin(**changes: Any) -> Any:
+        return begin_exchange(**{"k": k, "v": v, "gamma_k": gamma_k, "layer_norm": "token", **changes})
+
+    def parallelize(**changes: Any) -> Any:
+        return context_parallelize(**{"module": ReBasedAttention(6, 2, 3), **changes})
+
+    outside = DeviceMesh("cpu", [1 - dist.get_rank()])
+    for function in (attention, begin, parallelize):
+        for group in (*WRONG_GROUPS, outside):
+            with pytest.raises(TypeError, match=r"^group: expected a ProcessGroup that this process is in"):
+                function(group=group)
+    for function in (attention, begin):
+        for cu_seqlens in (None, torch.tensor([0, 7, 20])):
+            for error, wrong in WRONG_LENGTHS.items():
+                for lengths in wrong:
+                    with pytest.raises(error, match=r"^shard_lengths: expected"):
+                        function(shard_lengths=lengths, cu_seqlens=cu_seqlens)
+        wrong_options = {
+            "feature_map": (None, "cosine", ["outer"]),
+            "layer_norm": (True, "batch", ["token"]),
+            "layer_norm_eps": (-1, "1", None, float("nan")),
+            "return_state": (None, 1, "yes"),
+            "cu_seqlens": (
+                [0, 20],
+                torch.tensor([0.0, 20.0]),
+                torch.tensor([[0, 20]]),
+                torch.tensor([0, 21]),
+            ),
+            "gamma_k": (1.0, gamma_k[:, 1:], gamma_k.long(), gamma_k.to("meta")),
+            "k": (None, k.numpy(), k[0], k.long(), k.to_sparse(), k[..., :0], k[:, :0]),
+            "v": (None, v.numpy(), v[0], v.float(), v.to_sparse(), v[:, :, 1:], v[..., :0], v.to("meta")),
+        }
+        for name, values in wrong_options.items():
+            for value in values:
+                with pytest.raises(
+                    (TypeError, ValueError), match=rf"^({name}|shard_lengths: needed)\b"
+                ) as caught:
+                    function(**{name: value})
+                assert function is attention or not re.search(r"\bH?q\b", str(caught.value))
+    for wrong in ("scale", "eps"):
+        for value in ("1", float("nan"), [1.0]):
+            with pytest.raises((TypeError, ValueError), match=f"^{wrong}: expected"):
+                attention(**{wrong: value})
+    for wrong in (1, "early", (None,), StateExchange):
+        with pytest.raises(TypeError, match=r"^exchange: expected what begin_exchange returned"):
+            attention(exchange=wrong)
+    for wrong in (None, "model", [ReBasedAttention(6, 2, 3)], ReBasedAttention):
+        with pytest.raises(TypeError, match=r"^module: expected a torch\.nn\.Module"):
+            parallelize(module=wrong)
+    expected = rebased_attention(q, k, v, gamma_q, gamma_k=gamma_k, layer_norm="token")
+    if dist.get_rank() == 0:  # whose rows come first
+        assert relative_error(attention(), expected) <= 1e-12
+    else:
+        attention()
+
+
+def test_every_function_names_its_wrong_arguments(two_processes):
+    two_processes.run(_wrong_arguments)
 
 
 def test_without_a_process_group():

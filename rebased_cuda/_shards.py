@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 import torch.distributed as dist
@@ -34,10 +35,11 @@ def process_group(group: Group) -> dist.ProcessGroup:
             raise ValueError(
                 f"group: expected a DeviceMesh of one dimension, got {group.ndim}: pass mesh['its name']"
             )
-        group = group.get_group()
+        if group.get_coordinate() is not None:  # one that this process is in
+            group = group.get_group()
     if group is None:
         group = dist.group.WORLD
-    if not isinstance(group, dist.ProcessGroup):  # new_group gives a number to those that are not in it
+    if not isinstance(group, dist.ProcessGroup):  # new_group gives a number to processes that are not in it
         raise TypeError(
             f"group: expected a ProcessGroup that this process is in, or a DeviceMesh, got {group!r}"
         )
@@ -50,6 +52,10 @@ def check_shard_lengths(
     """The first row of every rank's shard, and the end of the last: ranks + 1 numbers.
 
     Without `lengths` all shards count as equally long. Where cu_seqlens is on the CPU its values are checked.
+
+    Raises:
+        TypeError: `lengths` is no sequence of integers; NumPy's are taken.
+        ValueError: it has not one number for each rank, this rank's is not `rows`, or cu_seqlens is beyond.
     """
     if lengths is None:
         lengths = [rows] * ranks
@@ -58,8 +64,13 @@ def check_shard_lengths(
                 f"shard_lengths: needed, as cu_seqlens ends at {int(cu_seqlens[-1])} and {ranks} shards of "
                 f"this one's {rows} rows do not: pass the number of rows of every rank"
             )
-    lengths = list(lengths)
-    if len(lengths) != ranks or any(not isinstance(n, int) or n < 0 for n in lengths):
+    if not isinstance(lengths, Sequence) or isinstance(lengths, (str, bytes)):
+        raise TypeError(f"shard_lengths: expected a list of ints, got {type(lengths).__name__}")
+    for length in lengths:
+        if isinstance(length, bool) or not isinstance(length, Integral):
+            raise TypeError(f"shard_lengths: expected a list of ints, got {type(length).__name__} in it")
+    lengths = [int(length) for length in lengths]
+    if len(lengths) != ranks or min(lengths) < 0:
         raise ValueError(f"shard_lengths: expected {ranks} numbers of rows, one per rank, got {lengths}")
     if lengths[rank] != rows:
         raise ValueError(

@@ -17,6 +17,7 @@ its way.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
@@ -308,8 +309,8 @@ def context_parallel_rebased_attention(
             rank where its sequence begins, and zero on the others.
         return_state: also return the state after the last rank's rows, on every rank.
         cu_seqlens: of the packed sequences over all shards, the same on every rank.
-        shard_lengths: the number of rows of every rank. Only read with cu_seqlens, and only needed there if
-            shards differ in length.
+        shard_lengths: the number of rows of every rank. Only needed with cu_seqlens, and there only if shards
+            differ in length.
         exchange: what `begin_exchange` returned for these k, v, gamma_k and beta_k and the same options, on
             every rank; good for one call.
 
@@ -342,11 +343,11 @@ def context_parallel_rebased_attention(
     begun = None if exchange is None else _taken(exchange, given, call)
     if call.cu_seqlens is None and cu_seqlens is not None:  # no sequence: nothing to tell the others
         result: Any = Attention.apply(  # type: ignore[no-untyped-call]
-            *tensors, torch.zeros_like(cu_seqlens), return_state, *call.options
+            *tensors, torch.zeros_like(cu_seqlens), call.return_state, *call.options
         )
     else:
         result = _Attention.apply(*tensors, call, begun)  # type: ignore[no-untyped-call]
-    return (result[0], RebasedState(result[1], result[2])) if return_state else result
+    return (result[0], RebasedState(result[1], result[2])) if call.return_state else result
 
 
 def _checked(
@@ -360,11 +361,12 @@ def _checked(
     tensors, cu_seqlens, checked = check_call(*inputs, cu_seqlens=cu_seqlens, **options)
     group = process_group(group)
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    offsets = check_shard_lengths(shard_lengths, ranks, rank, inputs[0].shape[2], cu_seqlens)
     packing = None
-    if cu_seqlens is not None:
-        offsets = check_shard_lengths(shard_lengths, ranks, rank, inputs[0].shape[2], cu_seqlens)
-        packing = Packing(cu_seqlens, offsets, rank) if cu_seqlens.shape[0] > 1 else None
-    return tensors, cu_seqlens, _Call(group, rank, ranks, packing, options["return_state"], checked)
+    if cu_seqlens is not None and cu_seqlens.shape[0] > 1:
+        packing = Packing(cu_seqlens, offsets, rank)
+    return_state = bool(options["return_state"])  # check_call takes numpy's too
+    return tensors, cu_seqlens, _Call(group, rank, ranks, packing, return_state, checked)
 
 
 class StateExchange:
@@ -399,20 +401,23 @@ def begin_exchange(
     """
     given = (k, v, gamma_k, beta_k, cu_seqlens)
     with torch.no_grad():
-        tensors, cu_seqlens, call = _checked(
-            (k, k, v, None, None, gamma_k, beta_k),
-            group,
-            cu_seqlens,
-            shard_lengths,
-            feature_map=feature_map,
-            layer_norm=layer_norm,
-            scale=None,
-            eps=0.0,
-            layer_norm_eps=layer_norm_eps,
-            normalize=True,
-            initial_state=None,
-            return_state=return_state,
-        )
+        try:
+            tensors, cu_seqlens, call = _checked(
+                (k, k, v, None, None, gamma_k, beta_k),
+                group,
+                cu_seqlens,
+                shard_lengths,
+                feature_map=feature_map,
+                layer_norm=layer_norm,
+                scale=None,
+                eps=0.0,
+                layer_norm_eps=layer_norm_eps,
+                normalize=True,
+                initial_state=None,
+                return_state=return_state,
+            )
+        except (ValueError, TypeError) as error:  # k stood for the queries that are not there yet
+            raise type(error)(re.sub(r"\bq\b", "k", str(error)).replace("Hq", "Hkv")) from None
         _, keys, values, _, _, gamma, beta, _, _ = tensors
         assert keys is not None
         assert values is not None
