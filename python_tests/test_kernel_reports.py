@@ -87,11 +87,11 @@ def test_register_problems():
     assert register_problems(GOOD) == []
     assert "spills 4 + 8 bytes" in register_problems(replace(GOOD, spill_stores=4, spill_loads=8))[0]
     assert "2 blocks per SM, not 3" in register_problems(replace(GOOD, blocks=2))[0]
-    grad_kv = "tensor_core::grad_kv_kernel<float16, taylor, 16, false>"
+    grad_kv = "tensor_core::grad_kv_kernel<bfloat16, taylor, 16, false>"
     assert "1 blocks per SM, not 2" in register_problems(replace(GOOD, name=grad_kv, blocks=1))[0]
     float32 = replace(GOOD, name=registers.FLOAT32_FORWARD, blocks=1)
     assert "1 blocks per SM, not 2" in register_problems(float32)[0]
-    other = replace(GOOD, name="tensor_core::grad_q_kernel<float16, elu, 16, true>", blocks=0)
+    other = replace(GOOD, name="tensor_core::grad_q_kernel<bfloat16, elu, 16, true>", blocks=0)
     assert "0 blocks per SM, not 1" in register_problems(other)[0]
     assert "not found" in registers.problems(ALL_GOOD[1:])[0]
     assert register_problems(replace(GOOD, name="general_forward<float64>", spill_stores=4)) == []

@@ -28,8 +28,7 @@ FLOAT32_FORWARD = "float32_path::forward_kernel<outer>"
 # Blocks per SM that must fit. Shared memory is what grad_kv has least of, at sm_80.
 LEAST_BLOCKS = {OUTER_FORWARD: 3, FLOAT32_FORWARD: 2}
 LEAST_BLOCKS |= {
-    f"tensor_core::grad_kv_kernel<{dtype}, {feature_map}, 16, false>": 2
-    for dtype in ("bfloat16", "float16")
+    f"tensor_core::grad_kv_kernel<bfloat16, {feature_map}, 16, false>": 2
     for feature_map in ("outer", "taylor")
 }
 

@@ -114,6 +114,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) grad_q_kernel(Call<BackwardProblem> call) 
                           problem.initial_state, false);
   load_affine(shared + tiles.affine, problem, block.kv_head);
   for (int n = thread; n < group * threads / 32 * affine_size; n += threads) affine_sums[n] = 0;
+  float* const carries = start_carries(call, block);
   sync_threads();
   for (int64_t number = block.chunk_begin; number < block.chunk_end; ++number) {
     const int64_t row0 = block.row_of(number);
@@ -142,7 +143,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) grad_q_kernel(Call<BackwardProblem> call) 
       const RowTarget target{
           head_rows<float>(problem.grad_q, block.batch, head, row0), problem.grad_q.row_stride,
           partial_rows(call, call.workspace.query_gradient, block, head, problem.heads, row0),
-          affine_sums + (member * (threads / 32) + warp) * affine_size};
+          affine_sums + (member * (threads / 32) + warp) * affine_size, affine_carries<map>(carries, member)};
       const Norm<float> norm = with_affine(query.at(problem, block.batch, head, row0),
                                            shared + tiles.affine + member * affine_size);
       finish_rows<map>(gradient, shared + tiles.normalized, shared + tiles.deviations, rows, norm, target,
@@ -150,7 +151,8 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) grad_q_kernel(Call<BackwardProblem> call) 
       sync_threads();  // every thread has read the tiles and the state
     }
     if (number + 1 < block.chunk_end) {
-      update_state<map, Shape>(shared + tiles.state, shared + tiles.sums, keys, values, nullptr, rows);
+      update_state<map, Shape>(shared + tiles.state, shared + tiles.sums, carries, keys, values, nullptr,
+                               rows);
       state_is_zero = false;
       sync_threads();
     }
@@ -193,6 +195,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) grad_kv_kernel(Call<BackwardProblem> call)
                           true);
   load_affine(shared + tiles.affine, problem, block.kv_head);
   for (int n = thread; n < threads / 32 * affine_size; n += threads) affine_sums[n] = 0;
+  float* const carries = start_carries(call, block);
   sync_threads();
   for (int64_t number = block.chunk_end - 1; number >= block.chunk_begin; --number) {
     const int64_t row0 = block.row_of(number);
@@ -227,7 +230,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) grad_kv_kernel(Call<BackwardProblem> call)
         }
       }
       if (update) {
-        update_state<map, Shape>(state, sums, queries, gradients, minus_delta, rows);
+        update_state<map, Shape>(state, sums, carries, queries, gradients, minus_delta, rows);
         state_is_zero = false;
       }
       sync_threads();  // every thread has read the tiles
@@ -241,7 +244,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) grad_kv_kernel(Call<BackwardProblem> call)
     const RowTarget target{
         head_rows<float>(problem.grad_k, block.batch, block.kv_head, row0), problem.grad_k.row_stride,
         partial_rows(call, call.workspace.key_gradient, block, block.kv_head, problem.kv_heads, row0),
-        affine_sums + warp * affine_size};
+        affine_sums + warp * affine_size, affine_carries<map>(carries, 0)};
     const Norm<float> norm = with_affine(key.at(problem, block.batch, block.kv_head, row0),
                                          shared + tiles.affine + group * affine_size);
     finish_rows<map>(gradient, shared + tiles.normalized, shared + tiles.deviations, rows, norm, target,
@@ -281,6 +284,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) reverse_segment_states(Call<BackwardProble
   float* const affine = shared + tiles.affine;
   for (int n = token; n < tiles.features; n += threads) shared[n] = 0;
   load_affine(affine, problem, block.kv_head);
+  float* const carries = start_carries(call, block);
   sync_threads();
   for (int64_t number = block.chunk_begin; number < block.chunk_end; ++number) {
     const int64_t row0 = block.row_of(number);
@@ -295,8 +299,8 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) reverse_segment_states(Call<BackwardProble
       }
       load_query_gradients(gradients, minus_delta, call, block, head, row0, rows, columns_left);
       sync_threads();
-      update_state<map, Shape>(shared + tiles.state, shared + tiles.sums, queries, gradients, minus_delta,
-                               rows);
+      update_state<map, Shape>(shared + tiles.state, shared + tiles.sums, carries, queries, gradients,
+                               minus_delta, rows);
       sync_threads();
     }
   }

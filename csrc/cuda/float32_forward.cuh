@@ -100,6 +100,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) forward_kernel(Call<ForwardProblem> call) 
 
   start_state<map, Shape>(state, sums, call, block, call.workspace.states, problem.initial_state, false);
   load_affine(affine, problem, block.kv_head);
+  float* const carries = start_carries(call, block);
   sync_threads();
   for (int64_t number = block.chunk_begin; number < block.chunk_end; ++number) {
     const int64_t row0 = block.row_of(number);
@@ -155,7 +156,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) forward_kernel(Call<ForwardProblem> call) 
       sync_threads();  // every thread has read the tiles and the state
     }
     if (number + 1 < block.chunk_end || keep_state) {
-      update_state<map, Shape>(state, sums, keys, values, nullptr, rows);
+      update_state<map, Shape>(state, sums, carries, keys, values, nullptr, rows);
       state_is_zero = false;
       sync_threads();
     }
@@ -192,6 +193,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) segment_states(Call<AnyProblem> call) {
   const float* const key_affine = affine + group_size(problem) * affine_size;
   for (int i = token; i < tiles.features; i += threads) shared[i] = 0;
   load_affine(affine, problem, block.kv_head);
+  float* const carries = start_carries(call, block);
   sync_threads();
   for (int64_t number = block.chunk_begin; number < block.chunk_end; ++number) {
     const int64_t row0 = block.row_of(number);
@@ -207,7 +209,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) segment_states(Call<AnyProblem> call) {
     }
     copy_async_wait<0>();
     sync_threads();
-    update_state<map, Shape>(state, sums, keys, values, nullptr, rows);
+    update_state<map, Shape>(state, sums, carries, keys, values, nullptr, rows);
     sync_threads();
   }
   const int head_dim = static_cast<int>(problem.head_dim);

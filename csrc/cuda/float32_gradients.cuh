@@ -153,7 +153,17 @@ struct RowTarget {
   int64_t stride;
   float* partial;  // (rows, feature_dim) in the workspace, of what another kernel finishes; or null
   float* affine;   // this warp's sums of grad gamma, then of grad beta
+  float* carries;  // what rounding took from this warp's sums; or null
 };
+
+// This warp's place among the carries of the sums for gamma and beta of a query head, or of the kv head.
+template <FeatureMap map>
+DEVICE float* affine_carries(float* carries, int member) {
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  return carries ? carries + state_features(map) * columns + padded_features(map) +
+                       (member * (threads / 32) + warp) * affine_size
+                 : nullptr;
+}
 
 // From the gradient of what features are made of to that of the rows as they were given. normalized and
 // deviations: the rows', as load_feature_row leaves them. Every thread of the block calls it.
@@ -190,7 +200,9 @@ DEVICE void finish_rows(const float (&gradient)[4], const float* normalized_rows
   }
   gamma_sum += shuffle_xor(gamma_sum, feature_dim);
   beta_sum += shuffle_xor(beta_sum, feature_dim);
-  target.affine[threadIdx.x % 32] += threadIdx.x % 32 < feature_dim ? gamma_sum : beta_sum;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  add_to_sum(target.affine[lane], lane < feature_dim ? gamma_sum : beta_sum,
+             target.carries ? target.carries + lane : nullptr);
 }
 
 // The block's sums of the gradients of gamma and beta, over its warps.

@@ -82,10 +82,29 @@ DEVICE void query_state(float (&sums)[tokens][4], const float* x, const float* s
   }
 }
 
+// sum += value; `carry`, where there is one, keeps what rounding took.
+DEVICE void add_to_sum(float& sum, float value, float* carry) {
+  if (carry) {
+    add_compensated(sum, value, *carry);
+  } else {
+    sum += value;
+  }
+}
+DEVICE void add_to_sums(float4& sums, const float4& values, float* carries) {
+  if (carries) {
+    float4 carry = load_global<float4>(carries);
+    add_compensated(sums.x, values.x, carry.x), add_compensated(sums.y, values.y, carry.y);
+    add_compensated(sums.z, values.z, carry.z), add_compensated(sums.w, values.w, carry.w);
+    store_global(carries, carry);
+  } else {
+    sums.x += values.x, sums.y += values.y, sums.z += values.z, sums.w += values.w;
+  }
+}
+
 // The share of thread (i = thread / 8, 8 columns) in the state: rows (e, i) of the circulant entries for
-// e < offsets, and the linear entry i.
+// e < offsets, and the linear entry i. carries: from the thread's first column on, or null.
 template <FeatureMap map, class Shape, int offsets>
-DEVICE void add_rows_of_chunk(float* state, const float* x, const float* values, int i) {
+DEVICE void add_rows_of_chunk(float* state, float* carries, const float* x, const float* values, int i) {
   constexpr bool has_linear = map != FeatureMap::outer;
   const Features<float> features(map, feature_dim, 1);
   float sums[offsets > 0 ? offsets : 1][8] = {}, linear[8] = {};
@@ -121,8 +140,9 @@ DEVICE void add_rows_of_chunk(float* state, const float* x, const float* values,
     UNROLL for (int half = 0; half < 2; ++half) {
       float* const target = state + f * Shape::state_stride + half * (columns / 2);
       float4 value = load_shared<float4>(target);
-      value.x += weight * sum[4 * half], value.y += weight * sum[4 * half + 1];
-      value.z += weight * sum[4 * half + 2], value.w += weight * sum[4 * half + 3];
+      const float4 added{weight * sum[4 * half], weight * sum[4 * half + 1], weight * sum[4 * half + 2],
+                         weight * sum[4 * half + 3]};
+      add_to_sums(value, added, carries ? carries + f * columns + half * (columns / 2) : nullptr);
       store_shared(target, value);
     }
   };
@@ -131,23 +151,24 @@ DEVICE void add_rows_of_chunk(float* state, const float* x, const float* values,
 }
 
 // S += sum_j phi(x_j) v_j^T, and the sums += sum_j extra_j phi(x_j); extra null: 1 for `rows` tokens. x and
-// values are zeros past the last row.
+// values are zeros past the last row. carries: see start_carries.
 template <FeatureMap map, class Shape>
-DEVICE void update_state(float* state, float* sums, const float* x, const float* values, const float* extra,
-                         int rows) {
+DEVICE void update_state(float* state, float* sums, float* carries, const float* x, const float* values,
+                         const float* extra, int rows) {
   const Features<float> features(map, feature_dim, 1);
   const int thread = static_cast<int>(threadIdx.x), i = thread / 8, column = thread % 8 * 4;
+  float* const column_carries = carries ? carries + column : nullptr;
   if constexpr (!is_polynomial(map)) {
-    add_rows_of_chunk<map, Shape, 0>(state + column, x, values + column, i);
+    add_rows_of_chunk<map, Shape, 0>(state + column, column_carries, x, values + column, i);
   } else if (i < whole_offsets) {
-    add_rows_of_chunk<map, Shape, whole_offsets + 1>(state + column, x, values + column, i);
+    add_rows_of_chunk<map, Shape, whole_offsets + 1>(state + column, column_carries, x, values + column, i);
   } else {
-    add_rows_of_chunk<map, Shape, whole_offsets>(state + column, x, values + column, i);
+    add_rows_of_chunk<map, Shape, whole_offsets>(state + column, column_carries, x, values + column, i);
   }
   if (map == FeatureMap::taylor && thread < columns) {
     float sum = 0;
     for (int token = 0; token < Shape::chunk; ++token) sum += values[token * Shape::value_stride + thread];
-    state[thread] += sum;
+    add_to_sum(state[thread], sum, carries ? carries + thread : nullptr);
   }
   for (int f = thread; f < features.count; f += threads) {
     const int entry = f - features.circulant_begin, linear = f - features.linear_begin;
@@ -170,7 +191,8 @@ DEVICE void update_state(float* state, float* sums, const float* x, const float*
         }
       }
     }
-    sums[f] += features.weight(f) * sum;
+    add_to_sum(sums[f], features.weight(f) * sum,
+               carries ? carries + state_features(map) * columns + f : nullptr);
   }
 }
 

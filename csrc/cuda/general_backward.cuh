@@ -34,7 +34,7 @@ KERNEL void LAUNCH_BOUNDS(256, 1) general_grad_q(Call<BackwardProblem> call) {
   const BackwardProblem& problem = call.problem;
   const GeneralTiles& plan = call.tiles;
   const Block block(call);
-  const Tiles<A> tiles = make_tiles(call, shared, state_storage(call, shared, call.workspace.states));
+  const Tiles<A> tiles = make_tiles(call, block, shared, state_storage(call, shared, call.workspace.states));
   const HeadNorm<A> query = query_norm(call, tiles.features), key = key_norm<A>(call);
   const int threads = plan.threads, stride = plan.row_stride, dim = tiles.features.dim;
   const int64_t group = group_size(problem);
@@ -99,7 +99,8 @@ KERNEL void LAUNCH_BOUNDS(256, 1) general_grad_q(Call<BackwardProblem> call) {
       }
       finish_gradients(tiles, rows, norm, head_rows<E>(problem.grad_q, block.batch, head, row0),
                        problem.grad_q.row_stride, unfinished ? unfinished + row_index * dim : nullptr,
-                       affine_partial<A>(call, call.workspace.query_affine, block, head, problem.heads));
+                       affine_partial<A>(call, call.workspace.query_affine, block, head, problem.heads),
+                       static_cast<int>(member));
       sync_threads();
     }
     if (!call.quadratic && chunk + 1 < block.chunk_end) {
@@ -117,7 +118,8 @@ KERNEL void LAUNCH_BOUNDS(256, 1) general_grad_kv(Call<BackwardProblem> call) {
   const BackwardProblem& problem = call.problem;
   const GeneralTiles& plan = call.tiles;
   const Block block(call);
-  const Tiles<A> tiles = make_tiles(call, shared, state_storage(call, shared, call.workspace.reverse_states));
+  const Tiles<A> tiles =
+      make_tiles(call, block, shared, state_storage(call, shared, call.workspace.reverse_states));
   const HeadNorm<A> query = query_norm(call, tiles.features), key = key_norm<A>(call);
   const int threads = plan.threads, stride = plan.row_stride, dim = tiles.features.dim;
   const int64_t group = group_size(problem);
@@ -210,7 +212,8 @@ KERNEL void LAUNCH_BOUNDS(256, 1) general_grad_kv(Call<BackwardProblem> call) {
     }
     const int64_t row_index = (block.batch * problem.kv_heads + block.kv_head) * problem.seqlen + row0;
     finish_gradients(tiles, rows, norm, head_rows<E>(problem.grad_k, block.batch, block.kv_head, row0),
-                     problem.grad_k.row_stride, unfinished ? unfinished + row_index * dim : nullptr, affine);
+                     problem.grad_k.row_stride, unfinished ? unfinished + row_index * dim : nullptr, affine,
+                     0);
     sync_threads();
   }
   if (keep_state) {

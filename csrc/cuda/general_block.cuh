@@ -21,6 +21,7 @@ struct Call {
   int segments;
   // No states: every chunk looks at all others of its sequence that are in reach.
   bool quadratic;
+  int64_t carry_size;
   Workspace workspace;
 
   // Null where the plan has no such region.
@@ -32,7 +33,7 @@ struct Call {
 };
 template <class AnyProblem>
 Call<AnyProblem> make_call(const AnyProblem& problem, const Plan& plan) {
-  return {problem, plan.tiles, plan.segments, plan.path == Path::quadratic, plan.workspace};
+  return {problem, plan.tiles, plan.segments, plan.path == Path::quadratic, plan.carry_size, plan.workspace};
 }
 
 DEVICE int64_t group_size(const Problem& problem) { return problem.heads / problem.kv_heads; }
@@ -74,6 +75,17 @@ struct Block {
   DEVICE int64_t row_of(int64_t chunk) const { return first_row + chunk * chunk_length; }
   DEVICE int rows_of(int64_t chunk) const {
     return static_cast<int>(minimum<int64_t>(chunk_length, rows - chunk * chunk_length));
+  }
+
+  // Where this block keeps what rounding takes from its sums: the column group `group` of `groups`; null
+  // where its segment is short.
+  template <class A, class AnyProblem>
+  DEVICE A* carries(const Call<AnyProblem>& call, int groups = 1, int group = 0) const {
+    if ((chunk_end - chunk_begin) * chunk_length <= compensated_rows) return nullptr;
+    A* const first = call.template region<A>(call.workspace.carries);
+    const int64_t slot = carry_slot(call.problem.cu_seqlens != nullptr, first_row, sequence);
+    const int64_t number = (slot * call.problem.kv_heads + kv_head) * segments + segment;
+    return first ? first + (number * groups + group) * call.carry_size : nullptr;
   }
 
   DEVICE bool first_segment() const { return segment == 0; }
@@ -149,11 +161,18 @@ DEVICE A import_entry(const ConstState& state, int64_t state_index, int entry, c
   return unweight && value != 0 ? value / features.weight(f) : value;
 }
 
+// What rounding took from the block's sums so far: nothing.
+template <class A>
+DEVICE void clear_carries(A* carries, int64_t count) {
+  for (int64_t entry = threadIdx.x; carries && entry < count; entry += blockDim.x) carries[entry] = 0;
+}
+
 // Fills the block's state: from its slot where a scan has been there, else from the given state or zeros.
 template <class A, class AnyProblem>
 DEVICE void start_state(const Call<AnyProblem>& call, const Tiles<A>& tiles, const Block& block,
                         const Region& slots, const ConstState& initial, bool unweight) {
   const int size = static_cast<int>(call.tiles.slot_size());
+  clear_carries(tiles.carries, call.carry_size);
   if (block.segments == 1) {
     const bool is_given = given(initial);
     for (int entry = threadIdx.x; entry < size; entry += blockDim.x) {
@@ -222,10 +241,14 @@ DEVICE void load_key_others(const Call<AnyProblem>& call, const Tiles<A>& tiles,
 }
 
 template <class A, class AnyProblem>
-DEVICE Tiles<A> make_tiles(const Call<AnyProblem>& call, A* shared, A* state) {
+DEVICE Tiles<A> make_tiles(const Call<AnyProblem>& call, const Block& block, A* shared, A* state) {
   const AnyProblem& problem = call.problem;
-  return {call.tiles, shared, Features<A>(problem.feature_map, problem.feature_dim, problem.scale),
-          static_cast<int>(problem.head_dim), state};
+  return {call.tiles,
+          shared,
+          Features<A>(problem.feature_map, problem.feature_dim, problem.scale),
+          static_cast<int>(problem.head_dim),
+          state,
+          block.carries<A>(call)};
 }
 
 }  // namespace rebased::REBASED_BACKEND

@@ -17,8 +17,8 @@ template <class A>
 DEVICE A row_reciprocal(const Tiles<A>& tiles, const Problem& problem, int row) {
   if (!problem.normalize) return 1;
   A denominator = static_cast<A>(problem.eps);
-  for (int part = row; part < tiles.plan.threads; part += tiles.plan.chunk) {
-    denominator += tiles.thread_vector()[part];
+  for (int part = 0; part < denominator_part_count(tiles.plan); ++part) {
+    denominator += tiles.thread_vector()[part * tiles.plan.chunk + row];
   }
   return reciprocal(denominator);
 }
@@ -30,7 +30,7 @@ KERNEL void LAUNCH_BOUNDS(256, 1) general_forward(Call<ForwardProblem> call) {
   const ForwardProblem& problem = call.problem;
   const GeneralTiles& plan = call.tiles;
   const Block block(call);
-  const Tiles<A> tiles = make_tiles(call, shared, state_storage(call, shared, call.workspace.states));
+  const Tiles<A> tiles = make_tiles(call, block, shared, state_storage(call, shared, call.workspace.states));
   const HeadNorm<A> query = query_norm(call, tiles.features), key = key_norm<A>(call);
   const int thread = threadIdx.x, threads = plan.threads, stride = plan.row_stride;
   const int64_t group = group_size(problem);

@@ -129,12 +129,12 @@ DEVICE void add_state_gradients(const Tiles<A>& tiles) {
 }
 
 // Turns row_gradient into the gradient of the rows before LayerNorm and stores it, and adds the chunk's part
-// of the gradients of gamma and beta to affine (2, dim), if given, which only this block writes. "token"
-// LayerNorm stops after the affine's output: that goes to `unfinished` (rows, dim). Holds one barrier; one
-// more is due before the tiles are used again.
+// of the gradients of gamma and beta to affine (2, dim), if given, which only this block writes; `member` is
+// the query head's number in its group, 0 for keys. "token" LayerNorm stops after the affine's output: that
+// goes to `unfinished` (rows, dim). Holds one barrier; one more is due before the tiles are used again.
 template <class E, class A>
 DEVICE void finish_gradients(const Tiles<A>& tiles, int rows, const Norm<A>& norm, E* target,
-                             int64_t target_stride, A* unfinished, A* affine) {
+                             int64_t target_stride, A* unfinished, A* affine, int member) {
   const GeneralTiles& plan = tiles.plan;
   const int stride = plan.row_stride, dim = tiles.features.dim;
   A* const gradient = tiles.at(plan.row_gradient);
@@ -174,8 +174,14 @@ DEVICE void finish_gradients(const Tiles<A>& tiles, int rows, const Norm<A>& nor
       gamma += gradient[a * stride + row] * normalized[a * stride + row];
       beta += gradient[a * stride + row];
     }
-    affine[a] += gamma;
-    affine[dim + a] += beta;
+    if (tiles.carries) {
+      A* const carries = tiles.carries + plan.slot_size() + 2 * dim * member;
+      add_compensated(affine[a], gamma, carries[a]);
+      add_compensated(affine[dim + a], beta, carries[dim + a]);
+    } else {
+      affine[a] += gamma;
+      affine[dim + a] += beta;
+    }
   }
 }
 

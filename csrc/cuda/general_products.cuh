@@ -140,14 +140,18 @@ DEVICE void query_state(A (&sums)[4][4], const Tiles<A>& tiles, int row, int col
   }
 }
 
+// Parts that a row's denominator is summed in: whole chunks of threads make one each, and the threads that
+// are left over none.
+DEVICE int denominator_part_count(const GeneralTiles& plan) { return plan.threads / plan.chunk; }
+
 // thread_vector = parts of the rows' denominators: part p of row `row` is entry p chunk + row. The rows'
-// scores and, with `with_state`, their features against the state's sums; divided among threads / chunk
-// threads a row. Added to what is there when `accumulate`.
+// scores and, with `with_state`, their features against the state's sums. Added to what is there when
+// `accumulate`.
 template <class A>
 DEVICE void denominator_parts(const Tiles<A>& tiles, const Reach& reach, bool with_state, bool accumulate) {
   const GeneralTiles& plan = tiles.plan;
   const Features<A>& features = tiles.features;
-  const int parts = plan.threads / plan.chunk, stride = plan.row_stride;
+  const int parts = denominator_part_count(plan), stride = plan.row_stride;
   const int row = threadIdx.x % plan.chunk, part = threadIdx.x / plan.chunk;
   if (part >= parts) return;
   A sum = 0;
@@ -174,7 +178,8 @@ DEVICE void denominator_parts(const Tiles<A>& tiles, const Reach& reach, bool wi
   *target = accumulate ? *target + sum : sum;
 }
 
-// state[f][c] += sum_j phi_f(x_j) values[j][c], and the sums += sum_j phi_f(x_j) extra[j].
+// state[f][c] += sum_j phi_f(x_j) values[j][c], and the sums += sum_j phi_f(x_j) extra[j]. A chunk is summed
+// from zero, so that the state is rounded once a chunk, and not once a token.
 template <class A>
 DEVICE void update_state(const Tiles<A>& tiles, int rows) {
   const GeneralTiles& plan = tiles.plan;
@@ -185,8 +190,7 @@ DEVICE void update_state(const Tiles<A>& tiles, int rows) {
   for (int tile = threadIdx.x; tile < plan.padded_features / 4 * quads; tile += blockDim.x) {
     const int feature = tile / quads * 4, column = (tile - tile / quads * quads) * 4;
     A* const state = tiles.state + static_cast<int64_t>(feature) * plan.value_stride + column;
-    A sums[4][4];
-    load_tile(sums, state, plan.value_stride);
+    A sums[4][4] = {};
     const A *first[4], *second[4];
     UNROLL for (int f = 0; f < 4; ++f) {
       const auto pair = tiles.features.pair(feature + f);
@@ -205,15 +209,33 @@ DEVICE void update_state(const Tiles<A>& tiles, int rows) {
         }
       }
     }
-    store_tile(state, plan.value_stride, sums);
+    A total[4][4];
+    load_tile(total, state, plan.value_stride);
+    if (tiles.carries) {
+      A carry[4][4];
+      A* const carries = tiles.carries + (state - tiles.state);
+      load_tile(carry, carries, plan.value_stride);
+      UNROLL for (int f = 0; f < 4; ++f) {
+        UNROLL for (int c = 0; c < 4; ++c) add_compensated(total[f][c], sums[f][c], carry[f][c]);
+      }
+      store_tile(carries, plan.value_stride, carry);
+    } else {
+      UNROLL for (int f = 0; f < 4; ++f) { UNROLL for (int c = 0; c < 4; ++c) total[f][c] += sums[f][c]; }
+    }
+    store_tile(state, plan.value_stride, total);
   }
   for (int f = threadIdx.x; f < tiles.features.count; f += blockDim.x) {
     const auto pair = tiles.features.pair(f);
-    A sum = tiles.state_sums()[f];
+    A sum = 0;
     for (int row = 0; row < rows; ++row) {
       sum += x[pair.first * stride + row] * x[pair.second * stride + row] * extra[row];
     }
-    tiles.state_sums()[f] = sum;
+    A& total = tiles.state_sums()[f];
+    if (tiles.carries) {
+      add_compensated(total, sum, tiles.carries[&total - tiles.state]);
+    } else {
+      total += sum;
+    }
   }
 }
 

@@ -49,8 +49,9 @@ KERNEL void LAUNCH_BOUNDS(256, 1) general_local_states(Call<AnyProblem> call) {
   if (reverse ? block.first_segment() : block.last_segment()) return;
   A* const slot = call.template region<A>(reverse ? call.workspace.reverse_states : call.workspace.states) +
                   (reverse ? block.index - 1 : block.index + 1) * plan.slot_size();
-  const Tiles<A> tiles = make_tiles(call, shared, plan.state_in_shared ? shared + plan.state : slot);
+  const Tiles<A> tiles = make_tiles(call, block, shared, plan.state_in_shared ? shared + plan.state : slot);
   for (int64_t entry = threadIdx.x; entry < plan.slot_size(); entry += plan.threads) tiles.state[entry] = 0;
+  clear_carries(tiles.carries, call.carry_size);
   add_segment<E, reverse>(call, tiles, block);
   sync_threads();
   if (plan.state_in_shared) {
@@ -68,7 +69,7 @@ KERNEL void LAUNCH_BOUNDS(256, 1) general_whole_state(Call<AnyProblem> call) {
   const Block block(call);
   if (reverse ? !block.first_segment() : !block.last_segment()) return;
   const Region& slots = reverse ? call.workspace.reverse_states : call.workspace.states;
-  const Tiles<A> tiles = make_tiles(call, shared, state_storage(call, shared, slots));
+  const Tiles<A> tiles = make_tiles(call, block, shared, state_storage(call, shared, slots));
   start_state(call, tiles, block, slots, ConstState{}, reverse);
   add_segment<E, reverse>(call, tiles, block);
   sync_threads();  // after start_state, where there was no chunk

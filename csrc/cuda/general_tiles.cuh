@@ -171,6 +171,15 @@ DEVICE A normalize_row(const A* raw, A* normalized, A* tile, int stride, int row
   return rstd;
 }
 
+// sum += value. `carry` keeps what rounding took from the sum, which the next call gives back (Kahan).
+template <class A>
+DEVICE void add_compensated(A& sum, A value, A& carry) {
+  const A corrected = value + carry;
+  const A next = sum + corrected;
+  carry = corrected - (next - sum);
+  sum = next;
+}
+
 // The tiles of one kernel and what it computes with them.
 template <class A>
 struct Tiles {
@@ -178,7 +187,8 @@ struct Tiles {
   A* shared;
   Features<A> features;
   int head_dim;
-  A* state;  // in shared memory or in the workspace
+  A* state;    // in shared memory or in the workspace
+  A* carries;  // of the state, laid out as it is, then of sums for gamma and beta; null in short segments
 
   DEVICE A* at(int offset) const { return shared + offset; }
   DEVICE A* vector(int index) const { return shared + plan.vectors + index * plan.chunk; }

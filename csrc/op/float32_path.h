@@ -35,6 +35,13 @@ REBASED_HOST_DEVICE constexpr int affine_floats(int64_t group_size) {
   return static_cast<int>(group_size + 1) * affine_size;
 }
 
+// What a block keeps beside its sums in a long segment (plan.h, compensated_rows): for its columns of the
+// state (state_features, columns), for the state's sums, and in backward for those of the gradients of gamma
+// and beta.
+REBASED_HOST_DEVICE constexpr int64_t carry_size(FeatureMap map, int64_t group_size) {
+  return state_features(map) * columns + padded_features(map) + group_size * (threads / 32) * affine_size;
+}
+
 // Strides are an odd number of 16-byte quads where eight lanes read eight rows; else rows are contiguous.
 struct ForwardShape {
   static constexpr int chunk = 64, row_stride = chunk + 4, value_stride = columns, state_stride = columns;

@@ -1,6 +1,8 @@
 #include "op/plan.h"
 
 #include <algorithm>
+#include <atomic>
+#include <mutex>
 
 #include "op/backend.h"
 #include "op/float32_path.h"
@@ -118,6 +120,55 @@ int choose_segments(const Problem& problem, const Device& device, Sweep sweep, i
   return static_cast<int>(std::clamp<int64_t>(std::min(wanted, rows / (8 * chunk)), 1, 128));
 }
 
+Device as_overridden(Device device) {
+  if (active_override.multiprocessors) device.multiprocessors = active_override.multiprocessors;
+  if (active_override.shared_memory_per_block) {
+    device.shared_memory_per_block = active_override.shared_memory_per_block;
+  }
+  return device;
+}
+
+std::atomic<bool> recording{false};
+std::mutex recorded_mutex;
+std::vector<std::string> recorded;
+
+template <class AnyProblem>
+Plan record(const AnyProblem& problem, const Plan& plan) {
+  if (recording) {
+    std::lock_guard<std::mutex> lock(recorded_mutex);
+    recorded.push_back(launch_configuration(problem, plan));
+  }
+  return plan;
+}
+
+constexpr const char* dtype_names[] = {"float32", "float64", "float16", "bfloat16"};
+constexpr const char* map_names[] = {"outer", "square", "taylor", "elu", "identity"};
+
+std::string sweep_configuration(const char* direction, const Problem& problem, const Plan& plan) {
+  std::string text = std::string(direction) + " " + path_name(plan.path);
+  const auto add = [&](const std::string& word) { text += " " + word; };
+  add(dtype_names[static_cast<int>(problem.dtype)]);
+  const bool fixed = plan.path == Path::tensor_core || plan.path == Path::float32;
+  if (fixed) add(map_names[static_cast<int>(problem.feature_map)]);
+  if (plan.path == Path::tensor_core) add("d=" + std::to_string(problem.feature_dim));
+  if (fixed) {
+    const int64_t groups = plan.path == Path::float32 ? float32_path::column_groups(problem)
+                                                      : tensor_core::column_groups(problem);
+    add(groups == 1 ? "one-column-group" : "column-groups");
+  } else {
+    add("threads=" + std::to_string(plan.tiles.threads));
+    add("chunk=" + std::to_string(plan.tiles.chunk));
+  }
+  if (plan.path == Path::general) add(plan.tiles.state_in_shared ? "state-in-shared" : "state-in-workspace");
+  if (plan.path != Path::quadratic) {
+    add(plan.segments == 1 ? "one-segment" : plan.segments <= 8 ? "few-segments" : "many-segments");
+  }
+  if (problem.group_size() > 1) add("grouped");
+  if (problem.cu_seqlens) add("packed");
+  if (plan.workspace.carries.bytes) add("compensated");
+  return text;
+}
+
 void add_region(Workspace* workspace, bool needed, Region* region, int64_t bytes) {
   if (!needed) return;
   *region = {workspace->bytes, bytes};
@@ -150,6 +201,19 @@ void add_gradient_regions(const Problem& problem, Sweep sweep, int64_t blocks, i
              affine * problem.kv_heads);
 }
 
+// Room for what rounding takes from the sums of blocks that may walk more than compensated_rows tokens:
+// `size` numbers for each, in `groups` column groups.
+void add_carries(const Problem& problem, int64_t groups, int64_t size, Plan* plan) {
+  const int64_t chunks = divide_up(problem.seqlen, plan->tiles.chunk);
+  const bool needed = accumulator_size(problem.dtype) == 4 && problem.num_sequences > 0 &&
+                      divide_up(chunks, plan->segments) * plan->tiles.chunk > compensated_rows;
+  const bool packed = problem.cu_seqlens != nullptr;
+  const int64_t sequences = carry_slot(packed, problem.seqlen, problem.num_sequences - 1) + 1;
+  plan->carry_size = needed ? round_up(size, 4) : 0;
+  add_region(&plan->workspace, needed, &plan->workspace.carries,
+             sequences * problem.kv_heads * plan->segments * groups * plan->carry_size * 4);
+}
+
 Plan plan_general(const Problem& problem, const Device& device, Sweep sweep) {
   Plan plan;
   plan.path = sweep.quadratic ? Path::quadratic : Path::general;
@@ -164,6 +228,7 @@ Plan plan_general(const Problem& problem, const Device& device, Sweep sweep) {
   const int64_t states =
       problem.num_sequences * problem.kv_heads * plan.segments * plan.tiles.slot_size() * accumulator;
   const bool slots = !sweep.quadratic && (plan.segments > 1 || !plan.tiles.state_in_shared);
+  const int64_t affine = sweep.backward ? problem.group_size() * 2 * problem.feature_dim : 0;
   Workspace& workspace = plan.workspace;
   const auto add = [&](bool needed, Region* region, int64_t bytes) {
     add_region(&workspace, needed, region, bytes);
@@ -175,6 +240,7 @@ Plan plan_general(const Problem& problem, const Device& device, Sweep sweep) {
     add_gradient_regions(problem, sweep, plan.segments, 1, problem.layer_norm == LayerNorm::token,
                          &workspace);
   }
+  if (!sweep.quadratic) add_carries(problem, 1, plan.tiles.slot_size() + affine, &plan);
   return plan;
 }
 
@@ -253,6 +319,8 @@ Plan plan_float32(const Problem& problem, const Device& device, int chunk, int64
   add_shared_regions(problem, &plan.workspace);
   add_region(&plan.workspace, plan.segments > 1, &plan.workspace.states,
              states * plan.segments * tiles.slot_size() * 4);
+  add_carries(problem, float32_path::column_groups(problem),
+              float32_path::carry_size(problem.feature_map, problem.group_size()), &plan);
   return plan;
 }
 
@@ -324,11 +392,22 @@ Plan plan_sweep(const AnyProblem& problem, const Device& device, Sweep sweep) {
 void set_plan_override(const PlanOverride& forced) { active_override = forced; }
 const PlanOverride& plan_override() { return active_override; }
 
+void record_launches(bool on) {
+  std::lock_guard<std::mutex> lock(recorded_mutex);
+  recorded.clear();
+  recording = on;
+}
+std::vector<std::string> take_recorded_launches() {
+  std::lock_guard<std::mutex> lock(recorded_mutex);
+  return std::exchange(recorded, {});
+}
+
 Plan plan_forward(const ForwardProblem& problem, const Device& device) {
-  return plan_sweep(problem, device, {false, false});
+  return record(problem, plan_sweep(problem, as_overridden(device), {false, false}));
 }
 Plan plan_backward(const BackwardProblem& problem, const Device& device) {
-  return plan_sweep(problem, device, {true, false, problem.wants_queries(), problem.wants_keys()});
+  const Sweep sweep{true, false, problem.wants_queries(), problem.wants_keys()};
+  return record(problem, plan_sweep(problem, as_overridden(device), sweep));
 }
 
 Plan plan_step(const StepProblem& problem, const Device&) {
@@ -354,7 +433,22 @@ Plan plan_step(const StepProblem& problem, const Device&) {
   step.scores = step.denominators + heads * step.threads / 32;
   step.size = step.scores + heads;
   plan.shared_memory_bytes = step.size * bytes;
-  return plan;
+  return record(problem, plan);
+}
+
+std::string launch_configuration(const ForwardProblem& problem, const Plan& plan) {
+  return sweep_configuration("forward", problem, plan);
+}
+std::string launch_configuration(const BackwardProblem& problem, const Plan& plan) {
+  return sweep_configuration("backward", problem, plan);
+}
+std::string launch_configuration(const StepProblem& problem, const Plan& plan) {
+  const StepTiles& step = plan.step;
+  const bool one_pass = step.features_at_once >= features_of(problem);
+  return std::string("step ") + dtype_names[static_cast<int>(problem.dtype)] +
+         " threads=" + std::to_string(step.threads) + " heads-at-once=" + std::to_string(step.heads_at_once) +
+         (step.group > step.heads_at_once ? " heads-in-turns" : "") +
+         (one_pass ? " one-pass" : " several-passes");
 }
 
 const char* path_name(Path path) {
@@ -387,6 +481,7 @@ std::vector<std::pair<std::string, int64_t>> plan_entries(const Plan& plan) {
       {"key_gradient", workspace.key_gradient},
       {"query_affine", workspace.query_affine},
       {"key_affine", workspace.key_affine},
+      {"carries", workspace.carries},
   };
   for (const auto& [name, region] : regions) {
     if (region.bytes == 0) continue;

@@ -19,7 +19,7 @@ namespace rebased {
 struct Device;  // backend.h
 
 // general: SIMT kernels with a state, every problem. quadratic: the same kernels without, for problems that
-// neither take nor give one. tensor_core: mma kernels for 16-bit types. float32: SIMT kernels with register
+// neither take nor give one. tensor_core: mma kernels for bfloat16. float32: SIMT kernels with register
 // tiles of a fixed shape, for float32 with 16 features.
 enum class Path { general, tensor_core, quadratic, float32 };
 
@@ -85,8 +85,21 @@ struct Workspace {
   Region key_gradient;    // (batch, kv_heads, seqlen, feature_dim)
   Region query_affine;    // (num_sequences, heads, segments, 2, feature_dim): grad gamma, grad beta per block
   Region key_affine;      // (num_sequences, kv_heads, segments, 2, feature_dim)
+  Region carries;         // (carry slots, carry_size): what rounding took from the sums of long segments
   int64_t bytes = 0;
 };
+
+// A float32 sum of n numbers of one sign is off by about sqrt(n) roundings, and by more where the numbers are
+// too small to move it. Blocks that walk more than this many tokens therefore keep with every entry of a
+// state what its roundings took away, and give it back with the next chunk (compensated summation).
+constexpr int64_t compensated_rows = 4096;
+
+// Of the block whose sequence begins at `first_row` and has number `sequence`. Sequences that are packed do
+// not get a slot each, which thousands of short ones would fill memory with: those past compensated_rows
+// begin more than compensated_rows apart.
+REBASED_HOST_DEVICE inline int64_t carry_slot(bool packed, int64_t first_row, int64_t sequence) {
+  return packed ? first_row / compensated_rows : sequence;
+}
 
 struct Plan {
   Path path = Path::general;
@@ -95,6 +108,7 @@ struct Plan {
   GeneralTiles tiles{};    // of all general kernels of this direction
   StepTiles step{};
   int64_t shared_memory_bytes = 0;  // the most that a kernel of the plan asks for
+  int64_t carry_size = 0;           // accumulators of a slot of workspace.carries
   Workspace workspace;
 };
 
@@ -105,6 +119,8 @@ struct PlanOverride {
   int chunk = 0;  // 4, 8, 16, 32 or 64
   int segments = 0;
   int state_in_shared = -1;  // 0 or 1; -1 leaves it to the plan
+  int multiprocessors = 0;   // of the device, and the bytes of shared memory that a block may have there
+  int64_t shared_memory_per_block = 0;
 };
 // Process-wide. To be set only while no call is under way.
 void set_plan_override(const PlanOverride&);
@@ -113,6 +129,17 @@ const PlanOverride& plan_override();
 Plan plan_forward(const ForwardProblem&, const Device&);
 Plan plan_backward(const BackwardProblem&, const Device&);
 Plan plan_step(const StepProblem&, const Device&);
+
+// What sets one launch apart from another as far as code is concerned: direction, path, kernel instance,
+// threads, chunk, where the state is, one column group or more, segments, grouped heads, packed sequences,
+// compensated sums. Tests hold every one that the plan can choose against the reference.
+std::string launch_configuration(const ForwardProblem&, const Plan&);
+std::string launch_configuration(const BackwardProblem&, const Plan&);
+std::string launch_configuration(const StepProblem&, const Plan&);
+
+// For tests: from record_launches(true) on, every plan that is made leaves its configuration here.
+void record_launches(bool);
+std::vector<std::string> take_recorded_launches();
 
 const char* path_name(Path);
 // Every number of a plan under its name, for showing it: "segments", "tiles.chunk",

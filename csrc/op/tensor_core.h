@@ -29,11 +29,13 @@ inline bool supports_features(const Problem& problem) {
                                        (problem.feature_dim == 8 || problem.feature_dim == 32));
 }
 
+// float16 is left to the general kernels: these kernels round scores and features to the element type, and
+// float16 has no room for the squares of small or of large q and k.
 inline bool supports_sizes(const Problem& problem) {
-  return (problem.dtype == Dtype::bfloat16 || problem.dtype == Dtype::float16) && problem.num_sequences > 0 &&
-         problem.seqlen > 0 && supports_features(problem) && problem.head_dim > 0 &&
-         problem.head_dim % 16 == 0 && problem.head_dim <= 256 && problem.group_size() <= max_group_size &&
-         aligned(problem.q) && aligned(problem.k) && aligned(problem.v);
+  return problem.dtype == Dtype::bfloat16 && problem.num_sequences > 0 && problem.seqlen > 0 &&
+         supports_features(problem) && problem.head_dim > 0 && problem.head_dim % 16 == 0 &&
+         problem.head_dim <= 256 && problem.group_size() <= max_group_size && aligned(problem.q) &&
+         aligned(problem.k) && aligned(problem.v);
 }
 
 // What is absent lies nowhere, which is aligned.

@@ -8,9 +8,9 @@ namespace {
 using namespace rebased;
 using namespace rebased::tests;
 
-void add_cases(FeatureMap map, int64_t dim, Dtype dtype, std::vector<Case>* all) {
+void add_cases(FeatureMap map, int64_t dim, std::vector<Case>* all) {
   Case c;
-  c.map = map, c.dtype = dtype, c.dim = dim, c.path = Path::tensor_core;
+  c.map = map, c.dtype = Dtype::bfloat16, c.dim = dim, c.path = Path::tensor_core;
   c.scale = 0.25, c.eps = 1;  // a first score far below eps would be all rounding of q' and k'
   c.packed_heads = true;      // x.view(B, N, H, d).transpose(1, 2)
   struct Sizes {
@@ -39,7 +39,7 @@ void add_cases(FeatureMap map, int64_t dim, Dtype dtype, std::vector<Case>* all)
   add(head, {1, 1, 1, 140, 208, 2}, true, true);
   add(head, {2, 2, 3, 130, 64, 2}, true, true)->shared_affine = true;
   add(head, {1, 1, 2, 200, 80, 2}, true, true)->cu_seqlens = {0, 70, 70, 73, 200};
-  // sums past float16's 65504, and grad y / sum(sim) near its smallest numbers
+  // large v beside small grad y
   add(head, {1, 1, 1, 320, 64, 2}, true, false)->value_size = 300;
   // what the plan chooses by itself; rows before, between and after the sequences
   add(token, {2, 2, 2, 90, 32, 0}, true, true);
@@ -49,13 +49,10 @@ void add_cases(FeatureMap map, int64_t dim, Dtype dtype, std::vector<Case>* all)
 
 std::vector<Case> cases() {
   std::vector<Case> all;
-  for (const Dtype dtype : {Dtype::bfloat16, Dtype::float16}) {
-    for (const FeatureMap map :
-         {FeatureMap::outer, FeatureMap::square, FeatureMap::taylor, FeatureMap::elu}) {
-      add_cases(map, 16, dtype, &all);
-    }
-    for (const int64_t dim : {8, 32}) add_cases(FeatureMap::outer, dim, dtype, &all);
+  for (const FeatureMap map : {FeatureMap::outer, FeatureMap::square, FeatureMap::taylor, FeatureMap::elu}) {
+    add_cases(map, 16, &all);
   }
+  for (const int64_t dim : {8, 32}) add_cases(FeatureMap::outer, dim, &all);
   return all;
 }
 

@@ -45,10 +45,10 @@ const char* visit_map(FeatureMap map, const Visitor& visit) {
 Plan plan(const ForwardProblem& problem, const Device& device) { return plan_forward(problem, device); }
 Plan plan(const BackwardProblem& problem, const Device& device) { return plan_backward(problem, device); }
 
-// 16-bit types: the tensor-core kernels between what they share with the general path.
-template <class E, class AnyProblem>
+// bfloat16: the tensor-core kernels between what they share with the general path.
+template <class AnyProblem>
 const char* launch_tensor_core(const AnyProblem& problem, const Plan& plan, void* stream) {
-  const char* error = launch_preparation<E>(problem, plan, stream);
+  const char* error = launch_preparation<bfloat16_t>(problem, plan, stream);
   if (*error) return error;
   char* const workspace = static_cast<char*>(problem.workspace);
   const auto region = [&](const Region& where) { return where.bytes ? workspace + where.offset : nullptr; };
@@ -66,7 +66,7 @@ const char* launch_tensor_core(const AnyProblem& problem, const Plan& plan, void
     only_state = problem.part == BackwardPart::reverse_state;
     error = tensor_core::backward(problem, launch, stream);
   }
-  return *error || only_state ? error : launch_fill<E>(problem, plan, stream);
+  return *error || only_state ? error : launch_fill<bfloat16_t>(problem, plan, stream);
 }
 
 template <class AnyProblem>
@@ -91,10 +91,7 @@ const char* run_plan(const AnyProblem& problem, const Device& device, void* stre
   if (*chosen.error) return chosen.error;
   const char* const error = set_device(device.index);
   if (*error) return error;
-  if (chosen.path == Path::tensor_core) {
-    return problem.dtype == Dtype::float16 ? launch_tensor_core<half_t>(problem, chosen, stream)
-                                           : launch_tensor_core<bfloat16_t>(problem, chosen, stream);
-  }
+  if (chosen.path == Path::tensor_core) return launch_tensor_core(problem, chosen, stream);
   if (chosen.path == Path::float32) return launch_float32_path(problem, chosen, stream);
   return visit_element(problem.dtype, [&](auto element) {
     return launch_general<decltype(element)>(problem, chosen, stream);

@@ -1,13 +1,11 @@
-// The tensor-core forward's way from a problem to the instance of its type and map.
+// The tensor-core forward's way from a problem to the instance of its map.
 #include "cuda/tensor_core_launch.cuh"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
-#define DECLARE(map, dim)                                                                                   \
-  extern template const char* launch_forward<bfloat16_t, Slabs<map, dim>>(const ForwardProblem&,            \
-                                                                          const Launch&, void*);            \
-  extern template const char* launch_forward<half_t, Slabs<map, dim>>(const ForwardProblem&, const Launch&, \
-                                                                      void*);
+#define DECLARE(map, dim)                                                                        \
+  extern template const char* launch_forward<bfloat16_t, Slabs<map, dim>>(const ForwardProblem&, \
+                                                                          const Launch&, void*);
 DECLARE(FeatureMap::outer, 8)
 DECLARE(FeatureMap::outer, 16)
 DECLARE(FeatureMap::outer, 32)
@@ -18,9 +16,7 @@ DECLARE(FeatureMap::elu, 16)
 
 const char* forward(const ForwardProblem& problem, const Launch& launch, void* stream) {
   return with_slabs(problem, [&](auto slabs) {
-    using S = decltype(slabs);
-    return problem.dtype == Dtype::bfloat16 ? launch_forward<bfloat16_t, S>(problem, launch, stream)
-                                            : launch_forward<half_t, S>(problem, launch, stream);
+    return launch_forward<bfloat16_t, decltype(slabs)>(problem, launch, stream);
   });
 }
 

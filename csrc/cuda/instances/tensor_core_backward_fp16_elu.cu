@@ -1,6 +1,0 @@
-#include "cuda/tensor_core_backward.cuh"
-
-namespace rebased::REBASED_BACKEND::tensor_core {
-template const char* launch_backward<half_t, Slabs<FeatureMap::elu, 16>>(const BackwardProblem&,
-                                                                         const Launch&, void*);
-}  // namespace rebased::REBASED_BACKEND::tensor_core

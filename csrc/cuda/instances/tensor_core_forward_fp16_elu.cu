@@ -1,6 +1,0 @@
-#include "cuda/tensor_core_launch.cuh"
-
-namespace rebased::REBASED_BACKEND::tensor_core {
-template const char* launch_forward<half_t, Slabs<FeatureMap::elu, 16>>(const ForwardProblem&, const Launch&,
-                                                                        void*);
-}  // namespace rebased::REBASED_BACKEND::tensor_core
