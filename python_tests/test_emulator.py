@@ -302,3 +302,14 @@ def test_tracer(run):
     assert buffers["input"]["written_bytes"] == 0
     assert buffers["output"]["written_sectors"] == warps * GLOBAL["result"][2]
     assert buffers["output"]["read_bytes"] == 0
+
+
+def test_tracer_knows_its_lines_whatever_its_folder_is_called(run, tmp_path):
+    """A folder's name is no command: neither its quote nor what stands in it reaches a shell."""
+    folder = tmp_path / "it's $(touch started) `touch started`"
+    folder.mkdir()
+    built = run("trace", "emulator_trace")
+    program = shutil.copy(built.args[-1], folder)
+    done = run("trace", program)
+    assert json.loads(done.stdout) == json.loads(built.stdout)
+    assert not list(Path.cwd().glob("started"))

@@ -1,6 +1,9 @@
 // Turns the tracer's counts by instruction into counts by source line, and prints them.
 #include <dlfcn.h>
+#include <fcntl.h>
 #include <link.h>
+#include <spawn.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cinttypes>
@@ -29,6 +32,27 @@ uintptr_t file_address(const void* pc) {
   return reinterpret_cast<uintptr_t>(pc) - map->l_addr;
 }
 
+// A program's standard output, with a file as its standard input. No shell: the arguments are nobody's
+// commands.
+FILE* read_from(const char* const* arguments, const char* input) {
+  int ends[2];
+  if (pipe(ends) != 0) return nullptr;
+  posix_spawn_file_actions_t actions;
+  posix_spawn_file_actions_init(&actions);
+  posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, input, O_RDONLY, 0);
+  posix_spawn_file_actions_adddup2(&actions, ends[1], STDOUT_FILENO);
+  posix_spawn_file_actions_addclose(&actions, ends[0]);
+  posix_spawn_file_actions_addclose(&actions, ends[1]);
+  pid_t child;
+  const int error =
+      posix_spawnp(&child, arguments[0], &actions, nullptr, const_cast<char* const*>(arguments), environ);
+  posix_spawn_file_actions_destroy(&actions);
+  close(ends[1]);
+  if (error == 0) return fdopen(ends[0], "r");
+  close(ends[0]);
+  return nullptr;
+}
+
 // One run of addr2line for all addresses. Of an address's inlined frames the innermost counts that is a
 // kernel's, not one of device.cuh's primitives.
 std::map<uintptr_t, Location> locate(const std::vector<uintptr_t>& addresses) {
@@ -40,8 +64,8 @@ std::map<uintptr_t, Location> locate(const std::vector<uintptr_t>& addresses) {
   for (const uintptr_t address : addresses) fprintf(input, "0x%" PRIxPTR "\n", address);
   fclose(input);
 
-  const std::string command = std::string("addr2line -a -i -f -C -e '") + program + "' < " + list;
-  if (FILE* const output = popen(command.c_str(), "r")) {
+  const char* const arguments[] = {"addr2line", "-a", "-i", "-f", "-C", "-e", program, nullptr};
+  if (FILE* const output = read_from(arguments, list)) {
     Location* location = nullptr;
     bool primitive = false;
     char text[8192], where[8192];
@@ -61,7 +85,8 @@ std::map<uintptr_t, Location> locate(const std::vector<uintptr_t>& addresses) {
       *location = {text, slash ? slash + 1 : where, colon ? atoi(colon + 1) : 0};
       primitive = location->file == "device.cuh" || strstr(where, "/emulator/");
     }
-    pclose(output);
+    fclose(output);
+    wait(nullptr);
   }
   unlink(list);
   return found;
