@@ -259,9 +259,13 @@ def test_low_precision_parameters_are_used_in_float32(dtype):
     assert not torch.equal(finer(x), layer(x))
 
 
-def test_gamma_and_beta_stay_float32_under_autocast():
-    layer, seen = attention(), []
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_gamma_and_beta_arrive_in_the_operators_own_dtype(dtype):
+    layer, seen = attention().to(dtype), []
     layer.ln_q.register_forward_hook(lambda module, given, result: seen.extend(result))
+    layer(tokens().to(dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        layer(tokens())
-    assert [x.dtype for x in seen] == [torch.float32, torch.float32]
+        layer(tokens().to(dtype))
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert [x.dtype for x in seen] == [expected] * 4
+    assert layer.ln_q.weight.dtype == dtype

@@ -73,12 +73,12 @@ class QueryKeyNorm(nn.LayerNorm):
         Returns:
             Of a tensor: (..., heads * feature_dim), gamma * LayerNorm(input) + beta, with the LayerNorm over
             all entries for "token" (that of nn.LayerNorm), over each head's for "head", and none for None.
-            Of None: (gamma, beta), (heads * feature_dim,) each, None where it is left out. They are copies,
-            because fully_shard frees the parameters when the call returns, before the operator reads them.
+            Of None: (gamma, beta), (heads * feature_dim,) each, float32 or float64, None where it is left
+            out. They are copies, because fully_shard frees the parameters when the call returns, before the
+            operator reads them.
         """
         if input is None:
-            weight, bias = self.weight, self.bias  # each read once: a parametrization computes it anew
-            return None if weight is None else weight.clone(), None if bias is None else bias.clone()
+            return _copy(self.weight), _copy(self.bias)
         if self.layer_norm == "token":
             return super().forward(input)
         if self.layer_norm == "head":
@@ -87,6 +87,13 @@ class QueryKeyNorm(nn.LayerNorm):
         if self.weight is not None:
             input = input * self.weight
         return input if self.bias is None else input + self.bias
+
+
+def _copy(parameter: Tensor | None) -> Tensor | None:
+    """A copy in float32, or in float64 of float64: what the operator computes in."""
+    if parameter is None:
+        return None
+    return parameter.clone() if parameter.dtype in (torch.float32, torch.float64) else parameter.float()
 
 
 class _SharedGroup:
@@ -249,7 +256,7 @@ class ReBasedAttention(_ContextParallelLayer):
                 torch.no_grad().
         """
         _check_input("x_t", x_t, ("B", self.hidden_size))
-        _refuse_gradients("ReBasedAttention", x_t, *self.parameters())
+        _refuse_gradients(self, x_t)
         y = rebased_attention_step(*self._heads(x_t, "x_t"), state, **self._options())
         output: Tensor = self.proj_o(y.flatten(1))
         return output
@@ -431,7 +438,7 @@ class GatedShortConvolution(_ContextParallelLayer):
             raise TypeError(f"cache: expected u_t's dtype {u_t.dtype}, got {cache.dtype}")
         if cache.device != u_t.device:
             raise fail("cache", f"u_t's device {u_t.device}", cache.device)
-        _refuse_gradients("GatedShortConvolution", u_t, cache, *self.parameters())
+        _refuse_gradients(self, u_t, cache)
         if not torch.compiler.is_compiling() and not torch._C._is_tracing():  # which know no memory
             _check_writable("cache", cache, "u_t", u_t)
         y, last = self._convolve(u_t.unsqueeze(1), cache, "u_t")
@@ -461,9 +468,11 @@ def _refuse_mask(attention_mask: Tensor | None) -> None:
         )
 
 
-def _refuse_gradients(layer: str, *tensors: Tensor) -> None:
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        raise RuntimeError(f"{layer}.step is for inference: call it under torch.no_grad().")
+def _refuse_gradients(layer: nn.Module, *tensors: Tensor) -> None:
+    if not torch.is_grad_enabled():  # first: to list the parameters takes as long as a Linear of one token
+        return
+    if any(x.requires_grad for x in (*tensors, *layer.parameters())):
+        raise RuntimeError(f"{type(layer).__name__}.step is for inference: call it under torch.no_grad().")
 
 
 def _call(module: nn.Linear | nn.Conv1d, x: Tensor, name: str) -> Any:
