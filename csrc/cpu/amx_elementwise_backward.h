@@ -256,13 +256,14 @@ struct AmxElementwiseBackward : AmxElementwise<ElementwiseBackward<float, 6>> {
       start_state(item, true, own.state);
       pad_affine(own, item);
       clear(own.grad_affine, group() * 2 * kTile);
+      clear(query_affine_of(item), group() * 2 * sizes.feature_dim);
       turn_state_pairs(own);
     });
     for (int64_t row = first.begin; row < first.end; row += kBlock)
       for_heads(first, count, scratch,
                 [&](const Item& item, const Scratch& own) { query_block(item, own, row); });
     for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {
-      write_affine(own, group(), query_affine + item.number * group() * 2 * sizes.feature_dim);
+      move_affine(own, group(), query_affine_of(item));
     });
   }
   // dv of columns [begin, end) and, where asked for, dk.
@@ -273,6 +274,7 @@ struct AmxElementwiseBackward : AmxElementwise<ElementwiseBackward<float, 6>> {
       start_state(item, false, own.state);
       pad_affine(own, item);
       clear(own.grad_affine, 2 * kTile);
+      if (with_keys) clear(key_affine_of(item), 2 * sizes.feature_dim);
       round_state(own);
       turn_state_pairs(own);
     });

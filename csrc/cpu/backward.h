@@ -26,6 +26,7 @@ struct BackwardScratch {
   T* grad_values;                     // [block]: values of kLanes rows
   T* grad_affine;                     // [query head of the group][2][feature_dim][kWidth]
   T* state;
+  LongSums<T>* long_sums;  // of the state
   PrefetchQueue* queue;
 
   BackwardScratch(const Sizes<T>& s, int64_t group, Arena& arena) {
@@ -44,6 +45,7 @@ struct BackwardScratch {
     grad_values = arena.take<T>(columns);
     grad_affine = arena.take<T>(group * 2 * s.feature_dim * kWidth<T>);
     state = arena.take<T>(s.state_size);
+    long_sums = LongSums<T>::make(s, arena);
     queue = arena.take<PrefetchQueue>(1);
   }
 };
@@ -259,8 +261,8 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
   template <bool Weighted>
   void add_to_state(const BackwardScratch<T>& scratch, const T* tokens, const T* token_weights,
                     const T* values, int rows, T* state) const {
-    update_state<T, Weighted>(sizes, pairs, tokens, token_weights, values, rows, state, scratch.row_slab,
-                              scratch.queue);
+    update_state<T, Weighted>(sizes, pairs, tokens, token_weights, values, rows, state, scratch.long_sums,
+                              scratch.row_slab, scratch.queue);
   }
   // of block b, whose values or ghat stand transposed
   template <bool Weighted>
@@ -320,10 +322,11 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
 
   void clear(T* target, int64_t count) const { __builtin_memset(target, 0, count * sizeof(T)); }
 
-  // Lane sums of gamma and beta gradients to rows of [2][feature_dim].
-  void write_affine(const T* lanes, int64_t heads, T* target) const {
+  // Lane sums of gamma and beta gradients join rows of [2][feature_dim], and begin anew.
+  void move_affine(T* lanes, int64_t heads, T* target) const {
     for (int64_t i = 0; i < heads * 2 * sizes.feature_dim; i++)
-      target[i] = horizontal_sum<T>(load(lanes + i * kWidth<T>));
+      target[i] += horizontal_sum<T>(load(lanes + i * kWidth<T>));
+    clear(lanes, heads * 2 * sizes.feature_dim * kWidth<T>);
   }
 };
 

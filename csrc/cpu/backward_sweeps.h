@@ -37,12 +37,16 @@ struct BackwardSweeps : Base {
   void run(const Item& item, const Scratch& scratch, const Start& start_state) const {
     const int64_t shared = shared_from(item), affine = item.number * 2 * sizes.feature_dim;
     if (item.part == 1) {
-      sweep_queries(item, scratch, start_state(true));
-      if (shared < item.end)
-        sweep_keys(item, scratch, start_state(false), shared, item.end, this->shared_key_affine + affine);
-      return;
+      bool state_is_zero = start_state(true);
+      start_long_sums(item, scratch, scratch.state);
+      sweep_queries(item, scratch, state_is_zero);
+      if (shared == item.end) return;
+      state_is_zero = start_state(false);
+      start_long_sums(item, scratch, scratch.state);
+      return sweep_keys(item, scratch, state_is_zero, shared, item.end, this->shared_key_affine + affine);
     }
     bool state_is_zero = start_state(false);
+    start_long_sums(item, scratch, scratch.state);
     for (int64_t row = last_chunk(item.begin, item.end); row >= shared; row -= sizes.chunk) {
       scratch.queue->clear();
       add_queries(item, scratch, row, int(smaller<int64_t>(sizes.chunk, item.end - row)), -sizes.chunk,
@@ -50,6 +54,14 @@ struct BackwardSweeps : Base {
       state_is_zero = false;
     }
     sweep_keys(item, scratch, state_is_zero, item.begin, shared, this->key_affine + affine);
+  }
+  void start_long_sums(const Item& item, const Scratch& scratch, const T* state) const {
+    if (!item.quadratic) scratch.long_sums->start(sizes, item.end - item.begin, state);
+  }
+  // Whether the sums for gamma and beta of all rows so far, of which `row` is the last chunk's, are to begin
+  // anew.
+  bool ends_fold(int64_t row) const {
+    return sizes.has_long_rows && row / sizes.chunk % (kFoldRows / sizes.chunk) == 0;
   }
   int64_t last_chunk(int64_t begin, int64_t end) const {
     return begin + ((end - begin + sizes.chunk - 1) / sizes.chunk - 1) * sizes.chunk;
@@ -61,7 +73,9 @@ struct BackwardSweeps : Base {
     const Sizes<T>& s = sizes;
     const int64_t group = p.heads / p.kv_heads;
     const Tokens<T> keys = key_tokens(item);
+    T* const grad_affine = this->query_affine + item.number * group * 2 * s.feature_dim;
     this->clear(scratch.grad_affine, group * 2 * s.feature_dim * kWidth<T>);
+    this->clear(grad_affine, group * 2 * s.feature_dim);
     if (!item.quadratic && !state_is_zero) this->round_state(scratch);
     const Ahead next{scratch.queue, s.chunk};
     for (int64_t row = item.begin; row < item.end; row += s.chunk) {
@@ -95,12 +109,12 @@ struct BackwardSweeps : Base {
         this->finish_tokens(scratch, queries, row, rows, this->query_target, item.batch, head,
                             scratch.grad_affine + g * 2 * s.feature_dim * kWidth<T>);
       }
+      if (ends_fold(row)) this->move_affine(scratch.grad_affine, group, grad_affine);
       if (item.quadratic || last_chunk) continue;
       add_keys_to_state(scratch, rows, scratch.state);
       state_is_zero = false;
     }
-    this->write_affine(scratch.grad_affine, group,
-                       this->query_affine + item.number * group * 2 * s.feature_dim);
+    this->move_affine(scratch.grad_affine, group, grad_affine);
   }
 
   // dk and dv of rows [begin, item_end) of an item, from T and m of all that comes after them.
@@ -112,6 +126,7 @@ struct BackwardSweeps : Base {
     const Tokens<T> keys = key_tokens(item);
     const bool keep_state = item.first && begin == item.begin && p.grad_initial_state.kv;
     this->clear(scratch.grad_affine, 2 * s.feature_dim * kWidth<T>);
+    this->clear(grad_affine, 2 * s.feature_dim);
     if (!item.quadratic && !state_is_zero) this->round_state(scratch);
     for (int64_t row = last_chunk(begin, item_end); row >= begin; row -= s.chunk) {
       scratch.queue->clear();
@@ -149,9 +164,10 @@ struct BackwardSweeps : Base {
       state_is_zero = false;
       this->finish_tokens(scratch, keys, row, rows, this->key_target, item.batch, item.kv_head,
                           scratch.grad_affine);
+      if (ends_fold(row)) this->move_affine(scratch.grad_affine, 1, grad_affine);
       write_grad_values(scratch, item, row, rows);
     }
-    this->write_affine(scratch.grad_affine, 1, grad_affine);
+    this->move_affine(scratch.grad_affine, 1, grad_affine);
     if (keep_state)
       export_state(s, scratch.state, p.grad_initial_state, item.sequence * p.kv_heads + item.kv_head);
   }
@@ -173,6 +189,7 @@ struct BackwardSweeps : Base {
   void local_key_state(const Item& item, const Scratch& scratch, T* state) const {
     const Tokens<T> keys = key_tokens(item);
     this->clear(state, sizes.state_size);
+    start_long_sums(item, scratch, state);
     const Ahead next{scratch.queue, sizes.chunk};
     for (int64_t row = item.begin; row < item.end; row += sizes.chunk) {
       scratch.queue->clear();
@@ -184,6 +201,7 @@ struct BackwardSweeps : Base {
   }
   void local_query_state(const Item& item, const Scratch& scratch, T* state) const {
     this->clear(state, sizes.state_size);
+    start_long_sums(item, scratch, state);
     for (int64_t row = item.begin; row < item.end; row += sizes.chunk) {
       scratch.queue->clear();
       add_queries(item, scratch, row, int(smaller<int64_t>(sizes.chunk, item.end - row)), sizes.chunk, state);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/call.h"
+#include "cpu/long_sums.h"
 #include "cpu/recurrence.h"
 #include "cpu/token_rows.h"
 
@@ -19,6 +20,8 @@ struct ElementwiseScratch {
   T* factors;              // [query head][token]: r or grad_y . y
   T *grad_tokens, *normalized, *sums, *grad_affine;  // backward only
   T *state, *turned;
+  static constexpr int64_t kMostHeads = 8;
+  LongSums<T>* long_sums[kMostHeads];  // of each head's state, or of `turned` and the state's denominator
 
   // heads: how many are walked side by side, each with a state, affine and grad_affine of its own.
   ElementwiseScratch(const Sizes<T>& s, int64_t group, Arena& arena, bool backward, int64_t heads = 1) {
@@ -34,8 +37,10 @@ struct ElementwiseScratch {
     sums = arena.take<T>(backward ? 2 * chunk : 0);
     grad_affine = arena.take<T>(backward ? heads * group * 2 * width : 0);
     state = arena.take<T>(heads * s.state_size), turned = arena.take<T>(backward ? heads * s.state_size : 0);
+    for (int64_t n = 0; n < heads; n++) long_sums[n] = LongSums<T>::make(s, arena);
   }
   void move_to_head(int64_t n, const Sizes<T>& s, int64_t group) {
+    long_sums[0] = long_sums[n];
     state += n * s.state_size, turned += n * s.state_size;
     affine += n * (group + 1) * 2 * s.feature_pad, grad_affine += n * group * 2 * s.feature_pad;
   }
@@ -44,6 +49,7 @@ struct ElementwiseScratch {
 // MostHeads: that a worker walks side by side.
 template <class T, int64_t MostHeads>
 struct ElementwiseCall : Call<T> {
+  static_assert(MostHeads <= ElementwiseScratch<T>::kMostHeads);
   using Call<T>::Call, Call<T>::base, Call<T>::sizes, Call<T>::statistics;
   static constexpr int64_t kHeadsTogether = MostHeads;
   static constexpr int64_t kStateBytes = 20 << 10;  // most of a state, of which each head has its own
@@ -180,22 +186,46 @@ struct ElementwiseCall : Call<T> {
     return scratch.queries + place * sizes.chunk * width();
   }
 
-  // S += phi(k) v^T and z += phi(k) over an item, from zero.
-  void add_keys(const Item& item, const ElementwiseScratch<T>& scratch, T* state) const {
+  // In a long item: what a chunk's recurrence has added to its state, once more, to `recent`.
+  static void add_apart(Recurrence<T> of, T* recent) {
+    of.queries = 0, of.state = recent;
+    recur(of);
+  }
+  void add_keys_apart(const ElementwiseScratch<T>& scratch, int tokens, T* z) const {
+    for (int e = 0; e < width(); e += kWidth<T>) {
+      Vector<T> sum = load(z + e);
+      for (int i = 0; i < tokens; i++) sum += load(scratch.keys + i * width() + e);
+      store(z + e, sum);
+    }
+  }
+  // A segment's own sums, from zero: these go to add(state) chunk by chunk, in a long item to `recent`
+  // instead.
+  template <class Add>
+  void sum_segment(const Item& item, const ElementwiseScratch<T>& scratch, T* state, const Add& add) const {
+    LongSums<T>& sums = *scratch.long_sums[0];
     __builtin_memset(state, 0, sizes.state_size * sizeof(T));
+    sums.start(sizes, item.end - item.begin, nullptr, nullptr);
     pad_affine(scratch, item);
     for (int64_t row = item.begin; row < item.end; row += sizes.chunk) {
       const int tokens = int(smaller<int64_t>(sizes.chunk, item.end - row));
+      add(row, tokens, sums.active ? sums.recent : state);
+      if (sums.active) sums.add(tokens);
+    }
+    if (sums.active) sums.copy(0, sizes.state_size, state);
+  }
+
+  // S += phi(k) v^T and z += phi(k) over an item, from zero.
+  void add_keys(const Item& item, const ElementwiseScratch<T>& scratch, T* state) const {
+    sum_segment(item, scratch, state, [&](int64_t row, int tokens, T* target) {
       pack_keys(scratch, item, row, tokens, sizes.chunk);
-      for (int e = 0; e < width(); e++)
-        for (int i = 0; i < tokens; i++) state[sizes.state_kv + e] += scratch.keys[i * width() + e];
+      add_keys_apart(scratch, tokens, target + sizes.state_kv);
       Recurrence<T> s{};
-      s.tokens = tokens, s.rows = width(), s.lanes = sizes.value_columns, s.updates = 1, s.state = state;
+      s.tokens = tokens, s.rows = width(), s.lanes = sizes.value_columns, s.updates = 1, s.state = target;
       s.update_rows = packed<const T*>(scratch.keys, width());
       s.update_lanes =
           value_rows(base.v, item.batch, item.kv_head, 1, row, tokens, scratch.values, sizes.chunk);
       recur(s);
-    }
+    });
   }
 };
 

@@ -106,10 +106,23 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
     else
       with_element<T>(problem.dtype, write_out);
   }
-  void write_affine(const Scratch& scratch, int64_t heads, T* target) const {
+  // Sums for gamma and beta join rows of [2][feature_dim], and begin anew.
+  void move_affine(const Scratch& scratch, int64_t heads, T* target) const {
     for (int64_t i = 0; i < heads * 2; i++)
-      __builtin_memcpy(target + i * sizes.feature_dim, scratch.grad_affine + i * width(),
-                       sizes.feature_dim * sizeof(T));
+      for (int e = 0; e < sizes.feature_dim; e++)
+        target[i * sizes.feature_dim + e] += scratch.grad_affine[i * width() + e];
+    this->clear(scratch.grad_affine, heads * 2 * width());
+  }
+  T* query_affine_of(const Item& item) const {
+    return this->query_affine + item.number * group() * 2 * sizes.feature_dim;
+  }
+  T* key_affine_of(const Item& item) const { return this->key_affine + item.number * 2 * sizes.feature_dim; }
+
+  // S or T in `turned`, and their denominators, as the sums of a long item have them.
+  void take_sums(const Scratch& scratch) const {
+    const LongSums<T>& sums = *scratch.long_sums[0];
+    sums.copy(0, sizes.state_kv, scratch.turned);
+    sums.copy(sizes.state_kv, sizes.feature_pad, scratch.state + sizes.state_kv);
   }
 
   // dq of a chunk; scratch.turned holds S before it, scratch.state z.
@@ -137,9 +150,18 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
     s.query_rows = gradients;
     s.sums = this->packed(scratch.grad_tokens, width());
     recur(s);
+    LongSums<T>& sums = *scratch.long_sums[0];
+    if (sums.active) {
+      this->add_apart(s, sums.recent);
+      this->add_keys_apart(scratch, tokens, sums.recent + sizes.state_kv);
+    }
     for (int64_t g = 0; g < group(); g++)
       finish(scratch, this->token_rows(scratch, item, g, row, tokens, sizes.chunk), g, r_of(item, g, row),
              this->query_target, item.batch, item.kv_head * group() + g, row, tokens);
+    if (sums.active && sums.add(tokens)) {
+      take_sums(scratch);
+      move_affine(scratch, group(), query_affine_of(item));
+    }
   }
 
   // dv of columns [begin, end) of a chunk and, where asked for, dk; scratch.state holds T and m after it, and
@@ -153,16 +175,19 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
     const auto back = [&](const auto& stream) { return this->reversed(stream, tokens); };
     const Stream<const T*> gradients = gradient_rows(scratch, item, row, tokens, -sizes.chunk);
     const Stream<const T*> queries = back(this->template packed<const T*>(scratch.queries, width()));
+    LongSums<T>& sums = *scratch.long_sums[0];
     Recurrence<T> t{};
     t.tokens = tokens, t.updates = int(group()), t.queries = 1;
     if (with_keys) {
       dot_outputs(scratch, item, row, tokens, gradients, -sizes.chunk);
+      if (sums.active) sum_denominators(scratch, tokens, sums.recent + sizes.state_kv, scratch.grad_tokens);
       sum_denominators(scratch, tokens, scratch.state + sizes.state_kv, scratch.grad_tokens);
       t.rows = sizes.value_columns, t.lanes = width(), t.state = scratch.turned, t.accumulate = true;
       t.update_rows = back(gradients), t.update_lanes = queries;
       t.query_rows = back(values(scratch, item, row, tokens, -sizes.chunk));
       t.sums = back(this->packed(scratch.grad_tokens, width()));
       recur(t);
+      if (sums.active) this->add_apart(t, sums.recent);
       finish(scratch, keys, group(), nullptr, this->key_target, item.batch, item.kv_head, row, tokens);
     }
     t.rows = width(), t.lanes = end - begin, t.accumulate = false;
@@ -172,6 +197,16 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
     t.sums = back(this->value_sums(p.grad_v, item.batch, item.kv_head, row, scratch.outputs, -sizes.chunk))
                  .from(begin);
     recur(t);
+    if (sums.active && !with_keys) this->add_apart(t, sums.recent + int64_t(begin) * width());
+    if (sums.active && sums.add(tokens)) {
+      if (with_keys) {
+        take_sums(scratch);
+        turn_state(scratch.turned, sizes.value_columns, width(), scratch.state);
+        move_affine(scratch, 1, key_affine_of(item));
+      } else {
+        sums.copy(0, sizes.state_kv, scratch.state);
+      }
+    }
     this->write_values(p.grad_v, item.batch, item.kv_head, 1, row, tokens, scratch.outputs, begin, end,
                        -sizes.chunk);
   }
@@ -184,13 +219,15 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
       start_state(item, true, own.state);
       this->pad_affine(own, item);
       this->clear(own.grad_affine, group() * 2 * width());
+      this->clear(query_affine_of(item), group() * 2 * sizes.feature_dim);
       turn_state(own.state, width(), sizes.value_columns, own.turned);
+      own.long_sums[0]->start(sizes, item.end - item.begin, own.turned, own.state + sizes.state_kv);
     });
     for (int64_t row = first.begin; row < first.end; row += sizes.chunk)
       this->for_heads(first, count, scratch,
                       [&](const Item& item, const Scratch& own) { query_chunk(item, own, row); });
     this->for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {
-      write_affine(own, group(), this->query_affine + item.number * group() * 2 * sizes.feature_dim);
+      move_affine(own, group(), query_affine_of(item));
     });
   }
   // dv of columns [begin, end) and, where asked for, dk.
@@ -201,7 +238,11 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
       start_state(item, false, own.state);
       this->pad_affine(own, item);
       this->clear(own.grad_affine, 2 * width());
-      if (with_keys) turn_state(own.state, width(), sizes.value_columns, own.turned);
+      LongSums<T>& sums = *own.long_sums[0];
+      if (!with_keys) return sums.start(sizes, item.end - item.begin, own.state);
+      this->clear(key_affine_of(item), 2 * sizes.feature_dim);
+      turn_state(own.state, width(), sizes.value_columns, own.turned);
+      sums.start(sizes, item.end - item.begin, own.turned, own.state + sizes.state_kv);
     });
     const int64_t chunks = (first.end - first.begin + sizes.chunk - 1) / sizes.chunk;
     for (int64_t row = first.begin + (chunks - 1) * sizes.chunk; row >= first.begin; row -= sizes.chunk)
@@ -215,7 +256,7 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
   void write_key_sums(const Item& first, int64_t count, const AnyScratch& scratch) const {
     const MutableState& initial = problem.grad_initial_state;
     this->for_heads(first, count, scratch, [&](const Item& item, const AnyScratch& own) {
-      write_affine(own, 1, this->key_affine + item.number * 2 * sizes.feature_dim);
+      move_affine(own, 1, key_affine_of(item));
       if (item.first && initial.kv)
         export_state(sizes, own.state, initial, item.sequence * problem.kv_heads + item.kv_head);
     });
@@ -234,21 +275,18 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
   }
   // T and m that an item's queries leave behind, from zero.
   void local_query_state(const Item& item, const Scratch& scratch, T* state) const {
-    this->clear(state, sizes.state_size);
-    this->pad_affine(scratch, item);
-    for (int64_t row = item.begin; row < item.end; row += sizes.chunk) {
-      const int tokens = int(smaller<int64_t>(sizes.chunk, item.end - row));
+    this->sum_segment(item, scratch, state, [&](int64_t row, int tokens, T* target) {
       pack_weighted_queries(scratch, item, row, tokens, sizes.chunk);
       const Stream<const T*> gradients = gradient_rows(scratch, item, row, tokens, sizes.chunk);
       dot_outputs(scratch, item, row, tokens, gradients, sizes.chunk);
-      sum_denominators(scratch, tokens, state + sizes.state_kv, scratch.grad_tokens);
+      sum_denominators(scratch, tokens, target + sizes.state_kv, scratch.grad_tokens);
       Recurrence<T> t{};
-      t.tokens = tokens, t.rows = width(), t.lanes = sizes.value_columns, t.state = state;
+      t.tokens = tokens, t.rows = width(), t.lanes = sizes.value_columns, t.state = target;
       t.updates = int(group());
       t.update_rows = this->template packed<const T*>(scratch.queries, width());
       t.update_lanes = gradients;
       recur(t);
-    }
+    });
   }
 };
 

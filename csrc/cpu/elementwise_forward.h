@@ -68,6 +68,12 @@ struct ElementwiseForward : ElementwiseCall<T, MostHeads> {
     s.query_rows = this->template packed<const T*>(scratch.queries, width());
     s.sums = this->value_sums(p.y, item.batch, item.kv_head * group(), row, scratch.outputs, sizes.chunk);
     recur(s);
+    LongSums<T>& sums = *scratch.long_sums[0];
+    if (sums.active) {
+      this->add_apart(s, sums.recent);
+      this->add_keys_apart(scratch, tokens, sums.recent + sizes.state_kv);
+      if (sums.add(tokens)) sums.copy(0, sizes.state_size, scratch.state);
+    }
     this->write_values(p.y, item.batch, item.kv_head * group(), group(), row, tokens, scratch.outputs, 0,
                        sizes.value_columns, sizes.chunk);
   }
@@ -77,6 +83,7 @@ struct ElementwiseForward : ElementwiseCall<T, MostHeads> {
   void run_heads(const Item& first, int64_t count, const Scratch& scratch, const Start& start_state) const {
     this->for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {
       start_state(item, own.state);
+      own.long_sums[0]->start(sizes, item.end - item.begin, own.state);
       this->pad_affine(own, item);
     });
     for (int64_t row = first.begin; row < first.end; row += sizes.chunk)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/layer_norm.h"
+#include "cpu/long_sums.h"
 #include "cpu/microkernel.h"
 
 namespace rebased::cpu::REBASED_ISA {
@@ -25,40 +26,49 @@ REBASED_INLINE void feature_tile(const FeaturePair<T>* pairs, const T* X, T* tar
 
 // state += sum over the chunk's tokens of phi(token) values^T. `tokens` is q' or k' of the chunk; Weighted
 // puts the query's weights on; token_weights (by token of the chunk, null: 1) goes with the denominator's
-// state only. features: scratch, [block][kRows][kLanes].
+// state only. In a long item the sum goes to `sums`, and the state is made of these. features: scratch,
+// [block][kRows][kLanes].
 template <class T, bool Weighted>
 inline void update_state(const Sizes<T>& s, const FeaturePair<T>* pairs, const T* tokens,
-                         const T* token_weights, const T* values, int rows, T* state, T* features,
-                         PrefetchQueue* queue) {
+                         const T* token_weights, const T* values, int rows, T* state, LongSums<T>* sums,
+                         T* features, PrefetchQueue* queue) {
+  T* target = sums->active ? sums->recent : state;
   const int blocks = (rows + kLanes<T> - 1) / kLanes<T>;
   const int64_t token_block = int64_t(s.feature_rows) * kLanes<T>;
   for (int f = 0; f < s.feature_pad; f += kRows) {
     queue->advance();
     constexpr int64_t phi_block = kRows * kLanes<T>;
-    Vector<T> sums[kRows];
+    Vector<T> phi_sums[kRows];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; r++) sums[r] = Vector<T>{};
+    for (int r = 0; r < kRows; r++) phi_sums[r] = Vector<T>{};
     for (int b = 0; b < blocks; b++) {
       Vector<T> weights[kVectors];
 #pragma GCC unroll 2
       for (int n = 0; n < kVectors; n++)
         weights[n] = token_weights ? load(token_weights + b * kLanes<T> + n * kWidth<T>) : broadcast<T>(1);
       feature_tile<T, Weighted>(pairs + f, tokens + b * token_block, features + b * phi_block,
-                                [&](int r, int n, Vector<T> phi) { sums[r] += phi * weights[n]; });
+                                [&](int r, int n, Vector<T> phi) { phi_sums[r] += phi * weights[n]; });
     }
-    add_row_sums<T, kRows>(sums, state + s.state_kv + f);
+    add_row_sums<T, kRows>(phi_sums, target + s.state_kv + f);
     for_panels<T>(s.value_columns, [&](auto vectors, int column) {
       constexpr int NV = decltype(vectors)::value, columns = NV * kWidth<T>;
-      T* part = state + int64_t(column) * s.feature_pad + f * columns;
+      const int64_t part = int64_t(column) * s.feature_pad + f * columns;
       const T* panel = values + int64_t(column) * s.chunk;
       Tile<T, NV> tile;
-      tile.load_rows(part, columns);
+      tile.load_rows(target + part, columns);
       for (int b = 0; b < blocks; b++)
         tile.template multiply_rows<kLanes<T>>(smaller(rows - b * kLanes<T>, kLanes<T>),
                                                features + b * phi_block, panel + b * kLanes<T> * columns);
-      tile.store_rows(part, columns);
+      tile.store_rows(target + part, columns);
+      if (!sums->active) return;
+      tile.add_rows(sums->base + part, columns);
+      tile.store_rows(state + part, columns);
     });
   }
+  if (!sums->active) return;
+  for (int f = 0; f < s.feature_pad; f++)
+    state[s.state_kv + f] = sums->base[s.state_kv + f] + target[s.state_kv + f];
+  sums->add(rows);
 }
 
 // Public states are [feature][head_dim] and [feature], without padding. Null: zero.

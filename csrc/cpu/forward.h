@@ -21,6 +21,7 @@ struct ForwardScratch {
   T* sums;            // [block]: values of kLanes rows, before the division
   T* denominators;    // [chunk]
   T* state;
+  LongSums<T>* long_sums;  // of the state
   PrefetchQueue* queue;
 
   ForwardScratch(const Sizes<T>& s, Arena& arena) {
@@ -33,6 +34,7 @@ struct ForwardScratch {
     sums = arena.take<T>(int64_t(s.chunk) * s.value_columns);
     denominators = arena.take<T>(s.chunk);
     state = arena.take<T>(s.state_size);
+    long_sums = LongSums<T>::make(s, arena);
     queue = arena.take<PrefetchQueue>(1);
   }
 };
@@ -198,6 +200,7 @@ struct ForwardCall : Call<T> {
     const int64_t group = p.heads / p.kv_heads;
     const Tokens<T> keys = head_tokens<T>(p, s, false, statistics, item.batch, item.kv_head);
     const bool keep_state = item.last && p.final_state.kv;
+    if (!item.quadratic) scratch.long_sums->start(s, item.end - item.begin, scratch.state);
     const Ahead next{scratch.queue, s.chunk};
     for (int64_t row = item.begin; row < item.end; row += s.chunk) {
       scratch.queue->clear();
@@ -237,7 +240,7 @@ struct ForwardCall : Call<T> {
       }
       if (item.quadratic || (row + rows == item.end && !keep_state)) continue;
       update_state<T, false>(s, pairs, scratch.keys, nullptr, scratch.values, rows, scratch.state,
-                             scratch.key_slab, scratch.queue);
+                             scratch.long_sums, scratch.key_slab, scratch.queue);
       state_is_zero = false;
     }
     if (keep_state) export_state(s, scratch.state, p.final_state, item.sequence * p.kv_heads + item.kv_head);
@@ -248,14 +251,15 @@ struct ForwardCall : Call<T> {
     const Sizes<T>& s = sizes;
     const Tokens<T> keys = head_tokens<T>(problem, s, false, statistics, item.batch, item.kv_head);
     for (int64_t i = 0; i < s.state_size; i++) state[i] = 0;
+    scratch.long_sums->start(s, item.end - item.begin, state);
     const Ahead next{scratch.queue, s.chunk};
     for (int64_t row = item.begin; row < item.end; row += s.chunk) {
       scratch.queue->clear();
       const int rows = int(smaller<int64_t>(s.chunk, item.end - row));
       pack_tokens(keys, row, rows, next, scratch.keys);
       pack_values(problem.v, item.batch, item.kv_head, row, rows, next, scratch.values);
-      update_state<T, false>(s, pairs, scratch.keys, nullptr, scratch.values, rows, state, scratch.key_slab,
-                             scratch.queue);
+      update_state<T, false>(s, pairs, scratch.keys, nullptr, scratch.values, rows, state, scratch.long_sums,
+                             scratch.key_slab, scratch.queue);
     }
   }
 };

@@ -26,6 +26,12 @@ struct Tile {
 #pragma GCC unroll 2
       for (int n = 0; n < NV; n++) sum[r][n] = load(source + r * stride + n * kWidth<T>);
   }
+  REBASED_INLINE void add_rows(const T* source, int64_t stride) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) sum[r][n] += load(source + r * stride + n * kWidth<T>);
+  }
   REBASED_INLINE void store_rows(T* target, int64_t stride) const {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++)

@@ -14,6 +14,7 @@ namespace rebased::cpu::REBASED_ISA {
 
 constexpr int kSlab = 160;  // most features that are laid out at once for a block
 constexpr int kLargestChunk = 128;
+constexpr int64_t kLongRows = 16384;  // items of more are summed as long_sums.h says
 
 // Feature f of the polynomial maps is X[first] X[second]: rows of a token block, which holds, after the
 // feature_dim rows of q' or k', a row of ones (`taylor`'s lower degrees) and a row of zeros (padding).
@@ -34,6 +35,7 @@ struct Sizes {
   int slab;                       // features of a block laid out at once
   int chunk, blocks;              // tokens of a chunk, kLanes-blocks of it
   bool polynomial;
+  bool has_long_rows;                 // whether an item can have more than kLongRows
   T a0, a1, a2;                       // sim = a0 + a1 u + a2 u^2
   int64_t state_kv, state_size;       // elements of the numerator's state, and of both
   int first_column = 0, all_columns;  // of the head's values: where these begin, and how many there are
@@ -43,6 +45,7 @@ struct Sizes {
     feature_rows = int(round_up(feature_dim + 2, kRows));
     all_columns = head_dim;
     polynomial = !is_elementwise(p);
+    has_long_rows = sizeof(T) == 4 && p.seqlen > kLongRows;
     const bool taylor = p.feature_map == FeatureMap::taylor;
     features =
         !polynomial ? feature_dim : feature_dim * (feature_dim + 1) / 2 + (taylor ? 1 + feature_dim : 0);
