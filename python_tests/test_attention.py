@@ -17,7 +17,7 @@ from problems import (
     run_reference,
 )
 
-from rebased_cuda import RebasedState, rebased_attention, reference
+from rebased_cuda import RebasedState, build_info, rebased_attention, reference
 
 LONG_REFERENCE = functools.partial(reference.chunked, chunk=256)  # fewer, larger products
 
@@ -224,3 +224,12 @@ def test_state_helpers():
         RebasedState.zeros(1, 1, 1, 1, feature_map="cosine")
     with pytest.raises(ValueError, match="dtype"):
         RebasedState.zeros(1, 1, 1, 1, dtype=torch.bfloat16)
+
+
+@pytest.mark.skipif(not build_info()["emulator"], reason="a build without poison")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_what_a_call_allocates_is_poisoned_in_test_builds(dtype, device):
+    """Every other test relies on this: an entry that no kernel writes comes out as NaN."""
+    rows = torch.ops.rebased_cuda.unwritten(torch.ones(2, 3, 5, 7, dtype=dtype, device=device))
+    assert rows.shape == (2, 3, 5, 7)
+    assert rows.isnan().all()

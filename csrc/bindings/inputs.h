@@ -23,14 +23,14 @@ class Inputs {
   Inputs(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& gamma_q,
          const OptionalTensor& beta_q, const OptionalTensor& gamma_k, const OptionalTensor& beta_k,
          const OptionalTensor& cu_seqlens)
-      : q(with_memory("q", q)),
-        k(with_memory("k", k)),
-        v(with_memory("v", v)),
-        gamma_q(as_contiguous(with_memory("gamma_q", gamma_q))),
-        beta_q(as_contiguous(with_memory("beta_q", beta_q))),
-        gamma_k(as_contiguous(with_memory("gamma_k", gamma_k))),
-        beta_k(as_contiguous(with_memory("beta_k", beta_k))),
-        cu_seqlens(as_contiguous(with_memory("cu_seqlens", cu_seqlens))) {
+      : q(with_memory(kNames[0], q, &extents[0])),
+        k(with_memory(kNames[1], k, &extents[1])),
+        v(with_memory(kNames[2], v, &extents[2])),
+        gamma_q(as_contiguous(with_memory(kNames[3], gamma_q, &extents[3]))),
+        beta_q(as_contiguous(with_memory(kNames[4], beta_q, &extents[4]))),
+        gamma_k(as_contiguous(with_memory(kNames[5], gamma_k, &extents[5]))),
+        beta_k(as_contiguous(with_memory(kNames[6], beta_k, &extents[6]))),
+        cu_seqlens(as_contiguous(with_memory(kNames[7], cu_seqlens, &extents[7]))) {
     require(k.dim() == q.dim() && v.dim() == q.dim(), "q, k, v: must have as many dimensions each");
     this->q = with_dense_rows(q);
     this->k = with_dense_rows(k);
@@ -91,6 +91,9 @@ class Inputs {
     require(tensor.device() == q.device(), "all tensors must be on q's device");
   }
 
+  static constexpr const char* kNames[] = {"q",      "k",       "v",      "gamma_q",
+                                           "beta_q", "gamma_k", "beta_k", "cu_seqlens"};
+  Extent extents[8];  // of the tensors as they were given, in the order of kNames
   Tensor q, k, v;
   OptionalTensor gamma_q, beta_q, gamma_k, beta_k, cu_seqlens;
 
@@ -170,6 +173,9 @@ void run(const Backend& backend, AnyProblem& problem, const Tensor& like) {
   const int64_t bytes = backend.workspace_bytes(problem);
   if (Backend::on_host && bytes <= kStackWorkspace) {
     alignas(64) char workspace[kStackWorkspace];
+#if defined(REBASED_EMULATOR)
+    std::memset(workspace, 255, sizeof workspace);  // poison, see tensors.h
+#endif
     problem.workspace = workspace;
     backend.run(problem);
     return;

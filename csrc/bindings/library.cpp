@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> forward_state(const Tensor& k, const Tensor& v, Optio
                                          double layer_norm_eps) {
   const Backend backend(k);
   require(k.dim() == 4, "k, v: must have four dimensions");
-  with_memory("k", k);  // which Inputs would call q
+  extent_of("k", k);  // Inputs would call it q
   const Inputs inputs(k, k, v, std::nullopt, std::nullopt, gamma_k, beta_k, cu_seqlens);
   auto problem =
       inputs.problem<ForwardProblem>({feature_map, layer_norm, 1, 0, layer_norm_eps, true}, Backend::on_host);
@@ -172,18 +172,21 @@ void check_slots(const StepProblem& p) {
   }
 }
 
-// The state is read and written part by part, in an order that each backend chooses.
-void check_state_apart(const Tensor& state_kv, const Tensor& state_k,
-                       std::initializer_list<std::pair<const char*, const Tensor*>> read) {
-  const Written kv(state_kv), k(state_k);
-  require(!kv.overlaps(k), "state.kv: shares memory with state.k, and both are updated in place");
-  for (const auto& [name, tensor] : read) {
-    if (tensor == nullptr) continue;
-    for (const auto& [part, written] : {std::pair("kv", &kv), std::pair("k", &k)}) {
-      require(!written->holds_any_of(*tensor), [&, name = name, part = part] {
-        return std::string("state.") + part + ": shares memory with " + name + ", and is updated in place";
-      });
-    }
+// Of a contiguous tensor; a lazy copy gets memory of its own here.
+Extent written_extent(const char* name, const Tensor& tensor) {
+  const Extent read = extent_of(name, tensor);
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  return {begin, begin + (read.end - read.begin)};
+}
+
+// The state is read and written part by part, in an order that each backend chooses: nothing else that is
+// read may lie in its memory.
+void check_state_apart(const Extent& kv, const Extent& k, const char* name, const Extent& extent,
+                       const Tensor* tensor) {
+  for (const auto& [part, memory] : {std::pair("kv", &kv), std::pair("k", &k)}) {
+    require(!memory->overlaps(extent) || !has_element_in(*memory, *tensor), [&, part = part] {
+      return std::string("state.") + part + ": shares memory with " + name + ", and is updated in place";
+    });
   }
 }
 
@@ -200,7 +203,8 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Tensor state_kv, 
   problem.num_slots = state_kv.size(0);
   check_state(problem, state_kv, state_k, problem.num_slots);
   require(state_kv.is_contiguous() && state_k.is_contiguous(), "state: must be contiguous");
-  with_memory("state.kv", state_kv), with_memory("state.k", state_k), with_memory("state_index", state_index);
+  Extent index_extent;
+  with_memory("state_index", state_index, &index_extent);
   inputs.require_same_device(state_kv), inputs.require_same_device(state_k);
   if (state_index) inputs.require_same_device(*state_index);
   if (state_index) {
@@ -213,25 +217,33 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Tensor state_kv, 
     require(problem.num_slots == problem.batch,
             "state: must have q's batch size where state_index is not given");
   }
+  const Extent kv = written_extent("state.kv", state_kv), k_sum = written_extent("state.k", state_k);
+  require(!kv.overlaps(k_sum), "state.kv: shares memory with state.k, and both are updated in place");
   const auto address = [](const OptionalTensor& tensor) { return tensor ? &*tensor : nullptr; };
-  check_state_apart(state_kv, state_k,
-                    {{"q", &q},
-                     {"k", &k},
-                     {"v", &v},
-                     {"gamma_q", address(gamma_q)},
-                     {"beta_q", address(beta_q)},
-                     {"gamma_k", address(gamma_k)},
-                     {"beta_k", address(beta_k)},
-                     {"state_index", address(state_index)}});
-  problem.state = {state_kv.mutable_data_ptr(), state_k.mutable_data_ptr()};
+  const Tensor* given[] = {&q, &k, &v, address(gamma_q), address(beta_q), address(gamma_k), address(beta_k)};
+  for (size_t i = 0; i < std::size(given); ++i) {
+    check_state_apart(kv, k_sum, Inputs::kNames[i], inputs.extents[i], given[i]);
+  }
+  check_state_apart(kv, k_sum, "state_index", index_extent, address(state_index));
+  problem.state = {reinterpret_cast<void*>(kv.begin), reinterpret_cast<void*>(k_sum.begin)};
   Tensor y = empty(q, {problem.batch, problem.heads, problem.head_dim}, q.scalar_type());
   problem.y = {y.mutable_data_ptr(), problem.heads * problem.head_dim, problem.head_dim, 0};
   run(backend, problem, q);
   return y;
 }
 
+#if defined(REBASED_EMULATOR)
+// For the test of the poison: rows as an operator allocates them, before anything is written.
+Tensor unwritten(const Tensor& like) {
+  return empty_rows(like, like.size(0), like.size(1), like.size(2), like.size(3));
+}
+#endif
+
 template <class Backend, class Library>
 void implement(Library& library) {
+#if defined(REBASED_EMULATOR)
+  library.impl("unwritten", TORCH_BOX(&unwritten));
+#endif
   library.impl("forward", TORCH_BOX(&forward<Backend>));
   library.impl("backward", TORCH_BOX(&backward<Backend>));
   library.impl("step", TORCH_BOX(&step<Backend>));
@@ -243,6 +255,9 @@ void implement(Library& library) {
 
 // In step, state_kv and state_k are updated in place; rebased_cuda/attention.py bumps their versions.
 STABLE_TORCH_LIBRARY(rebased_cuda, library) {
+#if defined(REBASED_EMULATOR)
+  library.def("unwritten(Tensor like) -> Tensor");
+#endif
   library.def(
       "forward(Tensor q, Tensor k, Tensor v, Tensor? gamma_q, Tensor? beta_q, Tensor? gamma_k, Tensor? "
       "beta_k, "

@@ -8,7 +8,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstring>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -81,83 +83,98 @@ inline LayerNorm layer_norm_of(const std::string& name) {
   return LayerNorm::head;
 }
 
+// A tensor's sizes and strides, fetched once: each fetch crosses the ABI.
+struct Layout {
+  explicit Layout(const Tensor& tensor) : dims(tensor.dim()) {
+    int64_t *tensor_sizes = nullptr, *tensor_strides = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &tensor_sizes));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &tensor_strides));
+    sizes = tensor_sizes, strides = tensor_strides;
+  }
+  int64_t dims;
+  const int64_t *sizes, *strides;
+};
+
 // Backends want a last stride of 1, and every row at a multiple of 16 bytes where rows have as many: anything
 // else is copied. A size-1 dimension may have any stride.
 inline Tensor with_dense_rows(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1, unit = 16, size = static_cast<int64_t>(tensor.element_size());
-  const bool dense = tensor.size(last) == 1 || tensor.stride(last) == 1;
+  const Layout layout(tensor);
+  const int64_t last = layout.dims - 1, unit = 16, size = static_cast<int64_t>(tensor.element_size());
+  const bool dense = layout.sizes[last] == 1 || layout.strides[last] == 1;
   bool aligned = true;
-  if (tensor.size(last) * size % unit == 0) {
+  if (layout.sizes[last] * size % unit == 0) {
     aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % unit == 0;
     for (int64_t i = 0; i < last; ++i) {
-      aligned = aligned && (tensor.size(i) == 1 || tensor.stride(i) * size % unit == 0);
+      aligned = aligned && (layout.sizes[i] == 1 || layout.strides[i] * size % unit == 0);
     }
   }
   if (dense && aligned) return tensor;
   return torch_call([&] { return dense ? torch::stable::clone(tensor) : torch::stable::contiguous(tensor); });
 }
 
-// A storage can be shrunk or freed under a tensor (untyped_storage().resize_, as sharding does between uses):
-// the tensor still has its sizes, and to read it would be a crash. `tensor`, if all of it is in its storage.
-inline const Tensor& with_memory(const char* name, const Tensor& tensor) {
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  int64_t elements = tensor.storage_offset() + 1, held = 0;
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    if (sizes[i] == 0) return tensor;
-    elements += (sizes[i] - 1) * strides[i];
+// The addresses from a tensor's first element to behind its last; none where it has no element.
+struct Extent {
+  uintptr_t begin = 0, end = 0;
+  bool overlaps(const Extent& other) const {
+    return begin != end && other.begin != other.end && begin < other.end && other.begin < end;
   }
+};
+
+// A storage can be shrunk or freed under a tensor (untyped_storage().resize_, as sharding does between uses):
+// the tensor still has its sizes, and to read it would be a crash. Refuses one that is not all in its
+// storage.
+inline Extent extent_of(const char* name, const Tensor& tensor) {
+  const Layout layout(tensor);
+  int64_t elements = 1, held = 0;
+  for (int64_t i = 0; i < layout.dims; ++i) {
+    if (layout.sizes[i] == 0) return {};
+    elements += (layout.sizes[i] - 1) * layout.strides[i];
+  }
+  const int64_t size = static_cast<int64_t>(tensor.element_size());
+  const int64_t needed = (tensor.storage_offset() + elements) * size;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &held));
-  const int64_t needed = elements * static_cast<int64_t>(tensor.element_size());
   require(needed <= held, [&] {
     return std::string(name) + ": its storage was freed or shrunk: it takes " + std::to_string(needed) +
            " bytes and has " + std::to_string(held);
   });
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  return {begin, begin + static_cast<uintptr_t>(elements * size)};
+}
+inline const Tensor& with_memory(const char* name, const Tensor& tensor, Extent* extent = nullptr) {
+  const Extent found = extent_of(name, tensor);
+  if (extent != nullptr) *extent = found;
   return tensor;
 }
-inline const OptionalTensor& with_memory(const char* name, const OptionalTensor& tensor) {
-  if (tensor) with_memory(name, *tensor);
+inline const OptionalTensor& with_memory(const char* name, const OptionalTensor& tensor,
+                                         Extent* extent = nullptr) {
+  if (tensor) with_memory(name, *tensor, extent);
   return tensor;
 }
 
-// The memory of a dense tensor, which a call writes.
-struct Written {
-  explicit Written(const Tensor& tensor)
-      : begin(reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr())),
-        end(begin + static_cast<uintptr_t>(tensor.numel()) * tensor.element_size()) {}
-
-  bool overlaps(const Written& other) const {
-    return begin != end && other.begin != other.end && begin < other.end && other.begin < end;
+// Whether an element of a tensor of this layout, the first at address `first`, lies in `memory`. A tensor
+// with gaps whose extent reaches in is looked at part by part: rows that lie around the memory share none of
+// it.
+inline bool has_element_in(const Extent& memory, uintptr_t first, uintptr_t size, const int64_t* sizes,
+                           const int64_t* strides, int64_t dims) {
+  int64_t last = 0, count = 1;
+  for (int64_t i = 0; i < dims; ++i) {
+    if (sizes[i] == 0) return false;
+    last += (sizes[i] - 1) * strides[i];
+    if (strides[i] != 0) count *= sizes[i];
   }
-  // Whether an element of `tensor`, which may have any strides, lies here.
-  bool holds_any_of(const Tensor& tensor) const {
-    return begin != end && tensor.numel() != 0 &&
-           holds_any_of(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()), tensor.element_size(),
-                        tensor.sizes().data(), tensor.strides().data(), tensor.dim());
+  if (!memory.overlaps({first, first + static_cast<uintptr_t>(last + 1) * size})) return false;
+  if (last + 1 == count) return true;
+  for (int64_t i = 0; i < (strides[0] == 0 ? 1 : sizes[0]); ++i) {
+    const uintptr_t part = first + static_cast<uintptr_t>(i * strides[0]) * size;
+    if (has_element_in(memory, part, size, sizes + 1, strides + 1, dims - 1)) return true;
   }
-
-  uintptr_t begin, end;
-
- private:
-  // First the range from the first element to the last. Only a tensor with gaps that reaches in is looked at
-  // part by part: rows that lie around this memory share none of it.
-  bool holds_any_of(uintptr_t first, size_t bytes, const int64_t* sizes, const int64_t* strides,
-                    int64_t dims) const {
-    int64_t last = 0, count = 1;
-    for (int64_t i = 0; i < dims; ++i) {
-      last += (sizes[i] - 1) * strides[i];
-      if (strides[i] != 0) count *= sizes[i];
-    }
-    if (first >= end || first + static_cast<uintptr_t>(last + 1) * bytes <= begin) return false;
-    if (last + 1 == count) return true;
-    for (int64_t i = 0; i < (strides[0] == 0 ? 1 : sizes[0]); ++i) {
-      if (holds_any_of(first + static_cast<uintptr_t>(i * strides[0]) * bytes, bytes, sizes + 1, strides + 1,
-                       dims - 1)) {
-        return true;
-      }
-    }
-    return false;
-  }
-};
+  return false;
+}
+inline bool has_element_in(const Extent& memory, const Tensor& tensor) {
+  const Layout layout(tensor);
+  return has_element_in(memory, reinterpret_cast<uintptr_t>(tensor.const_data_ptr()), tensor.element_size(),
+                        layout.sizes, layout.strides, layout.dims);
+}
 
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch_call([&] { return torch::stable::contiguous(tensor); });
@@ -166,12 +183,10 @@ inline OptionalTensor as_contiguous(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(as_contiguous(*tensor)) : OptionalTensor();
 }
 
-inline int64_t used_stride(const Tensor& tensor, int64_t dimension) {
-  return tensor.size(dimension) == 1 ? 0 : tensor.stride(dimension);
-}
 inline ConstRows const_rows(const Tensor& tensor) {
-  const int64_t row_stride = tensor.dim() == 4 ? used_stride(tensor, 2) : 0;
-  return {tensor.const_data_ptr(), used_stride(tensor, 0), used_stride(tensor, 1), row_stride};
+  const Layout layout(tensor);
+  const auto used_stride = [&](int64_t i) { return layout.sizes[i] == 1 ? 0 : layout.strides[i]; };
+  return {tensor.const_data_ptr(), used_stride(0), used_stride(1), layout.dims == 4 ? used_stride(2) : 0};
 }
 inline MutableRows mutable_rows(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
@@ -181,6 +196,20 @@ inline const void* const_pointer(const OptionalTensor& tensor) {
 }
 
 constexpr int64_t kMostDimensions = 4;
+
+// In a test build all that an operator allocates begins as NaN (bytes of 255: NaN in every floating-point
+// type), so that what a call forgets to write is seen.
+inline void poison([[maybe_unused]] const Tensor& tensor) {
+#if defined(REBASED_EMULATOR)
+  if (tensor.numel() == 0) return;
+  if (tensor.is_cpu()) {
+    std::memset(tensor.mutable_data_ptr(), 255, static_cast<size_t>(tensor.numel()) * tensor.element_size());
+  } else {
+    const bool bytes = tensor.scalar_type() == ScalarType::Byte;
+    torch::stable::fill_(tensor, bytes ? 255 : std::numeric_limits<double>::quiet_NaN());
+  }
+#endif
+}
 
 // On like's device. Not torch::stable::new_empty: that goes through the dispatcher, boxed, which for an
 // operator's several outputs is a good part of a small call.
@@ -194,7 +223,9 @@ inline Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int6
     AtenTensorHandle handle = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(dims, sizes, strides, dtype, device, index, &handle));
-    return Tensor(handle);
+    const Tensor tensor(handle);
+    poison(tensor);
+    return tensor;
   });
 }
 // Contiguous; sizes: of at most kMostDimensions.
