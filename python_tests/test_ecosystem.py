@@ -15,7 +15,7 @@ from problems import relative_error
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from rebased_cuda import ReBasedAttention, RebasedState
+from rebased_cuda import ReBasedAttention, RebasedState, compat
 from rebased_cuda.layers import QueryKeyNorm
 
 pytestmark = [
@@ -80,6 +80,25 @@ def test_offloaded_parameters_come_back_for_the_call(offload, affine, use, tmp_p
     offload(layer, tmp_path)
     assert all(p.is_meta for p in layer.ln_q.parameters())
     assert torch.equal(use(layer, x), expected)
+
+
+@torch.no_grad()
+@every_use
+@pytest.mark.parametrize("use_beta", [True, False], ids=["beta", "no-beta"])
+@pytest.mark.parametrize("offload", [offload_to_cpu, offload_to_disk])
+def test_scalers_without_normalisation_are_called_too(offload, use_beta, use, tmp_path):
+    """The authors' mixer without LayerNorm has modules of its own for gamma and beta."""
+    mixer = compat.ReBased(
+        HIDDEN, num_heads=HEADS, num_key_value_heads=HEADS, normalize=False, use_beta=use_beta, eps=1e-3
+    )
+    for scaler in (mixer.ln_q, mixer.ln_k):
+        for parameter in scaler.parameters():
+            nn.init.normal_(parameter, 0.5)
+    x = tokens()
+    expected = use(mixer, x)
+    offload(mixer, tmp_path)
+    assert all(p.is_meta for p in mixer.ln_q.parameters())
+    assert torch.equal(use(mixer, x), expected)
 
 
 def tuned(layer):

@@ -339,7 +339,7 @@ class ReBasedAttention(_ContextParallelLayer):
 
     def _affine(self, norm: nn.LayerNorm, heads: int) -> tuple[Tensor | None, Tensor | None]:
         """gamma and beta (heads, feature_dim) of ln_q or ln_k, or of what was put in their place."""
-        if type(norm).forward in (nn.LayerNorm.forward, nn.Module.forward):  # which cannot give them
+        if type(norm).forward is nn.LayerNorm.forward:  # which cannot give them
             gamma, beta = norm.weight, norm.bias
         else:
             gamma, beta = norm(None)
