@@ -1,11 +1,13 @@
 // The Python module rebased_cuda._C: facts about the build, and the launch plan of a shape. Tensors never
 // pass here (library.cpp).
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
 
 #include "op/backend.h"
+#include "op/configurations.h"
 #include "op/plan.h"
 
 namespace py = pybind11;
@@ -117,12 +119,38 @@ py::dict plan(const std::string& direction, int64_t batch, int64_t heads, int64_
   return result;
 }
 
-void set_plan_override(const std::string& path, int chunk, int segments, int state_in_shared) {
+void set_plan_override(const std::string& path, int chunk, int segments, int state_in_shared,
+                       int multiprocessors, int64_t shared_memory_per_block) {
   rebased::PlanOverride forced;
   forced.force_path = !path.empty();
   if (forced.force_path) forced.path = parse<rebased::Path>("path", path, path_names);
   forced.chunk = chunk, forced.segments = segments, forced.state_in_shared = state_in_shared;
+  forced.multiprocessors = multiprocessors, forced.shared_memory_per_block = shared_memory_per_block;
   rebased::set_plan_override(forced);
+}
+
+py::list reachable_configurations(int64_t shared_memory_per_block) {
+  constexpr const char* direction_names[] = {"forward", "backward", "step"};
+  py::list result;
+  for (const auto& [text, shape, work] : rebased::reachable_configurations(shared_memory_per_block)) {
+    py::dict example;
+    example["direction"] = direction_names[static_cast<int>(shape.direction)];
+    example["dtype"] = dtype_names[static_cast<int>(shape.dtype)];
+    example["feature_map"] = feature_map_names[static_cast<int>(shape.feature_map)];
+    example["feature_dim"] = shape.feature_dim;
+    example["head_dim"] = shape.head_dim;
+    example["heads"] = shape.heads;
+    example["kv_heads"] = shape.kv_heads;
+    example["seqlen"] = shape.seqlen;
+    example["sequences"] = shape.sequences;
+    example["state"] = shape.state;
+    example["aligned"] = shape.aligned;
+    example["multiprocessors"] = shape.multiprocessors;
+    example["shared_memory_per_block"] = shape.shared_memory_per_block;
+    example["work"] = work;
+    result.append(py::make_tuple(text, example));
+  }
+  return result;
 }
 
 }  // namespace
@@ -139,5 +167,16 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_plan_override", &set_plan_override,
              "For tests: what every later plan of the CUDA kernels takes instead of its own choice.",
              py::kw_only(), py::arg("path") = "", py::arg("chunk") = 0, py::arg("segments") = 0,
-             py::arg("state_in_shared") = -1);
+             py::arg("state_in_shared") = -1, py::arg("multiprocessors") = 0,
+             py::arg("shared_memory_per_block") = 0);
+  module.def("record_launches", &rebased::record_launches,
+             "For tests: whether every later plan leaves its launch configuration to be taken.",
+             py::arg("on"));
+  module.def(
+      "take_recorded_launches", &rebased::take_recorded_launches,
+      "The launch configurations since record_launches(True), or since the last call; they are forgotten.");
+  module.def("reachable_configurations", &reachable_configurations,
+             "For tests: every launch configuration that a plan can choose on such a device, each with the "
+             "smallest call that chooses it, as (text, dict) pairs. Takes seconds.",
+             py::arg("shared_memory_per_block"));
 }
