@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from ._checks import (
     Options,
@@ -30,6 +31,7 @@ _REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError,
 _Options = tuple[
     str, str | None, float | None, float, float, bool
 ]  # as they are given, in _cached_options' order
+_functorch_is_active = torch._C._are_functorch_transforms_active  # in calls of microseconds a look-up counts
 # `typed` keeps True and 1 apart; what cannot be hashed raises a TypeError
 _cached_options = functools.lru_cache(maxsize=256, typed=True)(check_options)
 
@@ -176,8 +178,10 @@ def rebased_attention(
     ):
         # The operator checks its arguments itself, in a tenth of the time; what it refuses gets words here.
         try:
-            checked = _cached_options(*options, q.shape[3])
-            return _attend([q, k, v, *parameters, *state], cu_seqlens, return_state, checked)
+            width = q.shape[3]
+            if type(width) is int:  # it is a tensor while torch.jit.trace follows
+                checked = _cached_options(*options, width)
+                return _attend([q, k, v, *parameters, *state], cu_seqlens, return_state, checked)
         except _REFUSALS:
             _check_attention(q, k, v, parameters, options, initial_state, return_state, cu_seqlens)
             raise
@@ -211,7 +215,7 @@ def _attend(
         # a trace holds the operator itself, or it could be neither checked nor saved; it has no gradients
         or (torch.is_grad_enabled() and not torch._C._is_tracing())
         or forward_ad._current_level >= 0  # where the bare operator would give silent zeros
-        or torch._C._are_functorch_transforms_active()
+        or _functorch_is_active()
     ):
         result = Attention.apply(  # type: ignore[no-untyped-call]
             *tensors, cu_seqlens, return_state, *options
@@ -270,8 +274,10 @@ def rebased_attention_step(
     if _is_plain(q, 3, state) and not torch.is_grad_enabled() and _fit(q, parameters, state_index):
         # as in rebased_attention; the operator looks at everything before it touches the state
         try:
-            _refuse_modes(q, k, v, state, tensors)
-            return _run_step(q, k, v, state, tensors, _cached_options(*options, q.shape[2]))
+            width = q.shape[2]
+            if type(width) is int:
+                _refuse_modes(q, k, v, state, tensors)
+                return _run_step(q, k, v, state, tensors, _cached_options(*options, width))
         except _REFUSALS:
             _check_step(q, k, v, state, tensors, options)
             raise
@@ -285,7 +291,7 @@ def _refuse_modes(
     q: Tensor, k: Tensor, v: Tensor, state: tuple[Tensor, Tensor], tensors: tuple[Tensor | None, ...]
 ) -> None:
     """What the operator cannot see of its tensors, and torch's own in-place operators refuse."""
-    if torch._C._are_functorch_transforms_active() or (
+    if _functorch_is_active() or (
         forward_ad._current_level >= 0
         and any(
             x is not None and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
@@ -296,12 +302,13 @@ def _refuse_modes(
             "rebased_attention_step is for inference: it has no forward-mode derivatives and takes part in "
             "no torch.func transform (vmap, jvp, grad). Use rebased_cuda.reference.step."
         )
-    if (state[0].is_inference() or state[1].is_inference()) and not torch.is_inference_mode_enabled():
+    kv, k_sum = state
+    if (kv.is_inference() or k_sum.is_inference()) and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             "state: was made under torch.inference_mode() and is updated in place, which torch allows only "
             "there: step under inference_mode too, or on state.clone()."
         )
-    if state[0].is_neg() or state[1].is_neg():  # torch would hand the operator a copy
+    if kv.is_neg() or k_sum.is_neg():  # torch would hand the operator a copy
         raise ValueError("state: expected tensors without the negative bit: pass their resolve_neg()")
 
 
@@ -315,7 +322,6 @@ def _is_plain(q: Tensor, dims: int, state: tuple[Any, ...]) -> bool:
         and len(state) == 2
         and not torch.is_autocast_enabled("cpu" if q.is_cpu else "cuda")  # q.device.type takes its time
         and not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()  # sizes are then tensors
     )
 
 
@@ -341,7 +347,7 @@ def _run_step(
 ) -> Tensor:
     y: Tensor = ops.step.default(q, k, v, *state, *tensors, *options)
     # a C++ operator does not do it: without it a state saved for backward would be stale in silence
-    torch.autograd.graph.increment_version(state)
+    increment_version(state)
     return y
 
 
