@@ -8,7 +8,6 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import increment_version
 
 from ._checks import (
     Options,
@@ -31,7 +30,9 @@ _REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError,
 _Options = tuple[
     str, str | None, float | None, float, float, bool
 ]  # as they are given, in _cached_options' order
-_functorch_is_active = torch._C._are_functorch_transforms_active  # in calls of microseconds a look-up counts
+# in calls of microseconds a look-up counts
+_functorch_is_active = torch._C._are_functorch_transforms_active
+_increment_version = torch._C._increment_version  # what torch.autograd.graph.increment_version calls
 # `typed` keeps True and 1 apart; what cannot be hashed raises a TypeError
 _cached_options = functools.lru_cache(maxsize=256, typed=True)(check_options)
 
@@ -276,7 +277,17 @@ def rebased_attention_step(
         try:
             width = q.shape[2]
             if type(width) is int:
-                _refuse_modes(q, k, v, state, tensors)
+                kv, k_sum = state
+                # what _refuse_modes looks at, for in calls of microseconds a function counts
+                if (
+                    _functorch_is_active()
+                    or forward_ad._current_level >= 0
+                    or kv.is_inference()
+                    or k_sum.is_inference()
+                    or kv.is_neg()
+                    or k_sum.is_neg()
+                ):
+                    _refuse_modes(q, k, v, state, tensors)
                 return _run_step(q, k, v, state, tensors, _cached_options(*options, width))
         except _REFUSALS:
             _check_step(q, k, v, state, tensors, options)
@@ -347,7 +358,7 @@ def _run_step(
 ) -> Tensor:
     y: Tensor = ops.step.default(q, k, v, *state, *tensors, *options)
     # a C++ operator does not do it: without it a state saved for backward would be stale in silence
-    increment_version(state)
+    _increment_version(state)
     return y
 
 
