@@ -635,16 +635,6 @@ UNNAMED: dict[Case, str] = {
     ("RebasedState.to", "dtype", "type"): "torch.Tensor.to refuses it, and lists what it was given",
     ("RebasedState.to", "device", "type"): "torch.Tensor.to refuses it, and lists what it was given",
     ("RebasedState.to", "device", "range"): "torch.Tensor.to refuses it, and quotes it",
-    (
-        "GatedShortConvolution.forward",
-        "u",
-        "device",
-    ): "the mask is refused, as not on x's device: it says x for u",
-    (
-        "GatedShortConvolution.prefill",
-        "u",
-        "device",
-    ): "the mask is refused, as not on x's device: it says x for u",
 }
 """Refused by an error that does not begin with an argument's name and say this one's."""
 ACCEPTED: dict[Case, str] = {}

@@ -354,7 +354,7 @@ class ReBasedAttention(_ContextParallelLayer):
         _check_input("x", x, ("B", "N", self.hidden_size))
         if attention_mask is None:
             return x, None, None
-        tokens = _tokens(attention_mask, x)
+        tokens = _tokens(attention_mask, "x", x)
         order = tokens.logical_not().flatten().to(torch.uint8).argsort(stable=True)
         cu_seqlens = nn.functional.pad(tokens.sum(1).cumsum(0), (1, 0))
         # whatever stands at padding, NaN too, must not reach the projections' gradients
@@ -413,7 +413,7 @@ class GatedShortConvolution(_ContextParallelLayer):
         if attention_mask is None:
             return self._convolve(u)
         # padding goes to the front of each row, as the zeros that stand before a sequence anyway
-        tokens = _tokens(attention_mask, u)
+        tokens = _tokens(attention_mask, "u", u)
         padding = tokens.logical_not().unsqueeze(-1)
         order = tokens.to(torch.uint8).argsort(dim=1, stable=True).unsqueeze(-1).expand(u.shape)
         y, cache = self._convolve(u.masked_fill(padding, 0).gather(1, order))
@@ -561,11 +561,11 @@ def _share_memory(x: Tensor, y: Tensor) -> bool:
     return bool(torch.isin(addresses(x), addresses(y)).any())
 
 
-def _tokens(attention_mask: Tensor, x: Tensor) -> Tensor:
+def _tokens(attention_mask: Tensor, name: str, x: Tensor) -> Tensor:
     """The mask as bool (B, N): True for tokens."""
     _check_tensor("attention_mask", attention_mask, tuple(x.shape[:2]))
     if attention_mask.device != x.device:
-        raise fail("attention_mask", f"x's device {x.device}", attention_mask.device)
+        raise fail("attention_mask", f"{name}'s device {x.device}", attention_mask.device)
     if attention_mask.is_floating_point() or attention_mask.is_complex():
         raise TypeError(f"attention_mask: expected bool or an integer dtype, got {attention_mask.dtype}")
     return attention_mask != 0
