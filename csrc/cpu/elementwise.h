@@ -186,11 +186,6 @@ struct ElementwiseCall : Call<T> {
     return scratch.queries + place * sizes.chunk * width();
   }
 
-  // In a long item: what a chunk's recurrence has added to its state, once more, to `recent`.
-  static void add_apart(Recurrence<T> of, T* recent) {
-    of.queries = 0, of.state = recent;
-    recur(of);
-  }
   void add_keys_apart(const ElementwiseScratch<T>& scratch, int tokens, T* z) const {
     for (int e = 0; e < width(); e += kWidth<T>) {
       Vector<T> sum = load(z + e);

@@ -152,7 +152,7 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
     recur(s);
     LongSums<T>& sums = *scratch.long_sums[0];
     if (sums.active) {
-      this->add_apart(s, sums.recent);
+      add_updates(s, sums.recent);
       this->add_keys_apart(scratch, tokens, sums.recent + sizes.state_kv);
     }
     for (int64_t g = 0; g < group(); g++)
@@ -187,7 +187,7 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
       t.query_rows = back(values(scratch, item, row, tokens, -sizes.chunk));
       t.sums = back(this->packed(scratch.grad_tokens, width()));
       recur(t);
-      if (sums.active) this->add_apart(t, sums.recent);
+      if (sums.active) add_updates(t, sums.recent);
       finish(scratch, keys, group(), nullptr, this->key_target, item.batch, item.kv_head, row, tokens);
     }
     t.rows = width(), t.lanes = end - begin, t.accumulate = false;
@@ -197,7 +197,7 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
     t.sums = back(this->value_sums(p.grad_v, item.batch, item.kv_head, row, scratch.outputs, -sizes.chunk))
                  .from(begin);
     recur(t);
-    if (sums.active && !with_keys) this->add_apart(t, sums.recent + int64_t(begin) * width());
+    if (sums.active && !with_keys) add_updates(t, sums.recent + int64_t(begin) * width());
     if (sums.active && sums.add(tokens)) {
       if (with_keys) {
         take_sums(scratch);

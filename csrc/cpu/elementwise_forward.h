@@ -70,7 +70,7 @@ struct ElementwiseForward : ElementwiseCall<T, MostHeads> {
     recur(s);
     LongSums<T>& sums = *scratch.long_sums[0];
     if (sums.active) {
-      this->add_apart(s, sums.recent);
+      add_updates(s, sums.recent);
       this->add_keys_apart(scratch, tokens, sums.recent + sizes.state_kv);
       if (sums.add(tokens)) sums.copy(0, sizes.state_size, scratch.state);
     }

@@ -86,21 +86,57 @@ inline void recur_tile(const Recurrence<T>& call, bool accumulate, int row, int 
     for (int n = 0; n < NV; n++) store(state + r * stride + n * kWidth<T>, tile[r][n]);
 }
 
-template <class T, bool Single>
-inline void recur(const Recurrence<T>& call) {
+// The updates alone, of one head: a plain sum of products, with nothing between the multiply-adds.
+template <class T, int Rows, int NV>
+inline void update_tile(int64_t tokens, const Stream<const T*>& rows, const Stream<const T*>& lanes, T* state,
+                        int64_t stride) {
+  Vector<T> tile[Rows][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; n++) tile[r][n] = load(state + r * stride + n * kWidth<T>);
+  const T *a = rows.data, *b = lanes.data;
+#pragma GCC unroll 4
+  for (int64_t token = 0; token < tokens; token++) {
+    Vector<T> columns[NV];
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; n++) columns[n] = load(b + n * kWidth<T>);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) tile[r][n] += a[r] * columns[n];
+    a += rows.token_stride, b += lanes.token_stride;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; n++) store(state + r * stride + n * kWidth<T>, tile[r][n]);
+}
+
+// body(Constant<rows of the tile>, Constant<its vectors>, row, lane, its place in the state, its stride)
+template <class T, class Body>
+REBASED_INLINE void for_state_tiles(const Recurrence<T>& call, T* state, const Body& body) {
   for_panels<T>(call.lanes, [&](auto vectors, int column) {
     constexpr int columns = decltype(vectors)::value * kWidth<T>;
     constexpr int NV = decltype(vectors)::value < kStateVectors ? decltype(vectors)::value : kStateVectors;
     for (int lane = 0; lane < columns; lane += NV * kWidth<T>) {
-      T* state = call.state + int64_t(column) * call.rows + lane;
+      T* part = state + int64_t(column) * call.rows + lane;
       int row = 0;
       for (; row + kStateRows <= call.rows; row += kStateRows)
-        recur_tile<T, kStateRows, NV, Single>(call, call.accumulate || row > 0, row, column + lane,
-                                              state + int64_t(row) * columns, columns);
+        body(Constant<kStateRows>{}, Constant<NV>{}, row, column + lane, part + int64_t(row) * columns,
+             columns);
       for (; row < call.rows; row += kWidth<T>)
-        recur_tile<T, kWidth<T>, NV, Single>(call, call.accumulate || row > 0, row, column + lane,
-                                             state + int64_t(row) * columns, columns);
+        body(Constant<kWidth<T>>{}, Constant<NV>{}, row, column + lane, part + int64_t(row) * columns,
+             columns);
     }
+  });
+}
+
+template <class T, bool Single>
+inline void recur(const Recurrence<T>& call) {
+  for_state_tiles<T>(call, call.state, [&](auto rows, auto vectors, int row, int lane, T* tile, int stride) {
+    recur_tile<T, decltype(rows)::value, decltype(vectors)::value, Single>(call, call.accumulate || row > 0,
+                                                                           row, lane, tile, stride);
   });
 }
 
@@ -110,6 +146,17 @@ inline void recur(const Recurrence<T>& call) {
     recur<T, true>(call);
   else
     recur<T, false>(call);
+}
+
+// What the updates of a recurrence add to its state, added to another one.
+template <class T>
+inline void add_updates(const Recurrence<T>& call, T* state) {
+  for (int64_t head = 0; head < call.updates; head++)
+    for_state_tiles<T>(call, state, [&](auto rows, auto vectors, int row, int lane, T* tile, int stride) {
+      const Stream<const T*> a = call.update_rows.from(row + head * call.update_rows.head_stride),
+                             b = call.update_lanes.from(lane + head * call.update_lanes.head_stride);
+      update_tile<T, decltype(rows)::value, decltype(vectors)::value>(call.tokens, a, b, tile, stride);
+    });
 }
 
 // A state of rows x lanes turned the other way round.
