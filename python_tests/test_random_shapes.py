@@ -59,6 +59,7 @@ def _pairs(text):
 
 @needs_kernels
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # five minutes of one core
 def test_every_launch_configuration_is_met(kernel_device, one_thread):
     """A draw that was compared with the reference took each; those that no random draw took are aimed at.
 

@@ -132,7 +132,8 @@ void set_plan_override(const std::string& path, int chunk, int segments, int sta
 py::list reachable_configurations(int64_t shared_memory_per_block) {
   constexpr const char* direction_names[] = {"forward", "backward", "step"};
   py::list result;
-  for (const auto& [text, shape, work] : rebased::reachable_configurations(shared_memory_per_block)) {
+  for (const auto& [text, shape, says_little, work] :
+       rebased::reachable_configurations(shared_memory_per_block)) {
     py::dict example;
     example["direction"] = direction_names[static_cast<int>(shape.direction)];
     example["dtype"] = dtype_names[static_cast<int>(shape.dtype)];
@@ -147,6 +148,7 @@ py::list reachable_configurations(int64_t shared_memory_per_block) {
     example["aligned"] = shape.aligned;
     example["multiprocessors"] = shape.multiprocessors;
     example["shared_memory_per_block"] = shape.shared_memory_per_block;
+    example["says_little"] = says_little;
     example["work"] = work;
     result.append(py::make_tuple(text, example));
   }

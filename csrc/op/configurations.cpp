@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <map>
+#include <utility>
 
 #include "op/backend.h"
 #include "op/plan.h"
+#include "op/tensor_core.h"
 
 namespace rebased {
 namespace {
@@ -29,49 +31,61 @@ AnyProblem problem_of(const Shape& shape) {
   return p;
 }
 
-std::string configuration_of(const Shape& shape) {
+// The plan of the shape's call, and the text of it, empty where there is none.
+std::pair<Plan, std::string> planned(const Shape& shape) {
   const Device device{0, shape.multiprocessors, 90, shape.shared_memory_per_block};
   static char present[1];
-  const auto text = [](const auto& problem, const Plan& plan) {
-    return *plan.error ? std::string() : launch_configuration(problem, plan);
+  const auto described = [](const auto& problem, const Plan& plan) {
+    return std::pair(plan, *plan.error ? std::string() : launch_configuration(problem, plan));
   };
   if (shape.direction == Direction::forward) {
     auto p = problem_of<ForwardProblem>(shape);
     if (shape.state) p.final_state = {present, present};
-    return text(p, plan_forward(p, device));
+    return described(p, plan_forward(p, device));
   }
   if (shape.direction == Direction::backward) {
     auto p = problem_of<BackwardProblem>(shape);
     if (shape.state) p.grad_final_state = {present, present};
-    return text(p, plan_backward(p, device));
+    return described(p, plan_backward(p, device));
   }
   const auto p = problem_of<StepProblem>(shape);
-  return text(p, plan_step(p, device));
+  return described(p, plan_step(p, device));
 }
 
-// In operations, roughly. Calls of a few numbers, whose results say little, count as the largest.
+// In operations, roughly.
 int64_t work_of(const Shape& shape) {
   const int64_t d = shape.feature_dim, dv = shape.head_dim;
   const int64_t state = std::max<int64_t>(num_features(shape.feature_map, d) * dv, 256);
-  return shape.seqlen * shape.heads * (state + 64 * (d + dv)) * (d < 5 || dv < 3 ? int64_t(1) << 20 : 1);
+  return shape.seqlen * shape.heads * (state + 64 * (d + dv));
+}
+
+// Results of a few numbers; and a sequence that does not fill a chunk, of whose rows some threads have none.
+bool says_little(const Shape& shape, const Plan& plan) {
+  const int64_t chunk = plan.path == Path::tensor_core ? tensor_core::chunk : plan.tiles.chunk;
+  const bool fills_no_chunk = shape.direction != Direction::step && shape.seqlen <= chunk;
+  return shape.feature_dim < 5 || shape.head_dim < 3 || fills_no_chunk;
 }
 
 class Found {
  public:
   void add(const Shape& shape) {
-    const std::string text = configuration_of(shape);
+    const auto [plan, text] = planned(shape);
     if (text.empty()) return;
-    const auto [position, is_new] = examples_.emplace(text, shape);
-    if (!is_new && work_of(shape) < work_of(position->second)) position->second = shape;
+    const Configuration configuration{text, shape, says_little(shape, plan), work_of(shape)};
+    const auto [position, is_new] = found_.try_emplace(text, configuration);
+    if (!is_new && rank(configuration) < rank(position->second)) position->second = configuration;
   }
-  const std::map<std::string, Shape>& examples() const { return examples_; }
+  const std::map<std::string, Configuration>& all() const { return found_; }
 
  private:
-  std::map<std::string, Shape> examples_;
+  static std::pair<bool, int64_t> rank(const Configuration& x) { return {x.says_little, x.work}; }
+  std::map<std::string, Configuration> found_;
 };
 
 // All sizes of the contract, of one short sequence: every choice but that of segments and of what goes with
 // their length. Tiles hold whole quads of columns, so that of four widths the first and the last will do.
+// Calls that need no state take the kernels without one only where these are cheaper: some of those fill
+// chunks.
 void add_short_sequences(int64_t shared_memory_per_block, Found* found) {
   constexpr int64_t widest_of_fixed_kernels = 32;  // feature dims past these take kernels for any size
   Shape shape{};
@@ -86,8 +100,13 @@ void add_short_sequences(int64_t shared_memory_per_block, Found* found) {
       for (const Direction direction : {Direction::forward, Direction::backward}) {
         for (const bool state : {false, true}) {
           for (const bool aligned : {true, false}) {
+            if (!aligned && !fixed) continue;
             shape.direction = direction, shape.state = state, shape.aligned = aligned;
-            if (aligned || fixed) found->add(shape);
+            for (const int64_t seqlen : {5, 36, 72}) {
+              shape.seqlen = seqlen;
+              if (seqlen == 5 || (!state && shape.head_dim % 4 == 0)) found->add(shape);
+            }
+            shape.seqlen = 5;
           }
         }
       }
@@ -125,14 +144,15 @@ void add_lengths(const Found& short_ones, Found* found) {
     }
   }
   lengths.push_back(10 * compensated_rows + 1);
-  for (const auto& [text, example] : short_ones.examples()) {
-    if (example.direction == Direction::step) continue;
-    Shape shape = example;
+  for (const auto& [text, configuration] : short_ones.all()) {
+    Shape shape = configuration.example;
+    if (shape.direction == Direction::step) continue;
+    const int64_t group = shape.heads;
     for (const int64_t kv_heads : {1, 2}) {
       for (const int multiprocessors : {1, 5, 132}) {
         for (const int64_t sequences : {0, 1}) {
           for (const int64_t seqlen : lengths) {
-            shape.kv_heads = kv_heads, shape.heads = kv_heads * example.heads;
+            shape.kv_heads = kv_heads, shape.heads = kv_heads * group;
             shape.multiprocessors = multiprocessors, shape.sequences = sequences, shape.seqlen = seqlen;
             found->add(shape);
           }
@@ -150,7 +170,7 @@ std::vector<Configuration> reachable_configurations(int64_t shared_memory_per_bl
   Found found = short_ones;
   add_lengths(short_ones, &found);
   std::vector<Configuration> result;
-  for (const auto& [text, example] : found.examples()) result.push_back({text, example, work_of(example)});
+  for (const auto& [text, configuration] : found.all()) result.push_back(configuration);
   return result;
 }
 

@@ -26,8 +26,9 @@ struct Shape {
 
 struct Configuration {
   std::string text;  // launch_configuration
-  Shape example;     // of those that were tried, the one with the least work
-  int64_t work;
+  Shape example;     // the one with the least work of those that were tried and do not say little
+  bool says_little;  // results of a few numbers, or no full chunk: there was no other
+  int64_t work;      // operations, roughly
 };
 
 // Those of devices with that much shared memory a block, in the order of their texts.
