@@ -92,6 +92,7 @@ template <FeatureMap map>
 KERNEL void LAUNCH_BOUNDS(threads, 2) grad_q_kernel(Call<BackwardProblem> call) {
   using Shape = BackwardShape;
   DYNAMIC_SHARED_MEMORY(float, shared);
+  SHARED_MEMORY(float*, carries, 1);
   const BackwardProblem& problem = call.problem;
   const int group = static_cast<int>(group_size(problem));
   const BackwardTiles tiles(map, false, group);
@@ -114,7 +115,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) grad_q_kernel(Call<BackwardProblem> call) 
                           problem.initial_state, false);
   load_affine(shared + tiles.affine, problem, block.kv_head);
   for (int n = thread; n < group * threads / 32 * affine_size; n += threads) affine_sums[n] = 0;
-  float* const carries = start_carries(call, block);
+  start_carries(carries, call, block);
   sync_threads();
   for (int64_t number = block.chunk_begin; number < block.chunk_end; ++number) {
     const int64_t row0 = block.row_of(number);
@@ -143,7 +144,8 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) grad_q_kernel(Call<BackwardProblem> call) 
       const RowTarget target{
           head_rows<float>(problem.grad_q, block.batch, head, row0), problem.grad_q.row_stride,
           partial_rows(call, call.workspace.query_gradient, block, head, problem.heads, row0),
-          affine_sums + (member * (threads / 32) + warp) * affine_size, affine_carries<map>(carries, member)};
+          affine_sums + (member * (threads / 32) + warp) * affine_size,
+          affine_carries<map>(*carries, member)};
       const Norm<float> norm = with_affine(query.at(problem, block.batch, head, row0),
                                            shared + tiles.affine + member * affine_size);
       finish_rows<map>(gradient, shared + tiles.normalized, shared + tiles.deviations, rows, norm, target,
@@ -168,6 +170,7 @@ template <FeatureMap map>
 KERNEL void LAUNCH_BOUNDS(threads, 2) grad_kv_kernel(Call<BackwardProblem> call) {
   using Shape = BackwardShape;
   DYNAMIC_SHARED_MEMORY(float, shared);
+  SHARED_MEMORY(float*, carries, 1);
   const BackwardProblem& problem = call.problem;
   const int group = static_cast<int>(group_size(problem));
   const BackwardTiles tiles(map, true, group);
@@ -195,7 +198,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) grad_kv_kernel(Call<BackwardProblem> call)
                           true);
   load_affine(shared + tiles.affine, problem, block.kv_head);
   for (int n = thread; n < threads / 32 * affine_size; n += threads) affine_sums[n] = 0;
-  float* const carries = start_carries(call, block);
+  start_carries(carries, call, block);
   sync_threads();
   for (int64_t number = block.chunk_end - 1; number >= block.chunk_begin; --number) {
     const int64_t row0 = block.row_of(number);
@@ -244,7 +247,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) grad_kv_kernel(Call<BackwardProblem> call)
     const RowTarget target{
         head_rows<float>(problem.grad_k, block.batch, block.kv_head, row0), problem.grad_k.row_stride,
         partial_rows(call, call.workspace.key_gradient, block, block.kv_head, problem.kv_heads, row0),
-        affine_sums + warp * affine_size, affine_carries<map>(carries, 0)};
+        affine_sums + warp * affine_size, affine_carries<map>(*carries, 0)};
     const Norm<float> norm = with_affine(key.at(problem, block.batch, block.kv_head, row0),
                                          shared + tiles.affine + group * affine_size);
     finish_rows<map>(gradient, shared + tiles.normalized, shared + tiles.deviations, rows, norm, target,
@@ -270,6 +273,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) reverse_segment_states(Call<BackwardProble
   using Shape = BackwardShape;
   constexpr StateTiles<Shape> tiles(map, 1);
   DYNAMIC_SHARED_MEMORY(float, shared);
+  SHARED_MEMORY(float*, carries, 1);
   float* const queries = shared + tiles.features;
   float* const gradients = shared + tiles.values;
   float* const minus_delta = shared + tiles.extra;
@@ -284,7 +288,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) reverse_segment_states(Call<BackwardProble
   float* const affine = shared + tiles.affine;
   for (int n = token; n < tiles.features; n += threads) shared[n] = 0;
   load_affine(affine, problem, block.kv_head);
-  float* const carries = start_carries(call, block);
+  start_carries(carries, call, block);
   sync_threads();
   for (int64_t number = block.chunk_begin; number < block.chunk_end; ++number) {
     const int64_t row0 = block.row_of(number);

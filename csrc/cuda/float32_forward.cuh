@@ -79,6 +79,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) forward_kernel(Call<ForwardProblem> call) 
   constexpr ForwardTiles tiles(map, 1);  // offsets do not depend on the group's size
   constexpr int chunk = Shape::chunk;
   DYNAMIC_SHARED_MEMORY(float, shared);
+  SHARED_MEMORY(float*, carries, 1);
   float* const state = shared + tiles.state;
   float* const sums = shared + tiles.sums;
   float* const queries = shared + tiles.queries;
@@ -89,6 +90,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) forward_kernel(Call<ForwardProblem> call) 
   const Scores scores{shared + tiles.scores};
   const ForwardProblem& problem = call.problem;
   const Block block(call);
+  start_carries(carries, call, block);
   const Features<float> features = make_features<map>(problem);
   const HeadNorm<float> query = query_norm(call, features), key = key_norm<float>(call);
   const OutputTile<Shape> tile;
@@ -100,7 +102,6 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) forward_kernel(Call<ForwardProblem> call) 
 
   start_state<map, Shape>(state, sums, call, block, call.workspace.states, problem.initial_state, false);
   load_affine(affine, problem, block.kv_head);
-  float* const carries = start_carries(call, block);
   sync_threads();
   for (int64_t number = block.chunk_begin; number < block.chunk_end; ++number) {
     const int64_t row0 = block.row_of(number);
@@ -176,6 +177,7 @@ template <FeatureMap map, class Shape, class AnyProblem>
 KERNEL void LAUNCH_BOUNDS(threads, 2) segment_states(Call<AnyProblem> call) {
   using Tiles = StateTiles<Shape>;
   DYNAMIC_SHARED_MEMORY(float, shared);
+  SHARED_MEMORY(float*, carries, 1);
   constexpr Tiles tiles(map, 1);
   float* const state = shared + tiles.state;
   float* const sums = shared + tiles.sums;
@@ -193,7 +195,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) segment_states(Call<AnyProblem> call) {
   const float* const key_affine = affine + group_size(problem) * affine_size;
   for (int i = token; i < tiles.features; i += threads) shared[i] = 0;
   load_affine(affine, problem, block.kv_head);
-  float* const carries = start_carries(call, block);
+  start_carries(carries, call, block);
   sync_threads();
   for (int64_t number = block.chunk_begin; number < block.chunk_end; ++number) {
     const int64_t row0 = block.row_of(number);

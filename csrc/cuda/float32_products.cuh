@@ -102,9 +102,10 @@ DEVICE void add_to_sums(float4& sums, const float4& values, float* carries) {
 }
 
 // The share of thread (i = thread / 8, 8 columns) in the state: rows (e, i) of the circulant entries for
-// e < offsets, and the linear entry i. carries: from the thread's first column on, or null.
+// e < offsets, and the linear entry i. state, values: from the thread's first column on, which is `column`.
 template <FeatureMap map, class Shape, int offsets>
-DEVICE void add_rows_of_chunk(float* state, float* carries, const float* x, const float* values, int i) {
+DEVICE void add_rows_of_chunk(float* state, Carries place, int column, const float* x, const float* values,
+                              int i) {
   constexpr bool has_linear = map != FeatureMap::outer;
   const Features<float> features(map, feature_dim, 1);
   float sums[offsets > 0 ? offsets : 1][8] = {}, linear[8] = {};
@@ -136,13 +137,14 @@ DEVICE void add_rows_of_chunk(float* state, float* carries, const float* x, cons
     }
   }
   const auto add = [&](int f, const float (&sum)[8]) {
+    float* const carries = *place;
     const float weight = features.weight(f);
     UNROLL for (int half = 0; half < 2; ++half) {
       float* const target = state + f * Shape::state_stride + half * (columns / 2);
       float4 value = load_shared<float4>(target);
       const float4 added{weight * sum[4 * half], weight * sum[4 * half + 1], weight * sum[4 * half + 2],
                          weight * sum[4 * half + 3]};
-      add_to_sums(value, added, carries ? carries + f * columns + half * (columns / 2) : nullptr);
+      add_to_sums(value, added, carries ? carries + f * columns + half * (columns / 2) + column : nullptr);
       store_shared(target, value);
     }
   };
@@ -151,24 +153,24 @@ DEVICE void add_rows_of_chunk(float* state, float* carries, const float* x, cons
 }
 
 // S += sum_j phi(x_j) v_j^T, and the sums += sum_j extra_j phi(x_j); extra null: 1 for `rows` tokens. x and
-// values are zeros past the last row. carries: see start_carries.
+// values are zeros past the last row. carries: see start_carries, which `place` comes
+// from. A call, since as a part of the forward this would make that kernel spill registers.
 template <FeatureMap map, class Shape>
-DEVICE void update_state(float* state, float* sums, float* carries, const float* x, const float* values,
-                         const float* extra, int rows) {
+DEVICE_CALL void update_state(float* state, float* sums, Carries place, const float* x, const float* values,
+                              const float* extra, int rows) {
   const Features<float> features(map, feature_dim, 1);
   const int thread = static_cast<int>(threadIdx.x), i = thread / 8, column = thread % 8 * 4;
-  float* const column_carries = carries ? carries + column : nullptr;
   if constexpr (!is_polynomial(map)) {
-    add_rows_of_chunk<map, Shape, 0>(state + column, column_carries, x, values + column, i);
+    add_rows_of_chunk<map, Shape, 0>(state + column, place, column, x, values + column, i);
   } else if (i < whole_offsets) {
-    add_rows_of_chunk<map, Shape, whole_offsets + 1>(state + column, column_carries, x, values + column, i);
+    add_rows_of_chunk<map, Shape, whole_offsets + 1>(state + column, place, column, x, values + column, i);
   } else {
-    add_rows_of_chunk<map, Shape, whole_offsets>(state + column, column_carries, x, values + column, i);
+    add_rows_of_chunk<map, Shape, whole_offsets>(state + column, place, column, x, values + column, i);
   }
   if (map == FeatureMap::taylor && thread < columns) {
     float sum = 0;
     for (int token = 0; token < Shape::chunk; ++token) sum += values[token * Shape::value_stride + thread];
-    add_to_sum(state[thread], sum, carries ? carries + thread : nullptr);
+    add_to_sum(state[thread], sum, *place ? *place + thread : nullptr);
   }
   for (int f = thread; f < features.count; f += threads) {
     const int entry = f - features.circulant_begin, linear = f - features.linear_begin;
@@ -192,7 +194,7 @@ DEVICE void update_state(float* state, float* sums, float* carries, const float*
       }
     }
     add_to_sum(sums[f], features.weight(f) * sum,
-               carries ? carries + state_features(map) * columns + f : nullptr);
+               *place ? *place + state_features(map) * columns + f : nullptr);
   }
 }
 

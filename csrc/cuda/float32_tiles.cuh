@@ -139,13 +139,16 @@ DEVICE void start_state(float* state, float* sums, const Call<AnyProblem>& call,
 }
 
 // What rounding takes from a block's sums: of its columns of the state as (features, columns), then of the
-// state's sums, then of the sums for gamma and beta; null in short segments. The whole block clears them.
+// state's sums, then of the sums for gamma and beta; null in short segments. The whole block clears it and,
+// past the next barrier, finds it where `place` points, in shared memory: kernels that use every register
+// have none for an address that is needed once a chunk.
+using Carries = float* const*;
 template <class AnyProblem>
-DEVICE float* start_carries(const Call<AnyProblem>& call, const Block& block) {
+DEVICE void start_carries(float** place, const Call<AnyProblem>& call, const Block& block) {
   float* const carries =
       block.carries<float>(call, static_cast<int>(gridDim.y), static_cast<int>(blockIdx.y));
   clear_carries(carries, call.carry_size);
-  return carries;
+  if (threadIdx.x == 0) *place = carries;
 }
 
 // Writes the block's columns of the state to kv (features, head_dim), and where this is the first column
