@@ -25,7 +25,7 @@ SPACING = 2.0**-24  # of float16's smallest numbers
 # LayerNorm, and the standard deviation of q and k without it, or gamma with it
 SIZES = [(None, size) for size in (1e-3, 1e-2, 0.1, 1.0, 10.0, 30.0)]
 SIZES += [(norm, gamma) for norm in ("token", "head") for gamma in (1e-3, 1e-2, 0.03, 1.0, 30.0)]
-LONG = pytest.mark.slow if EMULATED else ()
+LONG = pytest.mark.sweep if EMULATED else ()
 
 _plain = functools.partial(random_shapes._plain, chunk=64, operands=None, gradients=None)
 _exact = functools.partial(reference.chunked, chunk=256)

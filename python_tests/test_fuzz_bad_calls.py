@@ -713,7 +713,7 @@ def _fault(case: Case, function: Function, draw: int, unnamed: set[Case]) -> str
     return None
 
 
-@pytest.mark.parametrize("draws", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("draws", [3, pytest.param(30, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("title", FUNCTIONS)
 def test_bad_calls(title, draws, request):
     if title in WITH_GROUP:

@@ -76,7 +76,7 @@ def test_native(feature_map, d, dv, one_thread):
     check(feature_map, 1 << 17 if d == 4 else 1 << 16, d, dv)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.skipif(EMULATED, reason="of the native backend")
 @pytest.mark.parametrize(
     ("d", "dv", "seqlen", "feature_map"),
@@ -87,7 +87,7 @@ def test_native_millions(d, dv, seqlen, feature_map, one_thread):
     check(feature_map, seqlen, d, dv)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.skipif(EMULATED, reason="of the native backend")
 @pytest.mark.parametrize("feature_map", MAPS)
 def test_native_segments(feature_map):
@@ -112,7 +112,7 @@ def test_native_segments(feature_map):
         ("general", 16, 64, "identity"),
     ],
 )
-@pytest.mark.parametrize("seqlen", [1 << 14, pytest.param(1 << 17, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seqlen", [1 << 14, pytest.param(1 << 17, marks=pytest.mark.sweep)])
 def test_one_segment_of_the_kernels(path, d, dv, feature_map, seqlen, override):
     override(path=path, segments=1)
     errors.cache_clear()
