@@ -58,7 +58,7 @@ def _pairs(text):
 
 @needs_kernels
 @pytest.mark.sweep
-@pytest.mark.timeout(1800)  # six minutes of one core
+@pytest.mark.timeout(1800)  # eight minutes of one core
 def test_every_launch_configuration_is_met(kernel_device, one_thread):
     """A draw that was compared with the reference took each; those that no random draw took are aimed at.
 
