@@ -188,9 +188,14 @@ struct ElementwiseCall : Call<T> {
 
   void add_keys_apart(const ElementwiseScratch<T>& scratch, int tokens, T* z) const {
     for (int e = 0; e < width(); e += kWidth<T>) {
-      Vector<T> sum = load(z + e);
-      for (int i = 0; i < tokens; i++) sum += load(scratch.keys + i * width() + e);
-      store(z + e, sum);
+      Vector<T> even{}, odd{};  // one sum alone would wait for itself
+      int i = 0;
+      for (; i + 1 < tokens; i += 2) {
+        even += load(scratch.keys + i * width() + e);
+        odd += load(scratch.keys + (i + 1) * width() + e);
+      }
+      if (i < tokens) even += load(scratch.keys + i * width() + e);
+      store(z + e, load(z + e) + (even + odd));
     }
   }
   // A segment's own sums, from zero: these go to add(state) chunk by chunk, in a long item to `recent`

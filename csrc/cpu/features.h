@@ -26,13 +26,13 @@ REBASED_INLINE void feature_tile(const FeaturePair<T>* pairs, const T* X, T* tar
 
 // state += sum over the chunk's tokens of phi(token) values^T. `tokens` is q' or k' of the chunk; Weighted
 // puts the query's weights on; token_weights (by token of the chunk, null: 1) goes with the denominator's
-// state only. In a long item the sum goes to `sums`, and the state is made of these. features: scratch,
+// state only. Long: the sum goes to `sums`, and the state is made of these. features: scratch,
 // [block][kRows][kLanes].
-template <class T, bool Weighted>
-inline void update_state(const Sizes<T>& s, const FeaturePair<T>* pairs, const T* tokens,
-                         const T* token_weights, const T* values, int rows, T* state, LongSums<T>* sums,
-                         T* features, PrefetchQueue* queue) {
-  T* target = sums->active ? sums->recent : state;
+template <class T, bool Weighted, bool Long>
+inline void update_state_as(const Sizes<T>& s, const FeaturePair<T>* pairs, const T* tokens,
+                            const T* token_weights, const T* values, int rows, T* state, LongSums<T>* sums,
+                            T* features, PrefetchQueue* queue) {
+  T* target = Long ? sums->recent : state;
   const int blocks = (rows + kLanes<T> - 1) / kLanes<T>;
   const int64_t token_block = int64_t(s.feature_rows) * kLanes<T>;
   for (int f = 0; f < s.feature_pad; f += kRows) {
@@ -60,15 +60,22 @@ inline void update_state(const Sizes<T>& s, const FeaturePair<T>* pairs, const T
         tile.template multiply_rows<kLanes<T>>(smaller(rows - b * kLanes<T>, kLanes<T>),
                                                features + b * phi_block, panel + b * kLanes<T> * columns);
       tile.store_rows(target + part, columns);
-      if (!sums->active) return;
+      if (!Long) return;
       tile.add_rows(sums->base + part, columns);
       tile.store_rows(state + part, columns);
     });
   }
-  if (!sums->active) return;
+  if (!Long) return;
   for (int f = 0; f < s.feature_pad; f++)
     state[s.state_kv + f] = sums->base[s.state_kv + f] + target[s.state_kv + f];
   sums->add(rows);
+}
+template <class T, bool Weighted>
+inline void update_state(const Sizes<T>& s, const FeaturePair<T>* pairs, const T* tokens,
+                         const T* token_weights, const T* values, int rows, T* state, LongSums<T>* sums,
+                         T* features, PrefetchQueue* queue) {
+  const auto update = sums->active ? update_state_as<T, Weighted, true> : update_state_as<T, Weighted, false>;
+  update(s, pairs, tokens, token_weights, values, rows, state, sums, features, queue);
 }
 
 // Public states are [feature][head_dim] and [feature], without padding. Null: zero.
