@@ -254,7 +254,7 @@ def test_an_initial_state_of_any_floating_dtype():
     given, _ = chunk_linear_attn(q, k, v, initial_state=(kv, z))
     assert torch.equal(given, expected)
     nothing, _ = chunk_linear_attn(q, k, v, initial_state=(None, None))
-    assert torch.equal(nothing, chunk_linear_attn(q, k, v)[0])
+    torch.testing.assert_close(nothing, chunk_linear_attn(q, k, v)[0])  # which may take a path without states
 
 
 @pytest.mark.parametrize(
