@@ -93,6 +93,14 @@ std::vector<Case> cases() {
       }
     }
   }
+  // a segment whose sums have carries
+  Case c;
+  c.dtype = Dtype::float32, c.norm = LayerNorm::head, c.states = true;
+  c.batch = c.kv_heads = 1, c.group = 2, c.seqlen = compensated_rows + 40, c.dim = 4, c.width = 5;
+  c.path = c.plan.path = Path::general, c.plan.force_path = true, c.plan.segments = 1;
+  result.push_back(c);
+  c.cu_seqlens = {3, 20, c.seqlen};
+  result.push_back(c);
   return result;
 }
 
