@@ -21,7 +21,6 @@
 #define REBASED_BACKEND emulated
 #define HOST_DEVICE inline
 #define DEVICE inline
-#define DEVICE_CALL inline
 #define PRIMITIVE inline __attribute__((always_inline))  // so that a report names the kernel's line
 #define KERNEL
 #define LAUNCH_BOUNDS(max_threads, min_blocks)
@@ -33,7 +32,6 @@
 #define REBASED_BACKEND cuda
 #define HOST_DEVICE __host__ __device__ __forceinline__
 #define DEVICE __device__ __forceinline__
-#define DEVICE_CALL __device__ __noinline__  // a function call: the caller's registers are not its own
 #define PRIMITIVE __device__ __forceinline__
 #define KERNEL __global__
 #define LAUNCH_BOUNDS(max_threads, min_blocks) __launch_bounds__(max_threads, min_blocks)

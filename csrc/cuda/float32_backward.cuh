@@ -188,7 +188,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) grad_kv_kernel(Call<BackwardProblem> call)
   const Features<float> features = make_features<map>(problem);
   const HeadNorm<float> key = key_norm<float>(call);
   const RowOwner owner;
-  const OutputTile<Shape> tile;
+  const OutputTile<Shape> tile(static_cast<int>(threadIdx.x));
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   const int columns_left = static_cast<int>(problem.head_dim) - first_column();
   const bool keep_state = problem.grad_initial_state.kv && block.first_segment();

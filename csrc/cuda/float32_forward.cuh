@@ -93,8 +93,6 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) forward_kernel(Call<ForwardProblem> call) 
   start_carries(carries, call, block);
   const Features<float> features = make_features<map>(problem);
   const HeadNorm<float> query = query_norm(call, features), key = key_norm<float>(call);
-  const OutputTile<Shape> tile;
-  const int thread = static_cast<int>(threadIdx.x), token = thread % chunk, part = thread / chunk;
   const int columns_left = static_cast<int>(problem.head_dim) - first_column();
   const int64_t group = group_size(problem);
   const bool keep_state = problem.final_state.kv && block.last_segment();
@@ -108,6 +106,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) forward_kernel(Call<ForwardProblem> call) 
     const int rows = block.rows_of(number);
     for (int64_t member = 0; member < group; ++member) {
       const int64_t head = block.kv_head * group + member;
+      const int thread = thread_index_anew(), token = thread % chunk, part = thread / chunk;
       if (member == 0) {
         const float* const v = head_rows<float>(problem.v, block.batch, block.kv_head, row0) + first_column();
         copy_values<Shape>(values, v, problem.v.row_stride, rows, columns_left);
@@ -135,6 +134,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2) forward_kernel(Call<ForwardProblem> call) 
       parts[thread] = sum;
       sync_threads();
 
+      const OutputTile<Shape> tile(thread_index_anew());
       float out[8][4] = {};
       if (!state_is_zero) {
         query_state<map, Shape>(out, queries + tile.token, state + tile.column);

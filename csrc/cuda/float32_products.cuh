@@ -20,8 +20,8 @@ struct OutputTile {
   static constexpr int tokens = Shape::chunk * columns / (4 * threads);
   int token, column;
 
-  DEVICE OutputTile() {
-    const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
+  DEVICE explicit OutputTile(int thread) {
+    const int warp = thread / 32, lane = thread % 32;
     token = (warp / 2 * 4 + lane / 8) * tokens;
     column = warp % 2 * (columns / 2) + lane % 8 * 4;
   }
@@ -153,11 +153,10 @@ DEVICE void add_rows_of_chunk(float* state, Carries place, int column, const flo
 }
 
 // S += sum_j phi(x_j) v_j^T, and the sums += sum_j extra_j phi(x_j); extra null: 1 for `rows` tokens. x and
-// values are zeros past the last row. carries: see start_carries, which `place` comes
-// from. A call, since as a part of the forward this would make that kernel spill registers.
+// values are zeros past the last row. carries: see start_carries, which `place` comes from.
 template <FeatureMap map, class Shape>
-DEVICE_CALL void update_state(float* state, float* sums, Carries place, const float* x, const float* values,
-                              const float* extra, int rows) {
+DEVICE void update_state(float* state, float* sums, Carries place, const float* x, const float* values,
+                         const float* extra, int rows) {
   const Features<float> features(map, feature_dim, 1);
   const int thread = static_cast<int>(threadIdx.x), i = thread / 8, column = thread % 8 * 4;
   if constexpr (!is_polynomial(map)) {
