@@ -132,7 +132,8 @@ Plan plan_step(const StepProblem&, const Device&);
 
 // What sets one launch apart from another as far as code is concerned: direction, path, kernel instance,
 // threads, chunk, where the state is, one column group or more, segments, grouped heads, packed sequences,
-// compensated sums. Tests hold every one that the plan can choose against the reference.
+// compensated sums. Tests hold those that the plan can choose against the reference: short calls one by one,
+// calls that are long on the emulator in every two of these words.
 std::string launch_configuration(const ForwardProblem&, const Plan&);
 std::string launch_configuration(const BackwardProblem&, const Plan&);
 std::string launch_configuration(const StepProblem&, const Plan&);
