@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-INSTANCES = ROOT / "csrc/cuda/instances"
 CACHE = ROOT / "build/kernel_reports"
-FLAGS = ("-std=c++17", f"-I{ROOT / 'csrc'}")
+FLAGS = ("-std=c++17", f"-I{ROOT / 'csrc'}")  # of this checkout's sources
 JOBS = 2
 
 
@@ -95,13 +94,17 @@ class Compilation:
         return self.folder / f"{self.source.stem}.ptx"
 
 
-def instances(pattern: str = "*") -> list[Path]:
-    return sorted(INSTANCES.glob(f"{pattern}.cu"))
+def instances(pattern: str = "*", root: Path = ROOT) -> list[Path]:
+    """The kernels' sources of the checkout in `root`."""
+    return sorted((root / "csrc/cuda/instances").glob(f"{pattern}.cu"))
 
 
-def compile_source(source: Path, architecture: int) -> Compilation:
-    """cubin, PTX and log of one source for one architecture, from the cache if nothing has changed."""
-    compiler = [cuda_program("nvcc"), *FLAGS, f"-arch=sm_{architecture}"]
+def compile_source(source: Path, architecture: int, root: Path = ROOT) -> Compilation:
+    """cubin, PTX and log of one source for one architecture, from the cache if nothing has changed.
+
+    `root` is the checkout that the source is of: its own headers are included.
+    """
+    compiler = [cuda_program("nvcc"), "-std=c++17", f"-I{root / 'csrc'}", f"-arch=sm_{architecture}"]
     flags = ["-Xptxas", "-v", "-cubin"]
     key = content_key(compiler, source, flags)
     folder = CACHE / f"{source.stem}.sm_{architecture}.{key}"
@@ -146,22 +149,26 @@ def host_program(source: Path, compiler: list[str]) -> Path:
 
 
 def content_key(compiler: list[str], source: Path, flags: list[str]) -> str:
-    """A name for what this compiler makes of the source as it is now."""
+    """A name for what this compiler makes of the source as it is now, in whichever folder that lies."""
     preprocessed = run([*compiler, "-E", str(source)]).splitlines()
     # line markers hold paths; what remains of a comment is blank lines
     lines = [line for line in preprocessed if line.strip() and not re.match(r"#\s*\d", line)]
-    text = "\n".join([compiler_version(), *compiler, *flags, *lines])
+    options = [word for word in compiler if not word.startswith("-I")]  # the text has what they led to
+    text = "\n".join([compiler_version(), *options, *flags, *lines])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def compile_all(
-    sources: Iterable[Path], architectures: Iterable[int], failed: Callable[[CompileError], None]
+    sources: Iterable[Path],
+    architectures: Iterable[int],
+    failed: Callable[[CompileError], None],
+    root: Path = ROOT,
 ) -> list[Compilation]:
     """Every source for every architecture, JOBS at a time; `failed` is told of those that do not compile."""
 
     def attempt(pair: tuple[int, Path]) -> Compilation | CompileError:
         try:
-            return compile_source(pair[1], pair[0])
+            return compile_source(pair[1], pair[0], root)
         except CompileError as error:
             return error
 
