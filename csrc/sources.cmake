@@ -11,10 +11,10 @@ if(REBASED_WERROR)
   list(APPEND REBASED_CUDA_FLAGS -Werror=all-warnings)
 endif()
 
-# rebased_host_sources(OUT): csrc/op and csrc/cpu. Files named avx2_* and avx512_* are compiled for those
+# rebased_host_sources(OUT): csrc/cpu, and the launch plan of csrc/cuda, which is plain C++. Files named avx2_* and avx512_* are compiled for those
 # instruction sets, and left out where the compiler does not target x86-64.
 function(rebased_host_sources out)
-  file(GLOB_RECURSE sources CONFIGURE_DEPENDS ${REBASED_CSRC}/op/*.cpp ${REBASED_CSRC}/cpu/*.cpp)
+  file(GLOB_RECURSE sources CONFIGURE_DEPENDS ${REBASED_CSRC}/cpu/*.cpp ${REBASED_CSRC}/cuda/plan/*.cpp)
   if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
     list(FILTER sources EXCLUDE REGEX "/avx(2|512)_[^/]*$")
   endif()
@@ -35,5 +35,11 @@ function(rebased_host_sources out)
       set_source_files_properties(${source} PROPERTIES COMPILE_OPTIONS "${options}")
     endif()
   endforeach()
+  set(${out} ${sources} PARENT_SCOPE)
+endfunction()
+
+# rebased_kernel_sources(OUT): the CUDA sources, which the emulator's build compiles as C++.
+function(rebased_kernel_sources out)
+  file(GLOB sources CONFIGURE_DEPENDS ${REBASED_CSRC}/cuda/launch/*.cu ${REBASED_CSRC}/cuda/instances/*.cu)
   set(${out} ${sources} PARENT_SCOPE)
 endfunction()

@@ -18,18 +18,18 @@ EMULATED = rebased_cuda.build_info()["cpu_backend"] == "emulated"
 # The same whatever CPU tensors run on: the native run has them.
 collect_ignore = (
     [
-        "test_attention_maps.py",
-        "test_benchmarks.py",
-        "test_build.py",
-        "test_emulator.py",
-        "test_kernel_reports.py",
-        "test_learning.py",
-        "test_main.py",
-        "test_mqar.py",
-        "test_ptx.py",
-        "test_reference.py",
-        "test_traffic.py",
-        "test_training.py",
+        "experiments/test_attention_maps.py",
+        "tools/test_benchmarks.py",
+        "tools/test_build.py",
+        "cuda/test_emulator.py",
+        "cuda/test_kernel_reports.py",
+        "experiments/test_learning.py",
+        "tools/test_main.py",
+        "experiments/test_mqar.py",
+        "cuda/ptx/test_ptx.py",
+        "op/test_reference.py",
+        "cuda/test_traffic.py",
+        "experiments/test_training.py",
     ]
     if EMULATED
     else []

@@ -6,5 +6,5 @@ python -m benchmarks.kernels.traffic        bytes that the fast paths' kernels m
 python -m benchmarks.kernels.architectures  compiles all for six architectures, warnings are errors; timed
 python -m benchmarks.kernels.profile        each kernel's time in the reference shapes' calls: needs a GPU
 
-Each has --help, and the first two --check, which python_tests/test_kernel_reports.py runs.
+Each has --help, and the first two --check, which python_tests/cuda/test_kernel_reports.py runs.
 """

@@ -1,10 +1,10 @@
-// The dynamic shared memory that launch_backward (cuda/tensor_core_backward.cuh) and launch_float32
-// (cuda/float32_launch.cuh, float32_backward_launch.cuh) ask for: ptxas cannot know. Lines out: bytes,
+// The dynamic shared memory that launch_backward (cuda/tensor_core/backward.cuh) and launch_float32
+// (cuda/float32/launch.cuh, float32/backward_launch.cuh) ask for: ptxas cannot know. Lines out: bytes,
 // kernel. The grouped kernels' is for 4 query heads per kv head, the float32 path's for one.
 #include <cstdio>
 
-#include "cuda/tensor_core_backward.cuh"
-#include "op/float32_path.h"
+#include "cuda/tensor_core/backward.cuh"
+#include "cuda/plan/float32_shape.h"
 
 namespace rebased::cuda::tensor_core {
 

@@ -7,7 +7,8 @@ loop's own blocks) times (runs per chunk). Every instruction of a block counts, 
 that a branch skips (three kinds of LayerNorm are compiled in and one of them runs), so the number is an upper
 bound of what a warp issues. Where warps differ in how often a loop runs, it is their mean. What is outside
 the chunk loop is not counted. Kernels whose last argument is true serve several query heads per kv head;
-their number is that of one head. python_tests/test_ptx.py compares HMMA per chunk with those that really run.
+their number is that of one head. python_tests/cuda/ptx/test_ptx.py compares HMMA per chunk with those that
+really run.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/plan/configurations.h"
+#include "cuda/plan/plan.h"
 #include "op/backend.h"
-#include "op/configurations.h"
-#include "op/plan.h"
 
 namespace py = pybind11;
 

@@ -5,7 +5,7 @@
 // running sums of these in order (from the initial state); then the items, each from its own start state.
 #pragma once
 
-#include "cpu/features.h"
+#include "cpu/tokens/features.h"
 
 namespace rebased::cpu::REBASED_ISA {
 

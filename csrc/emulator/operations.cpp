@@ -1,4 +1,4 @@
-// The primitives of cuda/device.cuh that need the other lanes of the warp, or the block.
+// The primitives of cuda/device/device.cuh that need the other lanes of the warp, or the block.
 #include "emulator/block.h"
 #include "emulator/runtime.h"
 #include "emulator/sanitizer.h"

@@ -1,5 +1,5 @@
-// What cuda/device.cuh calls when a kernel is compiled for the CPU: CUDA's vocabulary (threadIdx, dim3,
-// float4) and the functions behind its primitives.
+// What cuda/device/device.cuh calls when a kernel is compiled for the CPU: CUDA's vocabulary (threadIdx,
+// dim3, float4) and the functions behind its primitives.
 //
 // Inline here is only what must be compiled with the kernel, under the kernel's sanitizer: its reads and
 // writes of global and shared memory. All else is in the runtime's own files, which are compiled without

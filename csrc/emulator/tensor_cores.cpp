@@ -1,6 +1,6 @@
-// Twins of the tensor-core instructions; cuda/device.cuh has the fragments' layouts. Products are exact, as
-// on the device; sums are float32, rounded to nearest in order of k, where the device truncates in an order
-// of its own.
+// Twins of the tensor-core instructions; cuda/device/device.cuh has the fragments' layouts. Products are
+// exact, as on the device; sums are float32, rounded to nearest in order of k, where the device truncates in
+// an order of its own.
 #include "emulator/block.h"
 #include "emulator/runtime.h"
 #include "emulator/sanitizer.h"

@@ -7,7 +7,7 @@
 
 #include <stdexcept>
 
-#include "cuda/device.cuh"
+#include "cuda/device/device.cuh"
 
 namespace rebased::REBASED_BACKEND {
 

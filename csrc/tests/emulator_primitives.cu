@@ -1,5 +1,5 @@
-// Every primitive of cuda/device.cuh against its definition, written down a second time: conversions and
-// packed arithmetic against rounding in double, fragments against the PTX manual's formulas. Runs on the
+// Every primitive of cuda/device/device.cuh against its definition, written down a second time: conversions
+// and packed arithmetic against rounding in double, fragments against the PTX manual's formulas. Runs on the
 // emulator, and on a GPU, where it shows that the emulator's reading of the manual is the hardware's:
 //   nvcc -std=c++17 -Icsrc -arch=native csrc/tests/emulator_primitives.cu -o primitives && ./primitives
 // Prints what is wrong and exits with 1, or prints "right".
@@ -8,7 +8,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "cuda/device.cuh"
+#include "cuda/device/device.cuh"
 
 namespace rebased::REBASED_BACKEND {
 namespace {

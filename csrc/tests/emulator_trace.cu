@@ -1,9 +1,9 @@
 // A kernel whose access figures are known by arithmetic, run under the tracer: JSON to standard output. The
-// marks in its lines are what python_tests/test_emulator.py finds its expectations by.
+// marks in its lines are what python_tests/cuda/test_emulator.py finds its expectations by.
 #include <cstdio>
 #include <vector>
 
-#include "cuda/device.cuh"
+#include "cuda/device/device.cuh"
 #include "emulator/tracer.h"
 
 namespace rebased::REBASED_BACKEND {

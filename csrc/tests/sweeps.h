@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda/plan/plan.h"
 #include "op/backend.h"
-#include "op/plan.h"
 #include "tests/device_tensors.h"
 #include "tests/scalar_reference.h"
 

@@ -7,8 +7,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "cuda/tensor_core_backward.cuh"
-#include "cuda/tensor_core_launch.cuh"
+#include "cuda/tensor_core/backward.cuh"
+#include "cuda/tensor_core/launch.cuh"
 #include "emulator/tracer.h"
 
 namespace rebased::REBASED_BACKEND::tensor_core {

@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "cuda/float32_backward_launch.cuh"
+#include "cuda/float32/backward_launch.cuh"
 #include "emulator/tracer.h"
 #include "op/backend.h"
 

@@ -1,6 +1,6 @@
 #define REBASED_ISA avx2
 #define REBASED_VECTOR_BYTES 32
-#include "cpu/backward_driver.h"
+#include "cpu/drive_backward.h"
 #include "cpu/instruction_set.h"
 
 int64_t rebased::cpu::avx2::backward_float(const BackwardProblem& problem, int threads,

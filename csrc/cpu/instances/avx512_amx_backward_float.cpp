@@ -2,10 +2,10 @@
 // features that fit in a vector.
 #define REBASED_ISA avx512_amx
 #define REBASED_VECTOR_BYTES 64
-#include "cpu/amx_backward.h"
-#include "cpu/amx_elementwise_backward.h"
-#include "cpu/backward_driver.h"
+#include "cpu/chunked/amx_backward.h"
+#include "cpu/drive_backward.h"
 #include "cpu/instruction_set.h"
+#include "cpu/recurrent/amx_backward.h"
 
 int64_t rebased::cpu::avx512_amx::backward_float(const BackwardProblem& problem, int threads,
                                                  const Parallel* parallel) {

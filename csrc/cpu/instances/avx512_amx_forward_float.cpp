@@ -2,10 +2,10 @@
 // features that fit in a vector.
 #define REBASED_ISA avx512_amx
 #define REBASED_VECTOR_BYTES 64
-#include "cpu/amx_elementwise_forward.h"
-#include "cpu/amx_forward.h"
-#include "cpu/forward_driver.h"
+#include "cpu/chunked/amx_forward.h"
+#include "cpu/drive_forward.h"
 #include "cpu/instruction_set.h"
+#include "cpu/recurrent/amx_forward.h"
 
 int64_t rebased::cpu::avx512_amx::forward_float(const ForwardProblem& problem, int threads,
                                                 const Parallel* parallel) {

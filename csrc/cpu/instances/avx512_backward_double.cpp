@@ -1,6 +1,6 @@
 #define REBASED_ISA avx512
 #define REBASED_VECTOR_BYTES 64
-#include "cpu/backward_driver.h"
+#include "cpu/drive_backward.h"
 #include "cpu/instruction_set.h"
 
 int64_t rebased::cpu::avx512::backward_double(const BackwardProblem& problem, int threads,

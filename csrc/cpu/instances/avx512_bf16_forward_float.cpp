@@ -1,8 +1,8 @@
 // Called with bfloat16 inputs and a polynomial map only.
 #define REBASED_ISA avx512_bf16
 #define REBASED_VECTOR_BYTES 64
-#include "cpu/bf16_forward.h"
-#include "cpu/forward_driver.h"
+#include "cpu/chunked/bf16_forward.h"
+#include "cpu/drive_forward.h"
 #include "cpu/instruction_set.h"
 
 int64_t rebased::cpu::avx512_bf16::forward_float(const ForwardProblem& problem, int threads,

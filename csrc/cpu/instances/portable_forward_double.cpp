@@ -1,6 +1,6 @@
 #define REBASED_ISA portable
 #define REBASED_VECTOR_BYTES 16
-#include "cpu/forward_driver.h"
+#include "cpu/drive_forward.h"
 #include "cpu/instruction_set.h"
 
 int64_t rebased::cpu::portable::forward_double(const ForwardProblem& problem, int threads,

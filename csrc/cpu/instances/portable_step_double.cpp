@@ -1,7 +1,7 @@
 #define REBASED_ISA portable
 #define REBASED_VECTOR_BYTES 16
+#include "cpu/drive_step.h"
 #include "cpu/instruction_set.h"
-#include "cpu/step_driver.h"
 
 int64_t rebased::cpu::portable::step_double(const StepProblem& problem, int threads,
                                             const Parallel* parallel) {

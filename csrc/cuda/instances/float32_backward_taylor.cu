@@ -1,4 +1,4 @@
-#include "cuda/float32_backward_launch.cuh"
+#include "cuda/float32/backward_launch.cuh"
 
 namespace rebased::REBASED_BACKEND {
 template const char* launch_float32<FeatureMap::taylor>(const BackwardProblem&, const Plan&, void*);

@@ -1,4 +1,4 @@
-#include "cuda/float32_launch.cuh"
+#include "cuda/float32/launch.cuh"
 
 namespace rebased::REBASED_BACKEND {
 template const char* launch_float32<FeatureMap::square>(const ForwardProblem&, const Plan&, void*);

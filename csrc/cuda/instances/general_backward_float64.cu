@@ -1,4 +1,4 @@
-#include "cuda/general_launch.cuh"
+#include "cuda/general/launch.cuh"
 
 namespace rebased::REBASED_BACKEND {
 template const char* launch_general<double>(const BackwardProblem&, const Plan&, void*);

@@ -1,4 +1,4 @@
-#include "cuda/step.cuh"
+#include "cuda/decode/step.cuh"
 
 namespace rebased::REBASED_BACKEND {
 template const char* launch_step<bfloat16_t>(const StepProblem&, const Plan&, void*);

@@ -1,4 +1,4 @@
-#include "cuda/step.cuh"
+#include "cuda/decode/step.cuh"
 
 namespace rebased::REBASED_BACKEND {
 template const char* launch_step<double>(const StepProblem&, const Plan&, void*);

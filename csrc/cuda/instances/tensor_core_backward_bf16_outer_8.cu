@@ -1,4 +1,4 @@
-#include "cuda/tensor_core_backward.cuh"
+#include "cuda/tensor_core/backward.cuh"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 template const char* launch_backward<bfloat16_t, Slabs<FeatureMap::outer, 8>>(const BackwardProblem&,

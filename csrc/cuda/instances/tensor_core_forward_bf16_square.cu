@@ -1,4 +1,4 @@
-#include "cuda/tensor_core_launch.cuh"
+#include "cuda/tensor_core/launch.cuh"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 template const char* launch_forward<bfloat16_t, Slabs<FeatureMap::square, 16>>(const ForwardProblem&,

@@ -1,0 +1,175 @@
+// The one inner loop of the elementwise maps: a state of F x head_dim walked token by token,
+//   state += rows(token) lanes(token)^T, for each update;   sums(token) (+)= rows(token)^T state, for each
+//   query
+// where `rows` are scalars and `lanes` vectors. A tile of the state stays in registers for a whole chunk, so
+// that the only loads are the operands: 2 F head_dim multiply-adds a token and query, no scores, no
+// transposes. A state lies either way round: lanes are value columns (y, dv) or
+// features (dq, dk, whose sums run over the columns), so no product ever sums over lanes.
+#pragma once
+
+#include "cpu/schedule.h"
+
+namespace rebased::cpu::REBASED_ISA {
+
+// A tile fills half of the register file. AVX-512 multiplies by a scalar in memory, so its tile is as tall as
+// it can be; elsewhere every scalar is a load of its own, which two vectors share.
+constexpr int kStateRows = REBASED_VECTOR_BYTES == 64 ? 16 : 4,
+              kStateVectors = REBASED_VECTOR_BYTES == 64 ? 1 : 2;
+
+// One row a token and head, from the token that is processed first; strides may be negative.
+template <class Pointer>
+struct Stream {
+  Pointer data;
+  int64_t token_stride, head_stride;
+  int64_t ahead;  // elements on to what is fetched into the cache meanwhile; 0: nothing
+
+  Stream from(int64_t column) const { return {data + column, token_stride, head_stride, ahead}; }
+};
+
+template <class T>
+struct Recurrence {
+  int tokens, rows, lanes;  // rows and lanes: whole vectors
+  int updates, queries;     // of each token
+  Stream<const T*> update_rows, update_lanes, query_rows;
+  Stream<T*> sums;
+  bool accumulate;  // sums begin with what stands there
+  T* state;         // [panel of lanes][rows][columns of the panel]
+};
+
+template <class T, int Rows, int NV, bool Single>
+inline void recur_tile(const Recurrence<T>& call, bool accumulate, int row, int lane, T* state,
+                       int64_t stride) {
+  const Stream<const T*> update_rows = call.update_rows.from(row),
+                         update_lanes = call.update_lanes.from(lane);
+  const Stream<const T*> query_rows = call.query_rows.from(row);
+  const Stream<T*> sums = call.sums.from(lane);
+  const int updates = Single ? 1 : call.updates, queries = Single ? 1 : call.queries;
+  Vector<T> tile[Rows][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; n++) tile[r][n] = load(state + r * stride + n * kWidth<T>);
+  for (int64_t token = 0; token < call.tokens; token++) {
+    for (int64_t head = 0; head < updates; head++) {
+      const T* a = update_rows.data + token * update_rows.token_stride + head * update_rows.head_stride;
+      const T* b = update_lanes.data + token * update_lanes.token_stride + head * update_lanes.head_stride;
+      __builtin_prefetch(a + update_rows.ahead, 0, 2);
+      __builtin_prefetch(b + update_lanes.ahead, 0, 2);
+      Vector<T> columns[NV];
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) columns[n] = load(b + n * kWidth<T>);
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; n++) tile[r][n] += a[r] * columns[n];
+    }
+    for (int64_t head = 0; head < queries; head++) {
+      const T* a = query_rows.data + token * query_rows.token_stride + head * query_rows.head_stride;
+      T* target = sums.data + token * sums.token_stride + head * sums.head_stride;
+      __builtin_prefetch(a + query_rows.ahead, 0, 2);
+      __builtin_prefetch(target + sums.ahead, 0, 2);
+      Vector<T> sum[2][NV];  // of even and of odd rows: one alone would wait for itself
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++)
+        sum[0][n] = accumulate ? load(target + n * kWidth<T>) : Vector<T>{}, sum[1][n] = Vector<T>{};
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; n++) sum[r % 2][n] += a[r] * tile[r][n];
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) store(target + n * kWidth<T>, sum[0][n] + sum[1][n]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; n++) store(state + r * stride + n * kWidth<T>, tile[r][n]);
+}
+
+// The updates alone, of one head: a plain sum of products, with nothing between the multiply-adds.
+template <class T, int Rows, int NV>
+inline void update_tile(int64_t tokens, const Stream<const T*>& rows, const Stream<const T*>& lanes, T* state,
+                        int64_t stride) {
+  Vector<T> tile[Rows][NV];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; n++) tile[r][n] = load(state + r * stride + n * kWidth<T>);
+  const T *a = rows.data, *b = lanes.data;
+#pragma GCC unroll 4
+  for (int64_t token = 0; token < tokens; token++) {
+    Vector<T> columns[NV];
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; n++) columns[n] = load(b + n * kWidth<T>);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) tile[r][n] += a[r] * columns[n];
+    a += rows.token_stride, b += lanes.token_stride;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; n++) store(state + r * stride + n * kWidth<T>, tile[r][n]);
+}
+
+// body(Constant<rows of the tile>, Constant<its vectors>, row, lane, its place in the state, its stride)
+template <class T, class Body>
+REBASED_INLINE void for_state_tiles(const Recurrence<T>& call, T* state, const Body& body) {
+  for_panels<T>(call.lanes, [&](auto vectors, int column) {
+    constexpr int columns = decltype(vectors)::value * kWidth<T>;
+    constexpr int NV = decltype(vectors)::value < kStateVectors ? decltype(vectors)::value : kStateVectors;
+    for (int lane = 0; lane < columns; lane += NV * kWidth<T>) {
+      T* part = state + int64_t(column) * call.rows + lane;
+      int row = 0;
+      for (; row + kStateRows <= call.rows; row += kStateRows)
+        body(Constant<kStateRows>{}, Constant<NV>{}, row, column + lane, part + int64_t(row) * columns,
+             columns);
+      for (; row < call.rows; row += kWidth<T>)
+        body(Constant<kWidth<T>>{}, Constant<NV>{}, row, column + lane, part + int64_t(row) * columns,
+             columns);
+    }
+  });
+}
+
+template <class T, bool Single>
+inline void recur(const Recurrence<T>& call) {
+  for_state_tiles<T>(call, call.state, [&](auto rows, auto vectors, int row, int lane, T* tile, int stride) {
+    recur_tile<T, decltype(rows)::value, decltype(vectors)::value, Single>(call, call.accumulate || row > 0,
+                                                                           row, lane, tile, stride);
+  });
+}
+
+template <class T>
+inline void recur(const Recurrence<T>& call) {
+  if (call.updates == 1 && call.queries == 1)
+    recur<T, true>(call);
+  else
+    recur<T, false>(call);
+}
+
+// What the updates of a recurrence add to its state, added to another one.
+template <class T>
+inline void add_updates(const Recurrence<T>& call, T* state) {
+  for (int64_t head = 0; head < call.updates; head++)
+    for_state_tiles<T>(call, state, [&](auto rows, auto vectors, int row, int lane, T* tile, int stride) {
+      const Stream<const T*> a = call.update_rows.from(row + head * call.update_rows.head_stride),
+                             b = call.update_lanes.from(lane + head * call.update_lanes.head_stride);
+      update_tile<T, decltype(rows)::value, decltype(vectors)::value>(call.tokens, a, b, tile, stride);
+    });
+}
+
+// A state of rows x lanes turned the other way round.
+template <class T>
+inline void turn_state(const T* state, int rows, int lanes, T* turned) {
+  const auto panels = [](int all_rows, int all_lanes, int row, int lane) {
+    const int whole = all_lanes / kLanes<T> * kLanes<T>;
+    const int first = lane < whole ? lane / kLanes<T> * kLanes<T> : whole;
+    return int64_t(first) * all_rows + row * (lane < whole ? kLanes<T> : kWidth<T>)+lane - first;
+  };
+  for (int row = 0; row < rows; row++)
+    for (int lane = 0; lane < lanes; lane++)
+      turned[panels(lanes, rows, lane, row)] = state[panels(rows, lanes, row, lane)];
+}
+
+}  // namespace rebased::cpu::REBASED_ISA

@@ -1,0 +1,80 @@
+// The one inner loop: a tile of kRows rows of NV vectors, held in registers, that takes in products
+//   tile[r][:] += sum_k a(r, k) * b[k][:]
+// where a is read one scalar at a time from either layout and b by whole vectors. Every product of the
+// backend (scores, values, states, all gradients) is made of these calls; strides are compile-time so that
+// every address is a displacement.
+#pragma once
+
+#include "cpu/simd/simd.h"
+
+namespace rebased::cpu::REBASED_ISA {
+
+template <class T, int NV>
+struct Tile {
+  static constexpr int kColumns = NV * kWidth<T>;
+  Vector<T> sum[kRows][NV];
+
+  REBASED_INLINE void zero() {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) sum[r][n] = Vector<T>{};
+  }
+  REBASED_INLINE void load_rows(const T* source, int64_t stride) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) sum[r][n] = load(source + r * stride + n * kWidth<T>);
+  }
+  REBASED_INLINE void add_rows(const T* source, int64_t stride) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) sum[r][n] += load(source + r * stride + n * kWidth<T>);
+  }
+  REBASED_INLINE void store_rows(T* target, int64_t stride) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) store(target + r * stride + n * kWidth<T>, sum[r][n]);
+  }
+
+  // a(r, k) = a[r * RowStride + k * DepthStride], b[k][:] = b + k * ColumnStride
+  template <int RowStride, int DepthStride, int ColumnStride>
+  REBASED_INLINE void multiply(int depth, const T* a, const T* b) {
+    // in a local array: a member whose address is known elsewhere would be stored in every round of the loop
+    Vector<T> tile[kRows][NV];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) tile[r][n] = sum[r][n];
+#pragma GCC unroll 4
+    for (int k = 0; k < depth; k++) {
+      Vector<T> column[NV];
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) column[n] = load(b + k * ColumnStride + n * kWidth<T>);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; r++) {
+        const T scalar = a[r * RowStride + k * DepthStride];
+#pragma GCC unroll 2
+        for (int n = 0; n < NV; n++) tile[r][n] += scalar * column[n];
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) sum[r][n] = tile[r][n];
+  }
+  // a as [k][RowsOfBlock], tokens or features along a row
+  template <int Stride, int ColumnStride = kColumns>
+  REBASED_INLINE void multiply_transposed(int depth, const T* a, const T* b) {
+    multiply<1, Stride, ColumnStride>(depth, a, b);
+  }
+  // a as [r][Stride]
+  template <int Stride, int ColumnStride = kColumns>
+  REBASED_INLINE void multiply_rows(int depth, const T* a, const T* b) {
+    multiply<Stride, 1, ColumnStride>(depth, a, b);
+  }
+};
+
+}  // namespace rebased::cpu::REBASED_ISA

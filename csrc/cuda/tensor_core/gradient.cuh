@@ -1,0 +1,284 @@
+// What the two backward sweeps share: the gradient of a 16-token tile of q' or k', and its way through affine
+// and LayerNorm to q or k. A warp owns the rows of one such tile of the chunk.
+//
+// With g = grad y, g^ = r g, delta = g^ . y and c_ij = g^_i . v_j - delta_i, for the polynomial maps:
+//   grad q'_i = sum_{j <= i} c_ij sim'(u_ij) k'_j + J(q'_i)^T (S g^_i) - 2 a2 delta_i Z q'_i
+//   grad k'_j = sum_{i >= j} c_ij sim'(u_ij) q'_i + J(k'_j)^T (T v_j)  + 2 a2 M k'_j
+// J(x)^T G: of slab e, the gradient of the products x_a x_{a+e}: grad x_a += G_{e,a} x_{a+e} + G_{e,a-e}
+// x_{a-e}. S and T, from the chunks before and after, carry the products' weights. The other maps have one
+// slab and phi'(x) in the place of J. Here q' is scale times what LayerNorm and affine leave, for the
+// polynomial maps.
+#pragma once
+
+#include "cuda/tensor_core/product.cuh"
+
+namespace rebased::REBASED_BACKEND::tensor_core {
+
+// ---- the state, for all warps ----
+
+// Writes this warp's 16 columns of the state into the state tile (64 columns, features), rounded to T.
+template <class T, class S>
+DEVICE void publish_state(T* state_tile, const State<S>& state, Range range, const Lane& lane) {
+  UNROLL for (int n = 0; n < S::state_tiles; ++n) {
+    UNROLL for (int half = 0; half < 2; ++half) {
+      const int column = tile * lane.warp + lane.group + 8 * half;
+      store_shared(state_tile + column * S::state_stride + 8 * n + 2 * lane.pair,
+                   pack<T>(state.kv[n][2 * half] * range.shrink, state.kv[n][2 * half + 1] * range.shrink));
+    }
+  }
+}
+
+// The gradient of the slab of phi(rows) that starts at feature tile `first`, n = 0, 1 (or 0 of a half slab):
+// values (16 tokens, 64 columns; A fragments) times the state.
+template <class T, class S, int n>
+DEVICE void slab_gradient(float (&gradient)[2][4], const uint32_t (&values)[warps][4], const T* state_tile,
+                          int first, const Lane& lane) {
+  UNROLL for (int j = 0; j < 4; ++j) gradient[0][j] = gradient[1][j] = 0;
+  UNROLL for (int i = 0; i < columns / tile; ++i) {
+    const T* const rows = state_tile + (tile * i + lane.row_of_parity()) * S::state_stride + 8 * first;
+    uint32_t b[2 * n];  // (16 columns, 8 n features)
+    ldmatrix_transposed(b, rows + (n == 2 ? lane.column_of_parity() : 0));
+    UNROLL for (int k = 0; k < n; ++k) mma_m16n8k16<T>(gradient[k], values[i], b[2 * k], b[2 * k + 1]);
+  }
+}
+
+// x_{a - 1} in the place of x_a, cyclically over the 8 n columns of n C fragments.
+template <int n>
+DEVICE void rotate(float (&x)[n][4], const Lane& lane) {
+  const int previous = (lane.lane & ~3) | ((lane.pair + 3) & 3);
+  UNROLL for (int half = 0; half < 2; ++half) {
+    float from[n];
+    UNROLL for (int i = 0; i < n; ++i) from[i] = shuffle(x[i][2 * half + 1], previous);
+    UNROLL for (int i = 0; i < n; ++i) {
+      x[i][2 * half + 1] = x[i][2 * half];
+      x[i][2 * half] = lane.pair == 0 ? from[(i + n - 1) % n] : from[i];
+    }
+  }
+}
+
+// The numbers of an A fragment, in the places of two C fragments.
+template <class T>
+DEVICE void unpack_rows(float (&x)[2][4], const uint32_t (&rows)[4]) {
+  UNROLL for (int i = 0; i < 4; ++i) {
+    const float2 pair = unpack<T>(rows[i]);
+    x[i >> 1][2 * (i & 1)] = pair.x;
+    x[i >> 1][2 * (i & 1) + 1] = pair.y;
+  }
+}
+
+// gradient = J(rows)^T (state values): the part of the other chunks. Of the one-slab maps the gradient of
+// phi.
+template <class T, class S>
+DEVICE void state_gradient(float (&gradient)[S::units][4], const uint32_t (&rows)[4],
+                           const uint32_t (&values)[warps][4], const T* features, int token,
+                           const T* state_tile, Range range, const Lane& lane) {
+  if constexpr (!S::polynomial) {
+    slab_gradient<T, S, 2>(gradient, values, state_tile, 0, lane);
+  } else {
+    // sum over e of (G_e x) moved by e, as Horner's rule does it: from the last offset down, one step at a
+    // time
+    float moved[S::units][4] = {}, x[2][4], other[2][4], slab[2][4];
+    uint32_t rotated[4];
+    unpack_rows<T>(x, rows);
+    slab_gradient<T, S, 1>(slab, values, state_tile, S::first_tile(S::circulant - 1), lane);
+    if constexpr (S::feature_dim == 8) {
+      load_rotated_rows<T, S>(rotated, features, token, S::circulant - 1, lane);
+      unpack_rows<T>(other, rotated);
+    }
+    UNROLL for (int j = 0; j < 4; ++j) {
+      if constexpr (S::feature_dim == 8) {
+        gradient[0][j] = slab[0][j] * other[0][j];
+        moved[0][j] = slab[0][j] * x[0][j];
+      } else {  // the last offset exchanges the halves: both its terms at once
+        gradient[0][j] = slab[0][j] * x[1][j];
+        gradient[1][j] = slab[0][j] * x[0][j];
+      }
+    }
+    NO_UNROLL for (int i = S::circulant - 2; i >= 0; --i) {
+      load_rotated_rows<T, S>(rotated, features, token, i, lane);
+      unpack_rows<T>(other, rotated);
+      slab_gradient<T, S, 2>(slab, values, state_tile, S::first_tile(i), lane);
+      UNROLL for (int n = 1; n >= 0; --n) {
+        const int target = n % S::units;  // with d = 8 both halves of a slab are offsets of their own
+        if (n == 1 || S::slab_offsets == 2) rotate(moved, lane);
+        UNROLL for (int j = 0; j < 4; ++j) {
+          moved[target][j] += slab[n][j] * x[n][j];
+          gradient[target][j] += slab[n][j] * other[n][j];
+        }
+      }
+    }
+    if constexpr (S::taylor) slab_gradient<T, S, 2>(slab, values, state_tile, S::first_tile(S::linear), lane);
+    UNROLL for (int n = 0; n < S::units; ++n) {
+      UNROLL for (int j = 0; j < 4; ++j) {
+        gradient[n][j] += moved[n][j];
+        if (S::taylor) gradient[n][j] += slab[n][j];
+      }
+    }
+  }
+  UNROLL for (int n = 0; n < S::units; ++n) {
+    UNROLL for (int j = 0; j < 4; ++j) gradient[n][j] *= range.grow;
+  }
+}
+
+// The denominator's part: 2 a2 Z rows, of the one-slab maps z, of taylor sum of k' too.
+template <class T, class S>
+DEVICE void sums_gradient(float (&gradient)[S::units][4], const uint32_t (&rows)[4], const State<S>& state,
+                          Range range) {
+  const Sums<S::units> sums = state.sums();
+  UNROLL for (int n = 0; n < S::units; ++n) {
+    if constexpr (S::polynomial) {
+      float product[4] = {};
+      // B (features, features 8 n..): columns of Z, as rows of it, which is symmetric; high and low parts
+      multiply_sums<T>(product, rows, sums.k, 2 * n, range);
+      UNROLL for (int j = 0; j < 4; ++j) {
+        gradient[n][j] = S::offset_weight * range.grow * product[j];
+        if (S::taylor) gradient[n][j] += state.linear[n][j & 1];
+      }
+    } else {
+      UNROLL for (int j = 0; j < 4; ++j) gradient[n][j] = sums.k[n][j & 1];
+    }
+  }
+}
+
+// ---- the chunk's own tokens ----
+
+// Where the queries are the columns, in float16: c is that times 1 / column_scales.
+//
+// gradient += sum over the column tile `token` of c sim'(u) columns. row_values A (16 tokens, 64 columns) of
+// the rows, column_values the value tile of the columns; c = their product plus the row's or the column's
+// offset, which is -delta, of query rows or query columns.
+template <class T, class S, bool queries_are_columns, class Fragment>
+DEVICE void pair_gradient(float (&gradient)[S::units][4], const Fragment& rows,
+                          const uint32_t (&row_values)[warps][4], const T* column_features,
+                          const T* column_values, int token, bool diagonal, const float (&row_offsets)[2],
+                          const float* column_offsets, const float* column_scales, const Lane& lane) {
+  float c[2][4] = {};
+  UNROLL for (int i = 0; i < columns / tile; ++i) {
+    uint32_t b[4];
+    load_value_columns(b, column_values, token, tile * i, lane);
+    mma_m16n8k16<T>(c[0], row_values[i], b[0], b[1]);
+    mma_m16n8k16<T>(c[1], row_values[i], b[2], b[3]);
+  }
+  float u[2][4] = {};
+  if constexpr (S::polynomial) {
+    Fragment tokens;
+    load_columns<T, S>(tokens, column_features, token, lane);
+    dot_products<T>(u, rows, tokens);
+  }
+  UNROLL for (int n = 0; n < 2; ++n) {
+    float2 offsets{};
+    if (queries_are_columns) offsets = load_shared<float2>(column_offsets + token + 8 * n + 2 * lane.pair);
+    UNROLL for (int j = 0; j < 4; ++j) {
+      const float offset = queries_are_columns ? (j & 1 ? offsets.y : offsets.x) : row_offsets[j >> 1];
+      c[n][j] += offset;
+      if (S::map == FeatureMap::outer) c[n][j] *= 2.0f * u[n][j];
+      if (S::map == FeatureMap::taylor) c[n][j] *= 1.0f + u[n][j];
+      const int row = fragment_row(j, lane), column = fragment_column(n, j, lane);
+      if (diagonal && (queries_are_columns ? column < row : column > row)) c[n][j] = 0;
+    }
+  }
+  if constexpr (queries_are_columns && !is_bfloat16<T>) scale_columns(c, column_scales + token, lane);
+  uint32_t a[4], terms[4];
+  round_tile<T>(a, c);
+  UNROLL for (int first = 0; first < S::units; first += 2) {
+    if constexpr (S::wide) {
+      load_wide_terms(terms, column_features, token, 8 * first, lane);
+    } else {
+      load_terms<T, S>(terms, column_features, token, lane);
+    }
+    UNROLL for (int n = 0; n < minimum(2, S::units); ++n)
+        mma_m16n8k16<T>(gradient[first + n], a, terms[2 * n], terms[2 * n + 1]);
+  }
+}
+
+// ---- through the map, affine and LayerNorm ----
+
+// Where the gradient of a tile's rows goes.
+template <class T>
+struct RowTarget {
+  T* rows;  // grad q or grad k, from the tile's first row on; null: `partial` is written instead
+  int stride;
+  float* partial;  // (rows, d): grad of gamma LayerNorm(x) + beta, where another kernel goes on from there
+  float* affine_sums;  // (2 d) in shared memory: this warp's sums of grad gamma and grad beta
+};
+
+// `gradient` is that of the map's argument times 1 / scale; affine holds gamma times scale, and beta. The
+// tile's rows are in the row tile from first_row on, their means and deviations in `statistics`.
+template <class T, class S>
+DEVICE void finish_rows(float (&gradient)[S::units][4], const RowTile<T>& row_tile, int first_row,
+                        const float2* statistics, int rows_left, const float* affine, float scale,
+                        LayerNorm layer_norm, const RowTarget<T>& target, T* staging, const Lane& lane) {
+  float normalized[S::units][4], inverse[2];
+  UNROLL for (int half = 0; half < 2; ++half) {
+    const int row = lane.group + 8 * half;
+    const float2 own = statistics[row];
+    inverse[half] = own.y;
+    UNROLL for (int n = 0; n < S::units; ++n) {
+      const float2 x = unpack<T>(load_shared<uint32_t>(
+          row_tile.elements + unit_offset<S::units>(first_row + row, n) + 2 * lane.pair));
+      normalized[n][2 * half] = (x.x - own.x) * own.y;
+      normalized[n][2 * half + 1] = (x.y - own.x) * own.y;
+    }
+  }
+  float sums[2] = {}, products[2] = {};
+  UNROLL for (int n = 0; n < S::units; ++n) {
+    const float2 gamma = load_shared<float2>(affine + 8 * n + 2 * lane.pair);
+    const float2 beta = load_shared<float2>(affine + S::feature_dim + 8 * n + 2 * lane.pair);
+    float gamma_sum[2] = {}, beta_sum[2] = {};
+    UNROLL for (int half = 0; half < 2; ++half) {
+      const int row = lane.group + 8 * half;
+      UNROLL for (int i = 0; i < 2; ++i) {
+        float& value = gradient[n][2 * half + i];
+        const float hat = normalized[n][2 * half + i];
+        const float argument = hat * (i ? gamma.y : gamma.x) + (i ? beta.y : beta.x);
+        if (S::map == FeatureMap::square) value *= 2.0f * argument;
+        if (S::map == FeatureMap::elu) value *= elu_feature_derivative(argument);
+        if (row >= rows_left) value = 0;  // padded rows
+        gamma_sum[i] += value * hat;
+        beta_sum[i] += value;
+      }
+      float& first = gradient[n][2 * half];
+      float& second = gradient[n][2 * half + 1];
+      if (target.partial && row < rows_left) {
+        store_global(target.partial + row * S::feature_dim + 8 * n + 2 * lane.pair,
+                     float2{first * scale, second * scale});
+      }
+      first *= gamma.x;
+      second *= gamma.y;
+      sums[half] += first + second;
+      products[half] += first * normalized[n][2 * half] + second * normalized[n][2 * half + 1];
+    }
+    UNROLL for (int i = 0; i < 2; ++i) {
+      UNROLL for (int distance = 4; distance < 32; distance *= 2) {
+        gamma_sum[i] += shuffle_xor(gamma_sum[i], distance);
+        beta_sum[i] += shuffle_xor(beta_sum[i], distance);
+      }
+      if (lane.group == 0) {
+        target.affine_sums[8 * n + 2 * lane.pair + i] += gamma_sum[i] * scale;
+        target.affine_sums[S::feature_dim + 8 * n + 2 * lane.pair + i] += beta_sum[i] * scale;
+      }
+    }
+  }
+  if (!target.rows) return;
+  if (layer_norm == LayerNorm::head) {
+    UNROLL for (int half = 0; half < 2; ++half) {
+      const float mean = quad_sum(sums[half]) * (1.0f / S::feature_dim);
+      const float product = quad_sum(products[half]) * (1.0f / S::feature_dim);
+      UNROLL for (int n = 0; n < S::units; ++n) {
+        UNROLL for (int j = 2 * half; j < 2 * half + 2; ++j) {
+          gradient[n][j] = inverse[half] * (gradient[n][j] - mean - normalized[n][j] * product);
+        }
+      }
+    }
+  }
+  constexpr int width = minimum(2, S::units);  // C fragments stored together
+  UNROLL for (int first = 0; first < S::units; first += width) {
+    float part[width][4];
+    UNROLL for (int n = 0; n < width; ++n) {
+      UNROLL for (int j = 0; j < 4; ++j) part[n][j] = gradient[first + n][j];
+    }
+    store_tile(staging, part, target.rows + 8 * first, target.stride, rows_left, 8 * width, lane);
+  }
+}
+
+}  // namespace rebased::REBASED_BACKEND::tensor_core

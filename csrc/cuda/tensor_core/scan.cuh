@@ -1,0 +1,122 @@
+// Sums of the segments' states, in the order of the segments and so with the same bits every time: running
+// ones for the segments to start from, or of all of them, as the public state that they leave behind.
+//
+// scan_kernel, before: the slot of each segment holds its own sums (of the last one, in scan order, nothing).
+// After: the sums of all segments before it, from the initial state on; in reverse order for the backward's
+// state. One thread per float of a slot, so that all accesses are side by side.
+#pragma once
+
+#include "cuda/device/load_ahead.cuh"
+#include "cuda/tensor_core/state.cuh"
+
+namespace rebased::REBASED_BACKEND::tensor_core {
+
+// Entry `index` of the slot of column group `group`, from a public state (or state gradient) of one kv head.
+template <class S>
+DEVICE float public_entry(const float* kv, const float* k, int index, int group, int64_t head_dim,
+                          bool gradient) {
+  using L = Slot<S>;
+  const int j = index % 4, lane = index / 4 % 32, g = lane / 4, t = lane % 4;
+  if (index < L::k) {
+    const int warp = index / 128 % (S::threads / 32), n = S::state_tile(index / (4 * S::threads), warp);
+    const int64_t column = columns * group + tile * (warp % warps) + g + 8 * (j >> 1);
+    const int feature = public_feature<S>(n, 2 * t + (j & 1));
+    if (feature < 0 || column >= head_dim) return 0.0f;
+    return kv[feature * head_dim + column] * state_weight<S>(n, gradient);
+  }
+  if (index < L::linear) {
+    const int n = (index - L::k) / 128;
+    const int row = (tile * (n / S::units) + g + 8 * (j >> 1)) % S::feature_dim;
+    const int column = 8 * (n % S::units) + 2 * t + (j & 1);
+    if (!S::polynomial) return k[column];
+    return k[public_product<S>(row, column)] * gram_weight<S>(row, column, gradient);
+  }
+  if (index < L::count) return k[1 + 8 * (j >> 1) + 2 * t + (j & 1)];
+  return S::taylor && index == L::count ? k[0] : 0.0f;
+}
+
+constexpr int scan_threads = 256;
+
+// grid (num_sequences * kv_heads, blocks of slot entries, column groups)
+template <class S>
+KERNEL void LAUNCH_BOUNDS(scan_threads, 1)
+    scan_kernel(float* slots, int segments, ConstState start, int64_t head_dim, bool reverse) {
+  const int index = static_cast<int>(blockIdx.y * scan_threads + threadIdx.x),
+            group = static_cast<int>(blockIdx.z);
+  if (index >= Slot<S>::size) return;
+  const int64_t head = blockIdx.x, features = S::public_features;
+  float sum = 0;
+  if (start.kv) {
+    sum = public_entry<S>(static_cast<const float*>(start.kv) + head * features * head_dim,
+                          static_cast<const float*>(start.k) + head * features, index, group, head_dim,
+                          reverse);
+    // the Gram gradient and the others of the denominator count once, not once for each column group
+    if (reverse && group > 0 && index >= Slot<S>::k) sum = 0;
+  }
+  const int64_t step = static_cast<int64_t>(gridDim.z) * Slot<S>::size;
+  float* const first = slots + (head * segments * gridDim.z + group) * Slot<S>::size + index;
+  float* const last = first + (segments - 1) * step;
+  visit_ahead(reverse ? last : first, reverse ? -step : step, segments - 1, [&](float* entry, float own) {
+    *entry = sum;
+    sum += own;
+  });
+  *(reverse ? first : last) = sum;
+}
+
+// The public state (or state gradient) kv, k of each kv head: the sum of its segments' own slots. A
+// gradient's terms of the denominator are each column group's own, a state's are the same in all of them.
+// grid (num_sequences * kv_heads, blocks of slot entries, column groups)
+template <class S>
+KERNEL void LAUNCH_BOUNDS(scan_threads, 1)
+    sum_slots_kernel(const float* slots, int segments, float* kv, float* k, int64_t head_dim, bool gradient) {
+  using L = Slot<S>;
+  const int index = static_cast<int>(blockIdx.y * scan_threads + threadIdx.x),
+            group = static_cast<int>(blockIdx.z), groups = static_cast<int>(gridDim.z);
+  if (index >= L::size) return;
+  const int64_t head = blockIdx.x;
+  const auto sum_of = [&](int of_group) {
+    const int64_t step = static_cast<int64_t>(groups) * L::size;
+    const float* const first = slots + (head * segments * groups + of_group) * L::size + index;
+    float sum = 0;
+    visit_ahead(gradient ? first + (segments - 1) * step : first, gradient ? -step : step, segments,
+                [&](const float*, float own) { sum += own; });
+    return sum;
+  };
+  const int j = index % 4, lane = index / 4 % 32, g = lane / 4, t = lane % 4;
+  if (index < L::k) {
+    const int warp = index / 128 % (S::threads / 32), n = S::state_tile(index / (4 * S::threads), warp);
+    const int64_t column = columns * group + tile * (warp % warps) + g + 8 * (j >> 1);
+    const int feature = public_feature<S>(n, 2 * t + (j & 1));
+    if (feature < 0 || column >= head_dim) return;
+    kv[(head * S::public_features + feature) * head_dim + column] =
+        sum_of(group) * (1.0f / state_weight<S>(n, gradient));
+    return;
+  }
+  // of entries that a slot holds several times, one thread stores the public one
+  int feature = -1;
+  float weight = 1;
+  if (index < L::linear) {
+    const int n = (index - L::k) / 128, row = tile * (n / S::units) + g + 8 * (j >> 1);
+    const int column = 8 * (n % S::units) + 2 * t + (j & 1);
+    if constexpr (S::polynomial) {
+      constexpr int half = S::feature_dim / 2;
+      const int offset = (column - row + S::feature_dim) % S::feature_dim;
+      if (row < S::feature_dim && (offset < half || (offset == half && row < half))) {
+        feature = public_product<S>(row, column);
+        weight = 1.0f / gram_weight<S>(row, column, gradient);
+      }
+    } else if (row == 0) {
+      feature = column;
+    }
+  } else if (index < L::count) {
+    if (g == 0) feature = 1 + 8 * (j >> 1) + 2 * t + (j & 1);
+  } else if (S::taylor && index == L::count) {
+    feature = 0;
+  }
+  if (feature < 0 || group > 0) return;
+  float sum = sum_of(0);
+  for (int other = 1; gradient && other < groups; ++other) sum += sum_of(other);
+  k[head * S::public_features + feature] = sum * weight;
+}
+
+}  // namespace rebased::REBASED_BACKEND::tensor_core

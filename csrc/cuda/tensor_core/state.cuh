@@ -1,0 +1,351 @@
+// The running state of the tensor-core path, in registers: sums over tokens of phi(k) v^T and of what the
+// denominator needs. The backward's reverse state is the same with (q', r grad y, -delta) for (k', v, 1).
+//
+// It is float32, and a chunk's sum is formed apart and then added: tensor cores truncate as they accumulate,
+// which over many chunks would be a drift.
+#pragma once
+
+#include "cuda/tensor_core/rows.cuh"
+
+namespace rebased::REBASED_BACKEND::tensor_core {
+
+// Registers of a thread that are needed twice a chunk, and so have their place in shared memory: an array
+// (units, threads) of float4, each thread's part read and written by it alone.
+template <int units>
+struct Sums {
+  float k[units][4];
+};
+
+template <class S>
+struct State {
+  // kv[n]: C fragment of (16 columns of this warp, features 8 n .. 8 n + 7). Rounded to T in pairs it is B of
+  // (features, columns): the product with phi(q) reads it where it is.
+  float kv[S::tiles][4];
+  float linear[2][2];  // taylor: sum of k', laid out like the sums below of maps with one slab
+  float count;         // taylor: number of keys
+  float4* place;
+
+  DEVICE explicit State(float4* sums) : place(sums + threadIdx.x) {}
+
+  DEVICE void clear() {
+    UNROLL for (int n = 0; n < S::tiles; ++n) { UNROLL for (int i = 0; i < 4; ++i) kv[n][i] = 0; }
+    linear[0][0] = linear[0][1] = linear[1][0] = linear[1][1] = 0;
+    count = 0;
+    set_sums({});
+  }
+
+  // The denominator's sums, the same in every warp. Polynomial maps: the Gram matrix sum of k' k'^T, k[n] its
+  // C fragment (16, features 8 n .. 8 n + 7), with d = 8 its 8 rows twice; it is symmetric. Others: sum of
+  // phi(k), features 8 n + 2t and 8 n + 2t + 1 in k[n][0] and k[n][1], and again in k[n][2] and k[n][3].
+  DEVICE Sums<S::units> sums() const {
+    Sums<S::units> result;
+    UNROLL for (int n = 0; n < S::units; ++n) {
+      const float4 value = load_shared<float4>(place + n * threads);
+      result.k[n][0] = value.x, result.k[n][1] = value.y, result.k[n][2] = value.z, result.k[n][3] = value.w;
+    }
+    return result;
+  }
+  DEVICE void set_sums(const Sums<S::units>& value) {
+    UNROLL for (int n = 0; n < S::units; ++n) {
+      store_shared(place + n * threads, float4{value.k[n][0], value.k[n][1], value.k[n][2], value.k[n][3]});
+    }
+  }
+};
+
+// Powers of two that bring numbers into the range of T before they are rounded, and products of them back:
+// float16 ends at 65504, which a sum over a few thousand tokens passes, and grad y / sum(sim) is soon below
+// its smallest numbers. bfloat16 has float's range.
+struct Range {
+  float shrink, grow;
+};
+
+// For numbers up to `bound`, which become at most 16: that leaves room for products with values of ordinary
+// size.
+DEVICE Range range_of(float bound) {
+  const int exponent =
+      static_cast<int>(bit_cast<uint32_t>(minimum(maximum(bound, 1e-30f), 1e30f)) >> 23) - 127;
+  const int shift = exponent - 3;
+  return {bit_cast<float>(static_cast<uint32_t>(127 - shift) << 23),
+          bit_cast<float>(static_cast<uint32_t>(127 + shift) << 23)};
+}
+
+DEVICE float warp_maximum(float value) {
+  UNROLL for (int distance = 1; distance < 32; distance *= 2) value =
+      maximum(value, shuffle_xor(value, distance));
+  return value;
+}
+
+// Of this warp's columns of the state; the range of its sums.
+template <class S>
+DEVICE float state_maximum(const State<S>& state) {
+  float bound = 0;
+  UNROLL for (int n = 0; n < S::tiles; ++n) {
+    UNROLL for (int i = 0; i < 4; ++i) bound = maximum(bound, fabsf(state.kv[n][i]));
+  }
+  return warp_maximum(bound);
+}
+template <class T, class S>
+DEVICE Range sums_range(const State<S>& state) {
+  if constexpr (is_bfloat16<T>) {
+    return {1.0f, 1.0f};
+  } else {
+    const Sums<S::units> sums = state.sums();
+    float bound = 0;
+    UNROLL for (int n = 0; n < S::units; ++n) {
+      UNROLL for (int i = 0; i < 4; ++i) bound = maximum(bound, fabsf(sums.k[n][i]));
+      if (S::taylor) bound = maximum(bound, maximum(fabsf(state.linear[n][0]), fabsf(state.linear[n][1])));
+    }
+    return range_of(warp_maximum(bound));
+  }
+}
+
+// The range of a state: each warp leaves the maximum of its columns in shared memory. After sync_warp a warp
+// finds its own range, after a barrier all find the same. Read where it is used: known before a loop, it
+// would bring all of the state, multiplied, into registers there.
+template <class T, class S>
+DEVICE void share_maximum(float* warp_maxima, const State<S>& state, const Lane& lane) {
+  if constexpr (!is_bfloat16<T>) {
+    const float bound = state_maximum(state);
+    sync_warp();  // all lanes have read the one before
+    if (lane.lane == 0) warp_maxima[lane.warp] = bound;
+    sync_warp();
+  }
+}
+template <class T>
+DEVICE Range own_range(const float* warp_maxima, const Lane& lane) {
+  if constexpr (is_bfloat16<T>) {
+    return {1.0f, 1.0f};
+  } else {
+    return range_of(warp_maxima[lane.warp]);
+  }
+}
+template <class T>
+DEVICE Range shared_range(const float* warp_maxima) {
+  if constexpr (is_bfloat16<T>) {
+    return {1.0f, 1.0f};
+  } else {
+    float bound = 0;
+    for (int warp = 0; warp < warps; ++warp) bound = maximum(bound, warp_maxima[warp]);
+    return range_of(bound);
+  }
+}
+
+// ---- in the workspace: registers as they are, 16 bytes per thread side by side ----
+
+template <class S>
+struct Slot {
+  static constexpr int sum_tiles = S::units * (S::wide ? 2 : 1);
+  static constexpr int kv = 0, k = kv + S::tiles * S::threads * 4, linear = k + sum_tiles * 32 * 4,
+                       count = linear + (S::taylor ? 32 * 4 : 0), size = count + 16;
+};
+
+DEVICE void add(float (&sums)[4], const float4& value) {
+  sums[0] += value.x, sums[1] += value.y, sums[2] += value.z, sums[3] += value.w;
+}
+
+template <class S>
+DEVICE void add_slot(State<S>& state, const float* slot, const Lane& lane) {
+  const float* const of_thread = slot + 4 * (32 * lane.warp + lane.lane);
+  UNROLL for (int n = 0; n < S::tiles; ++n) {
+    add(state.kv[n], load_global<float4>(of_thread + n * threads * 4));
+  }
+  const float* const of_lane = slot + 4 * lane.lane;
+  Sums<S::units> sums = state.sums();
+  UNROLL for (int n = 0; n < S::units; ++n) {
+    add(sums.k[n], load_global<float4>(of_lane + Slot<S>::k + n * 32 * 4));
+  }
+  state.set_sums(sums);
+  if constexpr (S::taylor) {
+    const float4 value = load_global<float4>(of_lane + Slot<S>::linear);
+    state.linear[0][0] += value.x, state.linear[0][1] += value.y;
+    state.linear[1][0] += value.z, state.linear[1][1] += value.w;
+    state.count += load_global<float>(slot + Slot<S>::count);
+  }
+}
+
+// The state that a block begins with: what scan_kernel has left in its slot, or the sum of the slots before
+// it, in their order and so with the scan's bits; `reverse`, of those after it.
+template <class S, class AnyProblem>
+DEVICE void start_state(State<S>& state, const Arguments<AnyProblem>& arguments, const Span& span,
+                        bool reverse, const Lane& lane) {
+  state.clear();
+  if (!arguments.slots) return;
+  const int step = reverse ? -1 : 1;
+  const int first = reverse ? arguments.launch.segments - 1 : 0;
+  const int end = arguments.scanned ? span.segment + step : span.segment;
+  NO_UNROLL for (int segment = arguments.scanned ? span.segment : first; segment != end; segment += step) {
+    const int64_t slot = span.slot + (segment - span.segment) * static_cast<int64_t>(gridDim.y);
+    add_slot(state, arguments.slots + slot * Slot<S>::size, lane);
+  }
+}
+
+template <class S>
+DEVICE void store_state(float* slot, const State<S>& state, const Lane& lane) {
+  const int thread = 32 * lane.warp + lane.lane;
+  UNROLL for (int n = 0; n < S::tiles; ++n) {
+    store_global(slot + (n * threads + thread) * 4,
+                 float4{state.kv[n][0], state.kv[n][1], state.kv[n][2], state.kv[n][3]});
+  }
+  if (lane.warp > 0) return;
+  const Sums<S::units> sums = state.sums();
+  UNROLL for (int n = 0; n < S::units; ++n) {
+    store_global(slot + Slot<S>::k + (n * 32 + lane.lane) * 4,
+                 float4{sums.k[n][0], sums.k[n][1], sums.k[n][2], sums.k[n][3]});
+  }
+  if constexpr (S::taylor) {
+    store_global(slot + Slot<S>::linear + lane.lane * 4,
+                 float4{state.linear[0][0], state.linear[0][1], state.linear[1][0], state.linear[1][1]});
+  }
+  if (lane.lane < 4) {
+    store_global(slot + Slot<S>::count + 4 * lane.lane, float4{state.count, 0.0f, 0.0f, 0.0f});
+  }
+}
+
+// ---- the public order of features (feature_map.h) ----
+
+// Of entry i of a tile of 8 features; -1 for unused ones: d = 8's last four, and those of taylor's constant.
+template <class S>
+HOST_DEVICE constexpr int public_feature(int feature_tile, int i) {
+  if (!S::taylor) return 8 * feature_tile + i < S::public_features ? 8 * feature_tile + i : -1;
+  if (feature_tile < S::circulant_tiles) return 1 + S::feature_dim + 8 * feature_tile + i;
+  if (feature_tile < S::first_tile(S::constant)) return 1 + 8 * (feature_tile - S::circulant_tiles) + i;
+  return i == 0 ? 0 : -1;
+}
+
+// Of the product of x_i and x_j.
+template <class S>
+HOST_DEVICE constexpr int public_product(int i, int j) {
+  const int offset = (j - i + S::feature_dim) % S::feature_dim;
+  const int entry = offset < S::feature_dim / 2    ? S::feature_dim * offset + i
+                    : offset == S::feature_dim / 2 ? S::feature_dim * offset + (i < j ? i : j)
+                                                   : S::feature_dim * (S::feature_dim - offset) + j;
+  return (S::taylor ? 1 + S::feature_dim : 0) + entry;
+}
+
+// A state here is its public entry times the tile's weight; a gradient of a state is the public one as it is.
+template <class S>
+HOST_DEVICE constexpr float state_weight(int feature_tile, bool gradient) {
+  return gradient ? 1.0f : S::tile_weight(feature_tile);
+}
+// The same for entry (i, j) of the Gram matrix: a gradient belongs to both (i, j) and (j, i).
+template <class S>
+HOST_DEVICE constexpr float gram_weight(int i, int j, bool gradient) {
+  return !gradient ? 1.0f : 1.0f / (i == j ? S::diagonal_weight : S::offset_weight);
+}
+
+// Stores a state, or a state's gradient, in the public order. kv (features, head_dim) from this block's first
+// column on, k (features) or null where another block stores it.
+template <class S>
+DEVICE void export_state(float* kv, float* k, const State<S>& state, bool gradient, int64_t head_dim,
+                         int columns_left, const Lane& lane) {
+  UNROLL for (int n = 0; n < S::tiles; ++n) {
+    UNROLL for (int i = 0; i < 4; ++i) {
+      const int feature = public_feature<S>(n, 2 * lane.pair + (i & 1));
+      const int column = tile * lane.warp + lane.group + 8 * (i >> 1);
+      if (feature < 0 || column >= columns_left) continue;
+      kv[feature * head_dim + column] = state.kv[n][i] * (1.0f / state_weight<S>(n, gradient));
+    }
+  }
+  if (!k || lane.warp > 0) return;
+  const Sums<S::units> sums = state.sums();
+  UNROLL for (int n = 0; n < S::units; ++n) {
+    UNROLL for (int i = 0; i < 4; ++i) {
+      const int row = lane.group + 8 * (i >> 1), column = 8 * n + 2 * lane.pair + (i & 1);
+      if constexpr (S::polynomial) {
+        const int offset = (column - row + S::feature_dim) % S::feature_dim;
+        constexpr int half = S::feature_dim / 2;
+        if (row < S::feature_dim && (offset < half || (offset == half && row < half))) {
+          k[public_product<S>(row, column)] = sums.k[n][i] * (1.0f / gram_weight<S>(row, column, gradient));
+        }
+        if (S::taylor && row == 0) k[1 + column] = state.linear[n][i & 1];
+      } else if (row == 0) {
+        k[column] = sums.k[n][i];
+      }
+    }
+  }
+  if (S::taylor && lane.lane == 0) k[0] = state.count;
+}
+
+// ---- a chunk's contribution ----
+
+// How add_chunk weighs tokens, by arrays of 64 floats in shared memory: the denominator's terms by `sums`,
+// in float16 these and the values by `scales` too. All that is added is then multiplied by `grow`.
+struct TokenWeights {
+  const float *sums, *scales;
+  float grow;
+
+  template <class T>
+  DEVICE float of_sum(int token) const {
+    return is_bfloat16<T> ? sums[token] : sums[token] * scales[token];
+  }
+};
+
+// Adds sum over the chunk's tokens of phi(k) v^T, and of the denominator's terms. count is the caller's.
+template <class T, class S, bool weighted>
+DEVICE void add_chunk(State<S>& state, const T* features, const T* values, const TokenWeights& weights,
+                      const Lane& lane) {
+  // half a chunk at a time, rolled: fragments of all of it would not fit beside the state
+  constexpr int part = chunk / 2;
+  NO_UNROLL for (int begin = 0; begin < chunk; begin += part) {
+    uint32_t v[part / tile][4], terms[part / tile][4];
+    UNROLL for (int i = 0; i < part / tile; ++i) {
+      load_values(v[i], values, begin + tile * i, tile * lane.warp, lane);
+      load_terms<T, S>(terms[i], features, begin + tile * i, lane);
+      if constexpr (weighted && !is_bfloat16<T>) {
+        const float* const w = weights.scales + begin + tile * i + 2 * lane.pair;
+        const uint32_t first = pack<T>(w[0], w[1]), second = pack<T>(w[8], w[9]);
+        v[i][0] = multiply_pairs<T>(v[i][0], first), v[i][1] = multiply_pairs<T>(v[i][1], first);
+        v[i][2] = multiply_pairs<T>(v[i][2], second), v[i][3] = multiply_pairs<T>(v[i][3], second);
+      }
+    }
+    const float grow = weighted && !is_bfloat16<T> ? weights.grow : 1.0f;
+    UNROLL for (int slab = 0; slab < S::count; ++slab) {
+      float sum[2][4] = {};
+      UNROLL for (int i = 0; i < part / tile; ++i) {
+        uint32_t phi[4];
+        term_features<T, S>(phi, terms[i], features, begin + tile * i, slab, lane);
+        mma_m16n8k16<T>(sum[0], v[i], phi[0], phi[1]);
+        if (!S::is_half(slab)) mma_m16n8k16<T>(sum[1], v[i], phi[2], phi[3]);
+      }
+      const int first = S::first_tile(slab);
+      UNROLL for (int j = 0; j < 4; ++j) {
+        state.kv[first][j] += S::tile_weight(first) * grow * sum[0][j];
+        if (!S::is_half(slab)) state.kv[first + 1][j] += S::tile_weight(first + 1) * grow * sum[1][j];
+      }
+    }
+
+    float sum[2][4] = {}, linear[2][4] = {};
+    UNROLL for (int i = 0; i < part / tile; ++i) {
+      const uint32_t one = pack<T>(1.0f, 1.0f);
+      uint32_t ones[4] = {one, one, one, one};  // A: the weights along the tokens, in every row
+      if constexpr (weighted) {
+        const int token = begin + tile * i + 2 * lane.pair;
+        const auto weight = [&](int next) { return weights.of_sum<T>(token + next); };
+        ones[0] = ones[1] = pack<T>(weight(0), weight(1));
+        ones[2] = ones[3] = pack<T>(weight(8), weight(9));
+      }
+      if constexpr (S::polynomial) {
+        uint32_t rows[4] = {terms[i][0], terms[i][2], terms[i][1], terms[i][3]};  // A (features, tokens)
+        if constexpr (weighted) multiply<T>(rows, rows, ones);
+        mma_m16n8k16<T>(sum[0], rows, terms[i][0], terms[i][1]);
+        if (S::units == 2) mma_m16n8k16<T>(sum[1], rows, terms[i][2], terms[i][3]);
+      }
+      if constexpr (!S::polynomial || S::taylor) {
+        float (&target)[2][4] = S::taylor ? linear : sum;
+        mma_m16n8k16<T>(target[0], ones, terms[i][0], terms[i][1]);
+        mma_m16n8k16<T>(target[1], ones, terms[i][2], terms[i][3]);
+      }
+    }
+    Sums<S::units> sums = state.sums();
+    UNROLL for (int n = 0; n < S::units; ++n) {
+      UNROLL for (int j = 0; j < 4; ++j) sums.k[n][j] += grow * sum[n][j];
+      if constexpr (S::taylor) {
+        state.linear[n][0] += grow * linear[n][0];
+        state.linear[n][1] += grow * linear[n][1];
+      }
+    }
+    state.set_sums(sums);
+  }
+}
+
+}  // namespace rebased::REBASED_BACKEND::tensor_core

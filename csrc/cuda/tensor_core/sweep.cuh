@@ -1,0 +1,126 @@
+// What the two backward sweeps share of memory: buffers in the workspace, tiles in shared memory, where a
+// block's rows begin, and the sums of affine gradients.
+#pragma once
+
+#include "cuda/tensor_core/gradient.cuh"
+
+namespace rebased::REBASED_BACKEND::tensor_core {
+
+// What the backward kernels find in the workspace beyond states.
+struct BackwardBuffers {
+  float* delta;           // (column groups, batch, heads, seqlen): grad y . y over the group's columns
+  float* query_gradient;  // (column groups, batch, heads, seqlen, d): see RowTarget::partial; or null
+  float* key_gradient;    // (column groups, batch, kv_heads, seqlen, d)
+  float* query_affine;    // (num_sequences, heads, segments, column groups, 2, d): blocks' sums
+  float* key_affine;      // (num_sequences, kv_heads, segments, column groups, 2, d)
+  float* initial_sums;    // (column groups, num_sequences, kv_heads, features): of grad_initial_state.k
+};
+
+// The tiles of a sweep in dynamic shared memory.
+template <class T, class S>
+struct SweepTiles {
+  static constexpr int value_tile = chunk * columns;
+  static constexpr int state_tile = columns * S::state_stride;
+  static constexpr int float4s = 16 / sizeof(T);  // elements
+
+  T *values, *gradients;  // two stages each
+  T* y;                   // reverse sweep only
+  T* state;
+  float4* gathered_values;  // with several query heads: 8 per thread, in the state's place
+  float4* rest;             // gathering, 2 per thread
+
+  DEVICE SweepTiles(void* memory, bool reverse, bool gathers)
+      : values(static_cast<T*>(memory)),
+        gradients(values + 2 * value_tile),
+        y(gradients + 2 * value_tile),
+        state(y + (reverse ? value_tile : 0)),
+        gathered_values(reinterpret_cast<float4*>(state)),
+        rest(reinterpret_cast<float4*>(state + state_place(gathers))) {}
+
+  HOST_DEVICE static constexpr int state_place(bool gathers) {
+    return gathers ? maximum(state_tile, 8 * threads * float4s) : state_tile;
+  }
+  static constexpr int64_t bytes(bool reverse, bool gathers) {
+    const int rest = gathers ? 2 * threads * float4s : 0;
+    return static_cast<int64_t>(sizeof(T)) * ((reverse ? 5 : 4) * value_tile + state_place(gathers) + rest);
+  }
+};
+
+// Starts the copy of 64 floats, zeros past `end`.
+DEVICE void copy_floats(float* target, const float* source, int first, int end) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (i >= chunk) return;
+  const bool present = first + i < end;
+  copy_async<4>(target + i, present ? source + first + i : source, present ? 4 : 0);
+}
+
+// delta of all rows, where no reverse sweep leaves it: a warp per row and column group, 0 where rows are not
+// normalised. grid (blocks of rows, column groups)
+constexpr int delta_rows = 8;  // of a block
+
+template <class T>
+KERNEL void LAUNCH_BOUNDS(32 * delta_rows, 1)
+    row_delta_kernel(ConstRows y, ConstRows grad_y, float* delta, int64_t rows, int64_t heads, int64_t seqlen,
+                     int64_t head_dim, bool normalize) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * delta_rows + threadIdx.x / 32;
+  if (index >= rows) return;
+  const int64_t row = index % seqlen, head = index / seqlen % heads, batch = index / seqlen / heads;
+  const auto at = [&](const ConstRows& x, int64_t column) {
+    const int64_t offset = batch * x.batch_stride + head * x.head_stride + row * x.row_stride + column;
+    return convert<float>(static_cast<const T*>(x.data)[offset]);
+  };
+  const int64_t first = columns * blockIdx.y, end = minimum(first + columns, head_dim);
+  float sum = 0;
+  for (int64_t column = first + threadIdx.x % 32; normalize && column < end; column += 32) {
+    sum += at(y, column) * at(grad_y, column);
+  }
+  UNROLL for (int distance = 1; distance < 32; distance *= 2) sum += shuffle_xor(sum, distance);
+  if (threadIdx.x % 32 == 0) delta[blockIdx.y * rows + index] = sum;
+}
+
+// Blocks per multiprocessor that registers must suffice for, of the kernels with a state and the gradient of
+// a tile.
+template <class S>
+constexpr int backward_blocks(bool grouped) {
+  return S::polynomial || grouped ? 2 : 3;
+}
+
+template <class T>
+struct BackwardOrigins : Origins<T> {
+  const T *y, *grad_y;
+  const float* r;
+  int64_t row;  // of (batch, heads, seqlen) for the first query head
+
+  DEVICE void set(const Arguments<BackwardProblem>& arguments) {
+    Origins<T>::set(arguments);
+    const BackwardProblem& problem = arguments.problem;
+    const Span& span = this->span;
+    const int64_t head = span.kv_head * arguments.group_size;
+    row = (span.batch * problem.heads + head) * problem.seqlen + span.begin;
+    y = first_row<T>(problem.y, span, head) + span.first_column;
+    grad_y = first_row<T>(problem.grad_y, span, head) + span.first_column;
+    r = static_cast<const float*>(problem.r) + row;
+  }
+
+  // Starts the copies of grad y, y and r of a chunk of the block's query head `head`.
+  template <int block_threads = threads>
+  DEVICE void copy_gradients(T* gradients, T* y_tile, float* r_tile, const BackwardProblem& problem,
+                             int first, int head, int end, int columns_left) const {
+    copy_values<block_threads>(gradients, grad_y + head * problem.grad_y.head_stride,
+                               row_stride(problem.grad_y), first, end, columns_left);
+    copy_values<block_threads>(y_tile, y + head * problem.y.head_stride, row_stride(problem.y), first, end,
+                               columns_left);
+    copy_floats(r_tile, r + head * problem.seqlen, first, end);
+  }
+};
+
+// Sums of affine gradients of the block's warps, in shared memory, to its row of `target`.
+template <class S>
+DEVICE void store_affine_sums(float* target, const float* sums, int64_t row) {
+  if (threadIdx.x >= S::affine_size) return;
+  float sum = 0;
+  for (int warp = 0; warp < warps; ++warp) sum += sums[warp * S::affine_size + threadIdx.x];
+  target[row * S::affine_size + threadIdx.x] = sum;
+}
+
+}  // namespace rebased::REBASED_BACKEND::tensor_core

@@ -1,0 +1,59 @@
+// The parameters of the tensor-core forward kernel, made by the launcher's own code for addresses and sizes
+// that test_ptx.py gives: so the test need not know how the structs lie in memory. In: heads, kv_heads,
+// seqlen, head_dim, feature map, LayerNorm, scale, eps, layer_norm_eps, then the addresses of q, k, v
+// (contiguous), query gamma, query beta, key gamma, key beta (of each head), y, r, final kv, final k Out: the
+// grid's x and y, threads, then the parameters' bytes in hexadecimal
+#include <cstdio>
+#include <iostream>
+
+#include "cuda/tensor_core/launch.cuh"
+
+namespace {
+
+using namespace rebased;
+
+constexpr int64_t feature_dim = 16;
+
+template <class Pointer>
+RowsOf<Pointer> rows(uint64_t address, int64_t heads, int64_t seqlen, int64_t width) {
+  return {reinterpret_cast<Pointer>(address), heads * seqlen * width, seqlen * width, width};
+}
+
+Affine affine(uint64_t gamma, uint64_t beta) {
+  return {reinterpret_cast<const void*>(gamma), reinterpret_cast<const void*>(beta), feature_dim,
+          feature_dim};
+}
+
+}  // namespace
+
+int main() {
+  ForwardProblem problem{};
+  int dtype, feature_map, layer_norm;
+  uint64_t q, k, v, query_gamma, query_beta, key_gamma, key_beta, y, r, final_kv, final_k;
+  std::cin >> dtype >> feature_map >> layer_norm >> problem.heads >> problem.kv_heads >> problem.seqlen >>
+      problem.head_dim >> problem.scale >> problem.eps >> problem.layer_norm_eps >> q >> k >> v >>
+      query_gamma >> query_beta >> key_gamma >> key_beta >> y >> r >> final_kv >> final_k;
+  if (!std::cin) return 1;
+  problem.batch = problem.num_sequences = 1;
+  problem.feature_dim = feature_dim;
+  problem.dtype = static_cast<Dtype>(dtype);
+  problem.feature_map = static_cast<FeatureMap>(feature_map);
+  problem.layer_norm = static_cast<LayerNorm>(layer_norm);
+  problem.normalize = true;
+  problem.q = rows<const void*>(q, problem.heads, problem.seqlen, problem.feature_dim);
+  problem.k = rows<const void*>(k, problem.kv_heads, problem.seqlen, problem.feature_dim);
+  problem.v = rows<const void*>(v, problem.kv_heads, problem.seqlen, problem.head_dim);
+  problem.y = rows<void*>(y, problem.heads, problem.seqlen, problem.head_dim);
+  problem.query_affine = affine(query_gamma, query_beta);
+  problem.key_affine = affine(key_gamma, key_beta);
+  problem.r = reinterpret_cast<void*>(r);
+  problem.final_state = {reinterpret_cast<void*>(final_kv), reinterpret_cast<void*>(final_k)};
+
+  const tensor_core::Launch launch;
+  const cuda::tensor_core::Arguments<ForwardProblem> arguments(problem, launch, nullptr, false);
+  const dim3 grid = cuda::tensor_core::sweep_grid(problem, launch.segments);
+  std::printf("%u %u %d ", grid.x, grid.y, cuda::tensor_core::threads);
+  const auto* bytes = reinterpret_cast<const unsigned char*>(&arguments);
+  for (size_t i = 0; i < sizeof arguments; ++i) std::printf("%02x", bytes[i]);
+  std::printf("\n");
+}

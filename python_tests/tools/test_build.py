@@ -1,0 +1,184 @@
+"""What setup.py finds and says: torch, nvcc, versions that don't fit, architectures. No compiler is run."""
+
+import os
+import runpy
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+
+import rebased_cuda
+from rebased_cuda import _load
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source folder")
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """setup.py's functions, with setup() itself left out."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    for name in ("REBASED_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
+        monkeypatch.delenv(name, raising=False)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def _fake_torch(folder: Path, version: str, cuda: str | None) -> None:
+    (folder / "torch").mkdir(parents=True)
+    text = f"__version__ = '{version}'\ncuda: Optional[str] = {cuda!r}\n"
+    (folder / "torch" / "version.py").write_text(text)
+
+
+def _only_torch_in(monkeypatch, script, folder):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sysconfig.get_path", lambda *_, **__: str(folder))
+
+
+def test_finds_this_torch_without_importing_it(script):
+    import torch
+
+    root, version, cuda = script["find_torch"]()
+    assert root == Path(torch.__file__).parent
+    assert version == torch.__version__
+    assert cuda == (torch.version.cuda or "")
+
+
+def test_no_torch_is_one_sentence(script, monkeypatch, tmp_path):
+    _only_torch_in(monkeypatch, script, tmp_path)
+    with pytest.raises(SystemExit, match=r"no torch found .* Install torch 2.11 or later first"):
+        script["find_torch"]()
+
+
+def test_old_torch_is_named(script, monkeypatch, tmp_path):
+    _fake_torch(tmp_path, "2.9.1+cpu", None)
+    _only_torch_in(monkeypatch, script, tmp_path)
+    with pytest.raises(SystemExit, match=r"torch 2.9.1\+cpu .* too old: 2.11"):
+        script["find_torch"]()
+
+
+def test_cuda_version_of_torch_is_read(script, monkeypatch, tmp_path):
+    _fake_torch(tmp_path, "2.13.0+cu130", "13.0")
+    _only_torch_in(monkeypatch, script, tmp_path)
+    assert script["find_torch"]()[1:] == ("2.13.0+cu130", "13.0")
+
+
+@pytest.fixture
+def fake_nvcc(tmp_path, monkeypatch):
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.99'\n")
+    nvcc.chmod(nvcc.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    return nvcc
+
+
+def test_wrong_cuda_major_names_both_versions(script, fake_nvcc):
+    with pytest.raises(SystemExit, match=r"nvcc is CUDA 12.4 .* built for CUDA 13.0"):
+        script["find_nvcc"]("13.0")
+
+
+def test_same_cuda_major_or_a_cpu_torch_is_fine(script, fake_nvcc):
+    assert script["find_nvcc"]("12.8") == str(fake_nvcc)
+    assert script["find_nvcc"]("") == str(fake_nvcc)
+
+
+def test_no_nvcc_builds_for_the_cpu_and_says_so(script, monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert script["find_nvcc"]("13.0") == ""
+    assert "building the CPU backend only" in capfd.readouterr().err
+    monkeypatch.setenv("REBASED_CUDA", "1")
+    with pytest.raises(SystemExit, match="REBASED_CUDA=1, but there is no nvcc"):
+        script["find_nvcc"]("13.0")
+
+
+def test_cuda_can_be_left_out(script, fake_nvcc, monkeypatch):
+    monkeypatch.setenv("REBASED_CUDA", "0")
+    assert script["find_nvcc"]("13.0") == ""
+
+
+def test_architectures(script, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0+PTX")
+    assert script["architectures"]() == "86-real;90"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0 9.0a 10.0f+PTX")  # as containers set it
+    assert script["architectures"]() == "90-real;100"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "hopper")
+    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST: .*'hopper'"):
+        script["architectures"]()
+
+
+def test_jobs_are_bounded(script, monkeypatch):
+    assert script["jobs"]() >= 1
+    monkeypatch.setenv("MAX_JOBS", "7")
+    assert script["jobs"]() == 7
+
+
+def test_build_info_has_the_facts():
+    info = rebased_cuda.build_info()
+    assert info["cpu_backend"] in ("native", "emulated")
+    assert info["cpu_instruction_set"] in ("avx512_amx", "avx512_bf16", "avx512", "avx2", "portable")
+    assert bool(info["cuda_architectures"]) == info["cuda"]
+    assert info["torch_version"].startswith("2.")
+
+
+def test_version_is_the_package_s():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{rebased_cuda.__version__}"' in text
+
+
+def _import_error(folder: Path, *search: Path) -> str:
+    """The last line of what `import rebased_cuda` says with `folder` first, as Python is started in it."""
+    path = os.pathsep.join(str(x) for x in search)
+    run = subprocess.run(
+        [sys.executable, "-c", "import rebased_cuda"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert "partially initialized" not in run.stderr  # what Python itself says, and helps nobody
+    return run.stderr.splitlines()[-1]
+
+
+def _copy_of_the_package(folder: Path, *left_out: str) -> Path:
+    ignored = shutil.ignore_patterns("__pycache__", *left_out)
+    return shutil.copytree(Path(rebased_cuda.__file__).parent, folder / "rebased_cuda", ignore=ignored)
+
+
+def test_a_source_folder_that_hides_the_installed_package_says_so(tmp_path):
+    source = _copy_of_the_package(tmp_path / "source", "_C.*")
+    installed = _copy_of_the_package(tmp_path / "installed")
+    said = _import_error(source.parent, installed.parent)
+    assert said.startswith(f"ImportError: {source} is source code without a compiled part")
+    assert str(installed) in said
+    assert said.endswith(f"start Python in another folder, or run `pip install -e .` in {source.parent}.")
+
+
+def test_a_source_folder_that_was_never_built_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    said = _load._no_compiled_part(tmp_path / "rebased_cuda")
+    assert said.endswith(f"is source code without a compiled part: run `pip install -e .` in {tmp_path}.")
+
+
+def test_a_compiled_part_for_another_python_says_so(monkeypatch, tmp_path):
+    source = _copy_of_the_package(tmp_path, "_C.*")
+    (source / "_C.cpython-32-x86_64-linux-gnu.so").touch()
+    said = _import_error(tmp_path)
+    assert said.startswith(
+        f"ImportError: {source} has a compiled part for another Python only (_C.cpython-32"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert _load._no_compiled_part(source).endswith(f": run `pip install -e .` in {tmp_path}.")
+
+
+def test_a_compiled_part_that_does_not_load_says_why(tmp_path):
+    source = _copy_of_the_package(tmp_path, "_C.*")
+    (source / Path(_load._C.__file__).name).touch()
+    said = _import_error(tmp_path)
+    assert said.startswith("ImportError: rebased_cuda's compiled part does not load under torch")
+    assert "file too short" in said
+    assert said.endswith("reinstall it for this Python.")
