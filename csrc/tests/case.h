@@ -23,10 +23,10 @@ struct Case {
   bool packed_heads = false;
   int64_t padding = 0;
   double scale = 0.7, eps = 0.05;
-  double value_size = 1;            // standard deviation of v; of grad y its inverse
-  std::vector<int64_t> cu_seqlens;  // or empty
+  double value_size = 1;            // standard deviation of v; grad y has its inverse
+  std::vector<int64_t> cu_seqlens;  // empty where sequences are not packed
   PlanOverride plan;
-  Path path = Path::general;  // that the plan should come to
+  Path path = Path::general;  // the path that the plan should choose
 
   std::string name() const {
     static const char* const maps[] = {"outer", "square", "taylor", "elu", "identity"};
@@ -46,8 +46,8 @@ struct Case {
   }
 };
 
-// Largest relative L2 error. 16-bit results are rounded to 11 or 8 bits, and so are the tensor cores'
-// operands, several times on the way to a gradient.
+// The largest relative L2 error that is allowed. 16-bit results are rounded to 11 or 8 bits, and the operands
+// of tensor cores are rounded so several times on the way to a gradient.
 inline double tolerance(const Case& c, bool gradient) {
   switch (c.dtype) {
     case Dtype::float64:

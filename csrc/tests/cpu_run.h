@@ -75,7 +75,7 @@ struct Run {
         heads(c.kv_heads * c.group),
         sequences(c.packed ? 4 : c.batch),
         features(num_features(c.map, c.feature_dim)),
-        // the first row and the last third belong to no sequence, the second sequence is empty
+        // the first row and the last third of all rows belong to no sequence; the second sequence is empty
         bounds(c.packed ? std::vector<int64_t>{1, c.seqlen / 4 + 1, c.seqlen / 4 + 1, c.seqlen / 2 + 1,
                                                c.seqlen * 2 / 3 + 1}
                         : std::vector<int64_t>{}),
@@ -94,7 +94,8 @@ struct Run {
     for (Tensor* t : {&q, &k, &v, &grad_y, &initial_kv, &grad_final_kv, &grad_final_k}) t->randomize(0);
     for (Tensor* t : {&gamma_q, &gamma_k}) t->randomize(1);
     for (Tensor* t : {&beta_q, &beta_k}) t->randomize(0.25);
-    // the denominator of a state that keys made: a mass on the squares, or everywhere
+    // A state that keys have made has a denominator far from 0: the squares get some mass, or all features
+    // do.
     initial_k.randomize(0);
     const int64_t squares = is_polynomial(c.map) ? circulant_begin(c.map, c.feature_dim) : 0;
     for (int64_t s = 0; s < sequences; ++s)
@@ -131,7 +132,8 @@ struct Run {
     Tensor y, r, final_kv, final_k, grad_q, grad_k, grad_v;
     Tensor grad_gamma_q, grad_beta_q, grad_gamma_k, grad_beta_k, grad_initial_kv, grad_initial_k;
   };
-  // in_parts: the backward's two halves apart, and states as the given one plus what the rows alone add.
+  // Calls forward and backward. With in_parts the two halves of the backward are called apart, and a state is
+  // the given state plus the state of the rows alone.
   Results call(bool in_parts = false) {
     Results out{tensor(heads, c.head_dim),
                 Tensor(sums, c.batch, heads, c.seqlen, 1),

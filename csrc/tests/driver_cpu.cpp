@@ -1,7 +1,8 @@
-// The CPU backend against scalar_reference.h: all maps, LayerNorms, dtypes and directions at small odd sizes,
-// with grouped queries, packed sequences, states in and out, every stride larger than it has to be, several
-// threads and segments, and each call twice for the same bits. The environment variable REBASED_CPU_ISA picks
-// the instruction set. Arguments: none, or a seed. Exits with 1 when a result is off.
+// Checks the CPU backend against scalar_reference.h: all maps, LayerNorms, dtypes and directions at small odd
+// sizes, with grouped queries, packed sequences, states in and out, every stride larger than it has to be,
+// several threads and segments. Each call is made twice and must give the same bits. The environment variable
+// REBASED_CPU_ISA picks the instruction set. Takes a seed as its argument, or none. Exits with 1 when a
+// result is off.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -14,11 +15,12 @@
 namespace rebased::cpu_tests {
 namespace {
 
-// A run, and what its results must be.
+// A run, and what its results must be like.
 struct CheckedRun : Run {
   using Run::Run;
 
-  // bfloat16 operands of float32 sums: r and the states are as exact as their terms.
+  // Whether operands are rounded to bfloat16 before they are summed: then r and the states are as exact as
+  // such terms.
   bool rounds_operands() const {
     const char* const set = cpu::instruction_set();
     const bool whole_panels = (c.head_dim + 15) / 16 % 2 == 0;
@@ -85,7 +87,7 @@ struct CheckedRun : Run {
       compare(c, names[i], result, expected, sums == Dtype::float64 ? 4e-12 : sums_limit(4e-5), 0.1);
     }
   }
-  // Rows of no sequence: zero, r = 1.
+  // Checks rows of no sequence: results are 0, and r is 1.
   void check_unowned(Results& out) {
     if (!c.packed) return;
     for (const auto& [first, end] : {std::pair<int64_t, int64_t>{0, 1}, {bounds.back(), c.seqlen}}) {
@@ -98,7 +100,8 @@ struct CheckedRun : Run {
     }
   }
 
-  // The tokens one by one through a pool with one slot more than sequences; one more call names no slot.
+  // Steps through the tokens one by one, with a pool that has one slot more than there are sequences. One
+  // more call names no slot, and must change nothing.
   void check_steps() {
     Results out = call();
     Tensor pool_kv(sums, c.batch + 1, c.kv_heads, features, c.head_dim);
@@ -176,7 +179,7 @@ int main(int count, char** arguments) {
                  n % 5 < 2,
                  n % 7 != 0,
                  n % 4 == 1,
-                 n % 11 != 3 && map != FeatureMap::identity};  // its denominators may be near 0
+                 n % 11 != 3 && map != FeatureMap::identity};  // denominators of identity may be near 0
           CheckedRun(c).check();
           if (shape.seqlen > 40 || shape.seqlen == 0 || c.packed) continue;
           c.states = false;

@@ -1,6 +1,7 @@
-// Every primitive of cuda/device/device.cuh against its definition, written down a second time: conversions
-// and packed arithmetic against rounding in double, fragments against the PTX manual's formulas. Runs on the
-// emulator, and on a GPU, where it shows that the emulator's reading of the manual is the hardware's:
+// Checks every primitive of cuda/device/device.cuh against its definition, written down a second time:
+// conversions and packed arithmetic against rounding in double, fragments against the formulas of the PTX
+// manual. Runs on the emulator, and on a GPU, where it shows that the hardware reads the manual as the
+// emulator does:
 //   nvcc -std=c++17 -Icsrc -arch=native csrc/tests/emulator_primitives.cu -o primitives && ./primitives
 // Prints what is wrong and exits with 1, or prints "right".
 #include <cmath>
@@ -45,7 +46,7 @@ void check_numbers(const char* name) {
     expect(same(all[bits], decoded(bits, format)), name, all[bits], decoded(bits, format));
   }
 
-  // every value, the middle to the next, and its two neighbours in float
+  // every value, the middle between it and the next value, and the two neighbours of the middle in float
   std::vector<float> values = {INFINITY, -INFINITY, 3e38f, -3e38f, 1e-40f, 65519.9f, 65520.0f};
   for (int bits = 0; bits < 65535; ++bits) {
     const float value = all[bits], middle = (all[bits] + all[bits + 1]) / 2;
@@ -73,7 +74,7 @@ void check_numbers(const char* name) {
   for (int i = 0; i < pairs; ++i) {
     const auto half = [] { return static_cast<uint32_t>(random_number(65536)); };
     a[i] = half() | half() << 16;
-    // sums of numbers close to each other too, where the last bits matter
+    // every second pair is of numbers close to each other, since the last bits of such sums matter
     b[i] = i % 2 ? a[i] ^ (half() & 0x83ffu) ^ (half() & 0x83ffu) << 16 : half() | half() << 16;
   }
   run(arithmetic<T>, pairs / 256, 256, a.data(), b.data(), products.data(), sums.data());
@@ -121,8 +122,8 @@ void check_reciprocals() {
 
 // ---- tensor cores ----
 
-// a (16, depth) and b (depth, 8) row by row in global memory; element i of a fragment as the PTX manual
-// numbers it
+// a (16, depth) and b (depth, 8) lie row by row in global memory. Element i of a fragment is the one that the
+// PTX manual numbers so.
 template <class T>
 KERNEL void multiply_16_bit(const T* a, const T* b, float* d) {
   const int group = threadIdx.x / 4, thread = threadIdx.x % 4;
@@ -189,8 +190,8 @@ void check_product(const char* name, void (*kernel)(const T*, const T*, float*),
   for (int i = 0; i < 16 * 8; ++i) expect(d[i] == wanted[i], name, d[i], wanted[i]);
 }
 
-// out (2, 4, 32): what each lane gets of four 8x8 matrices that hold their own indices, plainly and
-// transposed
+// out (2, 4, 32): what each lane gets of four 8x8 matrices that hold their own indices, by a plain load and
+// by a transposed one.
 KERNEL void load_matrices(uint32_t* out) {
   SHARED_MEMORY(uint16_t, matrices, 4 * 64);
   const int lane = threadIdx.x;
@@ -262,7 +263,7 @@ void check_exchange() {
   }
 }
 
-// Three groups of copies, the first two of them awaited before they are read; then all.
+// Makes three groups of copies. Waits for the first two and reads them, then waits for all.
 KERNEL void copy(const uint32_t* in, uint32_t* out) {
   SHARED_MEMORY(uint32_t, words, 32 * 12);
   const int lane = threadIdx.x;

@@ -1,6 +1,6 @@
-// Tensors for the CPU backend's driver, in the dtype and with the strides that a problem asks for. Their memory
-// ends with their last element, so that AddressSanitizer sees every access past it. device_tensors.h is the
-// same for the CUDA kernels' drivers. Includes no torch, and of the op only problem.h.
+// Tensors for the CPU backend's driver, in the dtype and with the strides that a problem asks for. Their
+// memory ends with their last element, so that AddressSanitizer sees every access past it. device_tensors.h
+// is the same for the CUDA kernels' drivers. Includes no torch, and of the op only problem.h.
 #pragma once
 
 #include <cmath>
@@ -19,7 +19,7 @@ using rebased::tests::Values;
 
 inline std::mt19937 random_bits;
 
-// ---- elements: inputs are multiples of 1/32 below 4, which every dtype holds exactly ----
+// ---- elements: inputs are multiples of 1/32 below 4, and every dtype holds such a number exactly ----
 inline uint16_t encode_small(double value, int fraction, int bias) {
   if (value == 0) return 0;
   const int exponent = std::ilogb(value);
@@ -29,7 +29,7 @@ inline uint16_t encode_small(double value, int fraction, int bias) {
 }
 inline double decode_small(uint16_t bits, int fraction, int bias) {
   const int field = (bits & 0x7fff) >> fraction, mantissa = bits & ((1 << fraction) - 1);
-  if (field == (1 << (15 - fraction)) - 1) return NAN;  // infinite or not a number: no result should be
+  if (field == (1 << (15 - fraction)) - 1) return NAN;  // infinity too: no result should be infinite
   const double magnitude = field ? std::ldexp(mantissa + (1 << fraction), field - bias - fraction)
                                  : std::ldexp(mantissa, 1 - bias - fraction);
   return bits & 0x8000 ? -magnitude : magnitude;
@@ -54,8 +54,8 @@ inline double read_element(const char* from, Dtype dtype) {
   return dtype == Dtype::float16 ? decode_small(small, 10, 15) : decode_small(small, 7, 127);
 }
 
-// A tensor (batch, heads, rows, width) in memory (batch, rows, heads, width) or in that order, with `padding`
-// elements after each row; unwritten elements are NaN. Its memory ends with its last element.
+// A tensor (batch, heads, rows, width). In memory it lies in that order or, token_major, as (batch, rows,
+// heads, width), with `padding` elements after each row. Elements that nobody has written are NaN.
 struct Tensor {
   Dtype dtype;
   int64_t batch, heads, rows, width, batch_stride, head_stride, row_stride;
@@ -88,7 +88,7 @@ struct Tensor {
         for (int64_t row = 0; row < rows; ++row)
           for (int64_t column = 0; column < width; ++column) body(at(b, head, row, column));
   }
-  // rows [first, first + count) of one batch entry as (heads, count, width)
+  // The rows [first, first + count) of one batch entry, as (heads, count, width).
   Values slice(int64_t b, int64_t first, int64_t count) {
     Values values;
     for (int64_t head = 0; head < heads; ++head)

@@ -17,7 +17,7 @@ inline void expect(bool condition, const char* what, double got = 0, double want
   if (++failures <= 20) printf("%s: got %.9g, wanted %.9g\n", what, got, wanted);
 }
 
-// Memory that both the host and the kernel can reach.
+// An array in memory that both the host and the kernel can reach.
 template <class T>
 class Array {
  public:
@@ -78,7 +78,7 @@ struct Format {
 template <class T>
 constexpr Format format_of = is_bfloat16<T> ? Format{7, -126, 127} : Format{10, -14, 15};
 
-// To the nearest number of the format, ties to even, in double.
+// `value` rounded to the nearest number of the format, ties to even.
 inline double rounded(double value, Format format) {
   if (value == 0 || !std::isfinite(value)) return value;
   const int exponent = std::max(std::ilogb(value), format.min_exponent);

@@ -1,6 +1,7 @@
-// How a case of the CUDA kernels (case.h) is checked: forward and backward through the backend's entry points,
-// twice for equal bits, and a step, against scalar_reference.h. No torch; for the emulator
-// (-DREBASED_EMULATED) with any sanitizer, or against CUDA.
+// How a case of the CUDA kernels (case.h) is checked. Forward, backward and a step run through the entry
+// points of the backend and are compared with scalar_reference.h; forward and backward run twice, and must
+// give the same bits. Works for the emulator (-DREBASED_EMULATED), under any sanitizer, and for CUDA.
+// Includes no torch.
 #pragma once
 
 #include <algorithm>
@@ -81,7 +82,8 @@ struct Run {
     }
     for (Tensor* state : {&initial_kv, &grad_final_kv, &grad_final_k}) state->randomize(random, 0, 0.5);
     initial_k.randomize(random, 0, 0.1);
-    // a sum of features of keys keeps the denominator away from 0: some mass on the squares, or everywhere
+    // A state that keys have made has a denominator far from 0: the squares get some mass, or all features
+    // do.
     const int64_t squares = is_polynomial(c.map) ? circulant_begin(c.map, c.dim) : 0;
     for (int64_t s = 0; s < sequences * c.kv_heads; ++s) {
       for (int64_t f = 0; f < c.dim; ++f) initial_k.values[s * features + squares + f] += 3;
@@ -141,7 +143,8 @@ struct Run {
             &grad_initial_k};
   }
 
-  // in_parts: the backward's two halves apart, and states as the given one plus what the rows alone add.
+  // Calls forward and backward. With in_parts the two halves of the backward are called apart, and a state is
+  // the given state plus the state of the rows alone.
   void sweep(const Device& device, bool in_parts = false) {
     auto forward = problem<ForwardProblem>();
     if (c.states) forward.initial_state = {initial_kv.data(), initial_k.data()};
@@ -196,7 +199,7 @@ struct Run {
     add(final_kv, initial_kv), add(final_k, initial_k);
   }
 
-  // What sequence `s` should give, from its own rows.
+  // What sequence `s` should give, computed from its own rows.
   Reference reference(int64_t s, int64_t first, int64_t rows) {
     Reference expected;
     expected.sizes = problem<Problem>();
@@ -221,14 +224,14 @@ struct Run {
   }
 };
 
-// Against what the reference says, whose r is 1 / r.
+// Compares a run with what the reference says. `expected` holds 1 / r in the place of r.
 inline void check_results(const Case& c, Run& run, Run& expected) {
   const auto match = [&](const char* what, Tensor Run::* tensor) {
     const bool gradient = std::strncmp(what, "grad", 4) == 0;
     compare(c.name(), what, (run.*tensor).values, (expected.*tensor).values, tolerance(c, gradient));
   };
   match("y", &Run::y);
-  // r of a small denominator would outweigh the others
+  // 1 / r is compared, since r of a small denominator would outweigh all others
   for (double& inverse : run.r.values) inverse = 1 / inverse;
   match("1/r", &Run::r);
   match("grad q", &Run::grad_q);
@@ -260,7 +263,7 @@ inline void check_sweeps(const Case& c, const Device& device, std::mt19937& rand
     }
   }
 
-  // the reference fills tensors of the same shapes; rows of no sequence stay 0
+  // The reference fills tensors of the same shapes. Rows of no sequence stay 0.
   Run expected(c);
   std::fill(expected.r.values.begin(), expected.r.values.end(), 1);
   const auto add = [&](Tensor& sum, const Values& values) {
@@ -300,7 +303,8 @@ inline void check_sweeps(const Case& c, const Device& device, std::mt19937& rand
   set_plan_override({});
 }
 
-// A step on a pool of states: the last sequence's slot is outside the pool, the others' are in reverse order.
+// Checks a step on a pool of states. The slot of the last sequence is outside the pool, the slots of the
+// others are in reverse order.
 inline void check_step(Case c, const Device& device, std::mt19937& random) {
   c.seqlen = 1;
   c.batch = 3;

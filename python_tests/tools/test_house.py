@@ -161,6 +161,18 @@ def long_files(root: Path) -> list[str]:
     ]
 
 
+def files_that_do_not_say_what_they_are_for(root: Path) -> list[str]:
+    """Sources with no comment or docstring at their top; instances name their kernels and nothing else."""
+    cpp = [file for file in _under(root, "csrc", CPP) if "/instances/" not in file]
+    python = [file for folder in ("rebased_cuda", "benchmarks") for file in _under(root, folder, (".py",))]
+    starts = {**dict.fromkeys(cpp, "//"), **dict.fromkeys(python, '"""')}
+    return [
+        file
+        for file, start in starts.items()
+        if not (root / file).read_text().startswith((start, f"r{start}"))
+    ]
+
+
 # ---- Python imports ----
 
 
@@ -415,6 +427,7 @@ RULES = [
     rows_without_a_folder,
     include_circles,
     long_files,
+    files_that_do_not_say_what_they_are_for,
     private_imports,
     import_circles,
     names_that_do_not_exist,
@@ -513,6 +526,16 @@ PLANTED = [
         {"csrc/op/problem.h": "\n" * 401},
         "csrc/op/problem.h has 401 lines",
         {"csrc/op/problem.h": "\n" * 400},
+    ),
+    (
+        files_that_do_not_say_what_they_are_for,
+        {
+            "csrc/op/problem.h": "#pragma once\n",
+            "csrc/cuda/instances/step.cu": "",
+            "benchmarks/a.py": '"""A."""',
+        },
+        "csrc/op/problem.h",
+        {"csrc/op/problem.h": "// What one call is.\n"},
     ),
     (
         private_imports,

@@ -1,6 +1,6 @@
 // Forward of `square` on AMX (amx_common.h), a block of tokens at a time:
-//   y = (phi(q) S + scores v) / (phi(q) z + row sums of scores + eps);   then S += phi(k)^T v, z += sum
-//   phi(k)
+//   y = (phi(q) S + scores v) / (phi(q) z + row sums of scores + eps)
+//   then S += phi(k)^T v, z += sum phi(k)
 // Denominators sum the same rounded numbers as numerators.
 #pragma once
 

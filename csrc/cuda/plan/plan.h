@@ -24,9 +24,8 @@ struct Device;  // backend.h
 enum class Path { general, tensor_core, quadratic, float32 };
 
 // The general path's shared-memory tiles, as offsets; kernels and plan.cpp read the same numbers.
-//   feature tile  (feature_dim + 2, chunk), stride row_stride: q' or k' transposed, then a row of ones (0
-//   past
-//                 the last row of the sequence) and a row of zeros
+//   feature tile  (feature_dim + 2, chunk), stride row_stride: q' or k' transposed, then a row of ones (with
+//                 0 past the last row of the sequence) and a row of zeros
 //   value tile    (chunk, head_dim), stride value_stride, padded with zeros
 //   state         (padded_features, head_dim), stride value_stride, then padded_features sums
 // Both strides are an odd number of 16-byte (float) quads, so that eight lanes with consecutive rows touch
