@@ -3,7 +3,7 @@
 // A block walks one segment from its last chunk to its first and holds the reverse state of all later chunks:
 // T, the sum of phi(q') ghat^T, in registers, and M, the negative sum of delta q' q'^T, in shared memory.
 // ghat is r grad y and delta is ghat . y.
-//   grad v_j = sum_{i in chunk, i >= j} sim(i, j) ghat_i + phi(k'_j) T, the forward's product, roles exchanged
+//   grad v_j = sum_{i in chunk, i >= j} sim(i, j) ghat_i + phi(k'_j) T, as y of the forward, roles exchanged
 //   grad k'  as gradient.cuh has it; once a chunk all warps get T through shared memory
 // A step is a chunk of one query head. With several query heads grad v and grad k' of the chunk gather in
 // shared memory, where each thread reads and writes its own part, until the step of the last head stores
