@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 import benchmarks.speed
-from rebased_cuda import _measure, build_info
+from rebased_cuda import build_info
+from rebased_cuda.demo import timing
 
 from . import against, ceilings, questions, report
 from .harness import DIRECTIONS, OURS, Row
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure_all(arguments: argparse.Namespace) -> int:
     start = time.monotonic()
     device = arguments.device
-    machine = _measure.machine()
+    machine = timing.machine()
     kept = device == "cpu" and keep_freed_memory()
     _tell("the machine's ceilings")
     limits = ceilings.measure(device)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import rebased_cuda
-from rebased_cuda import _measure
+from rebased_cuda.demo import timing
 
 from . import others, targets
 from .ceilings import Ceilings
@@ -166,7 +166,7 @@ def summary(
         "commit": commit(),
         "version": rebased_cuda.__version__,
         "build": rebased_cuda.build_info(),
-        "machine": _measure.machine(),
+        "machine": timing.machine(),
         "peers": others.versions(),
         "device": device,
         "quick": quick,
