@@ -362,7 +362,17 @@ def test_ratios_take_the_best_plain_form_of_a_shape_and_the_worse_of_two_questio
 
 def test_ratios_name_where_the_op_is_slower(capsys: pytest.CaptureFixture[str]) -> None:
     report.print_ratios([a_peer("q", OURS, 1.0), a_peer("q", peers.LOOP, 0.5)])
-    assert "slower at 1 of them:\n  outer (1, 12, 128) 2 threads, forward" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "faster at 1 of 1 shapes and directions:\n  outer (1, 12, 128) 2 threads, forward" in printed
+
+
+def test_the_best_of_each_kind_of_peer() -> None:
+    rows = [a_peer("q", OURS, 1.0) | {"over_floor": 1.5}, a_peer("q", peers.SDPA, 9.0)]
+    rows += [a_peer("q", peers.LOOP, 3.0), a_peer("q", peers.CUMSUM, 2.0)]
+    rows += [a_peer("p", OURS, 1.0), a_peer("p", peers.SDPA, 8.0)]  # the same shape, asked again
+    rows += [a_peer("r", OURS, 4.0), a_peer("r", others.FAST_TRANSFORMERS, 0.1)]  # in units of another call
+    (found,) = report._best_peers(rows).values()
+    assert found == {"ours": 1.0, report.FLOOR: 1.5, "softmax attention": 8.0, "plain PyTorch": 2.0}
 
 
 def test_targets() -> None:
@@ -434,10 +444,15 @@ def test_the_command_leaves_a_table_and_json(
     printed = capsys.readouterr().out
     assert "outer (1, 2, 256)" in printed
     assert f"{fla}: runs on a GPU only" in printed
-    assert "Against the best plain PyTorch, 4 shapes and directions" in printed
+    assert "Against the floor, and the best of each kind of peer" in printed
+    assert "of 4 shapes and directions" in printed
+    assert "figures held" not in printed
     assert list(contents["seconds_by_question"]) == ["length"]
     assert command.main(["show", str(path)]) == 0
     assert capsys.readouterr().out.strip() in printed
+    monkeypatch.setattr(targets, "targets", lambda rows: [targets.Target("a figure", 1.0, 2.0)])
+    assert command.main(["--targets", "show", str(path)]) == 0
+    assert "0 of 1 figures held" in capsys.readouterr().out
     pytest.importorskip("matplotlib")
     assert command.main(["plot", str(path)]) == 0
     assert all(Path(line).stat().st_size > 1000 for line in capsys.readouterr().out.split())
