@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import rebased_cuda
-from rebased_cuda import _C
+from rebased_cuda import testing
 
 EMULATED = rebased_cuda.build_info()["cpu_backend"] == "emulated"
 
@@ -68,8 +68,8 @@ def kernel_device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def override() -> Iterator[Callable[..., None]]:
     """Forces a plan; undone after the test."""
-    yield _C.set_plan_override
-    _C.set_plan_override()
+    yield testing.set_plan_override
+    testing.set_plan_override()
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,14 @@ import torch
 from problems import NORMS, Problem, rounds_operands
 from torch import Tensor
 
-from rebased_cuda import _C, RebasedState, build_info, rebased_attention, rebased_attention_step, reference
+from rebased_cuda import (
+    RebasedState,
+    build_info,
+    rebased_attention,
+    rebased_attention_step,
+    reference,
+    testing,
+)
 from rebased_cuda.state import num_features
 
 MAPS = ("outer", "square", "taylor", "elu", "identity")
@@ -184,7 +191,7 @@ def _length(rng: random.Random) -> int:
 
 
 def aimed(text: str, example: dict[str, Any], device: str = "cpu") -> Draw:
-    """A draw that takes the launch configuration `text`; `example` is the call that _C found for it."""
+    """A draw that takes the launch configuration `text`; `example` is the call that was found for it."""
     rng = random.Random(text)
     dtype, seqlen = getattr(torch, example["dtype"]), example["seqlen"]
     feature_map, state = example["feature_map"], example["state"]
@@ -279,15 +286,15 @@ def _planned(draw: Draw, forced: bool) -> Iterator[None]:
     """The plan sees the draw's device; the emulator refuses what that device would refuse."""
     variable, before = "REBASED_EMULATOR_SHARED_MEMORY", os.environ.get("REBASED_EMULATOR_SHARED_MEMORY")
     limits = {} if draw.problem.device == "cuda" and not _card_has(draw.limits) else draw.limits
-    _C.set_plan_override(**limits, **(draw.forced if forced else {}))
+    testing.set_plan_override(**limits, **(draw.forced if forced else {}))
     if limits:
         os.environ[variable] = str(limits["shared_memory_per_block"] >> 10)
-    _C.record_launches(True)
+    testing.record_launches(True)
     try:
         yield
     finally:
-        _C.set_plan_override()
-        _C.record_launches(False)
+        testing.set_plan_override()
+        testing.record_launches(False)
         if before is None:
             os.environ.pop(variable, None)
         else:
@@ -486,13 +493,13 @@ def check(draw: Draw) -> Outcome:
     try:
         with _planned(draw, forced=True):
             got = _everything(rebased_attention, draw, inputs)
-            outcome.launches = set(_C.take_recorded_launches())
+            outcome.launches = set(testing.take_recorded_launches())
     except RuntimeError as error:
         if not draw.forced or FORCED_MISFIT not in str(error):
             raise
         with _planned(draw, forced=False):
             got = _everything(rebased_attention, draw, inputs)
-            outcome.launches = set(_C.take_recorded_launches())
+            outcome.launches = set(testing.take_recorded_launches())
     exact = _everything(_exact(problem), draw, _wide(inputs))
     plain = _plain_results(draw, outcome.launches, inputs, exact)
 
@@ -584,7 +591,7 @@ def _check_steps(draw: Draw, outcome: Outcome) -> None:
         for i in range(problem.seqlen):
             row = [x[:, :, i] for x in (q, k, v)]
             rows.append(rebased_attention_step(*row, pool, *parameters, state_index=slots, **options))
-        outcome.launches |= set(_C.take_recorded_launches())
+        outcome.launches |= set(testing.take_recorded_launches())
     got = [torch.stack(rows, 2), pool.kv[slots], pool.k[slots]]
 
     def recurrent(inputs: list[Tensor | None]) -> list[Tensor]:
@@ -617,7 +624,7 @@ def examples() -> dict[str, dict[str, Any]]:
     """Every launch configuration that the plan can choose, with the smallest call that was found for it."""
     found: dict[str, dict[str, Any]] = {}
     for kilobytes in SHARED_MEMORY:
-        for text, example in _C.reachable_configurations(kilobytes << 10):
+        for text, example in testing.reachable_configurations(kilobytes << 10):
             rank = example["says_little"], example["work"]
             if text not in found or rank < (found[text]["says_little"], found[text]["work"]):
                 found[text] = example
