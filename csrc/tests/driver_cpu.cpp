@@ -22,12 +22,10 @@ struct CheckedRun : Run {
   // Whether operands are rounded to bfloat16 before they are summed: then r and the states are as exact as
   // such terms.
   bool rounds_operands() const {
+    if (c.dtype != Dtype::bfloat16 || !is_polynomial(c.map)) return false;
     const char* const set = cpu::instruction_set();
     const bool whole_panels = (c.head_dim + 15) / 16 % 2 == 0;
-    const bool on_amx = !std::strcmp(set, "avx512_amx") && whole_panels;
-    if (c.dtype != Dtype::bfloat16) return false;
-    if (!is_polynomial(c.map)) return on_amx && c.map == FeatureMap::square && c.feature_dim <= 16;
-    return on_amx || !std::strcmp(set, "avx512_bf16");
+    return (!std::strcmp(set, "avx512_amx") && whole_panels) || !std::strcmp(set, "avx512_bf16");
   }
   double sums_limit(double limit_of_sums) const { return rounds_operands() ? limit(false) : limit_of_sums; }
 
