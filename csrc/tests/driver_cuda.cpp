@@ -97,8 +97,9 @@ std::vector<Case> cases() {
   // a segment so long that its sums have carries
   Case c;
   c.dtype = Dtype::float32, c.norm = LayerNorm::head, c.states = true;
-  c.batch = c.kv_heads = 1, c.group = 2, c.seqlen = compensated_rows + 40, c.dim = 4, c.width = 5;
+  c.batch = c.kv_heads = 1, c.group = 2, c.seqlen = 200, c.dim = 4, c.width = 5;
   c.path = c.plan.path = Path::general, c.plan.force_path = true, c.plan.segments = 1;
+  c.plan.chunk = 32, c.plan.compensated_rows = 64;
   result.push_back(c);
   c.cu_seqlens = {3, 20, c.seqlen};
   result.push_back(c);
