@@ -44,9 +44,50 @@ inline int chunk_length(const Problem& p) {
   return is_elementwise(p) ? 64 : p.feature_dim <= 32 ? chunk : 128;
 }
 
+// Where a chunk of keys meets block b of queries: body(Constant<vectors>, Constant<masked>, key) for each tile of
+// kRows keys that these queries may see, `diagonal` where the chunk is their own. A tile of one vector is the
+// second of the block's two: the first sees none of its keys.
+template <class T, class Body>
+REBASED_INLINE void for_seen_keys(int b, int key_rows, bool diagonal, const Body& body) {
+  const int end = diagonal ? smaller(key_rows, (b + 1) * kLanes<T>) : key_rows;
+  for (int j = 0; j < end; j += kRows) {
+    const int first = j - b * kLanes<T>;  // the tile's first key, counted from lane 0's own
+    if (!diagonal || first + kRows <= 0)
+      body(Constant<kVectors>{}, Constant<0>{}, j);
+    else if (first < kWidth<T>)
+      body(Constant<kVectors>{}, Constant<1>{}, j);
+    else
+      body(Constant<1>{}, Constant<1>{}, j);
+  }
+}
+
+// The workspace of a call: what all workers share, then a scratch of each worker, which take(arena) makes.
+template <class AnyProblem>
+inline Arena workspace_of(const AnyProblem& p, const Parallel* parallel) {
+  return {parallel ? static_cast<char*>(p.workspace) : nullptr};
+}
+template <class Take>
+class Scratches {
+ public:
+  Scratches(const Arena& shared, const Take& take) : take_(take), base_(shared.base), shared_(shared.used) {
+    Arena one{nullptr};
+    take(one);
+    bytes_ = one.used;
+  }
+  int64_t workspace_bytes(int64_t workers) const { return shared_ + workers * bytes_; }
+  auto operator()(int64_t worker) const {
+    Arena own{base_, workspace_bytes(worker)};
+    return take_(own);
+  }
+
+ private:
+  const Take take_;
+  char* base_;
+  int64_t shared_, bytes_;
+};
+
 template <class T>
 struct Call {
-  static constexpr int64_t kHeadsTogether = 1;  // most heads that a worker walks side by side
   const Problem& base;
   Sizes<T> sizes;
   Schedule<T> schedule;
@@ -64,7 +105,16 @@ struct Call {
     if (pairs) fill_feature_pairs(p, sizes, pairs);
   }
 
-  int64_t heads_together(int) const { return 1; }
+  int64_t heads_together(int /*threads*/) const { return 1; }  // that a worker walks side by side
+  int64_t group() const { return base.kv_heads ? base.heads / base.kv_heads : 0; }
+  int64_t token_block() const { return int64_t(sizes.feature_rows) * kLanes<T>; }
+  Tokens<T> key_tokens(const Item& item) const {
+    return head_tokens<T>(base, sizes, false, statistics, item.batch, item.kv_head);
+  }
+  Tokens<T> query_tokens(const Item& item, int64_t head) const {
+    return head_tokens<T>(base, sizes, true, statistics, item.batch, head);
+  }
+  static void clear(T* target, int64_t count) { __builtin_memset(target, 0, count * sizeof(T)); }
 
   T* take_states(Arena& arena, int64_t most_items) const {
     const bool cut = most_items > base.num_sequences * base.kv_heads;
@@ -74,7 +124,7 @@ struct Call {
   // The packing of a chunk also queues the rows that the sweep packs next.
   void pack_tokens(const Tokens<T>& t, int64_t row, int rows, const Ahead& ahead, T* X, T* H = nullptr,
                    T* inv = nullptr) const {
-    const int64_t block = int64_t(sizes.feature_rows) * kLanes<T>;
+    const int64_t block = token_block();
     for (int b = 0; b * kLanes<T> < rows; b++)
       pack_block<T>(t, row + b * kLanes<T>, smaller(rows - b * kLanes<T>, kLanes<T>), X + b * block,
                     H ? H + b * block : nullptr, inv ? inv + b * kLanes<T> : nullptr);
@@ -119,28 +169,44 @@ struct Call {
     });
   }
 
+  // The state that segment n of a sequence added, counted from its last one when reversed.
+  T* segment_state(T* states, const Sequence& sequence, int64_t kv_head, int64_t n, bool reversed) const {
+    const int64_t segment = reversed ? sequence.segments - 1 - n : n;
+    return states + ((sequence.first_segment + segment) * base.kv_heads + kv_head) * sizes.state_size;
+  }
   // states: what each segment added. Becomes the state before each segment (after it, when reversed), the
   // given one included.
   void sum_states(const Parallel& parallel, T* states, const ConstState& given, bool reversed) const {
     const Problem& p = base;
     for_items(parallel, p.num_sequences * p.kv_heads, [&](int64_t item, int) {
       const Sequence& sequence = schedule.sequences[item / p.kv_heads];
-      const int64_t head = item % p.kv_heads, size = sizes.state_size;
+      const int64_t size = sizes.state_size;
       if (sequence.quadratic || sequence.segments == 1) return;
-      const auto segment_state = [&](int64_t n) {
-        const int64_t segment = reversed ? sequence.segments - 1 - n : n;
-        return states + ((sequence.first_segment + segment) * p.kv_heads + head) * size;
+      const auto state_of = [&](int64_t n) {
+        return segment_state(states, sequence, item % p.kv_heads, n, reversed);
       };
       // shift by one segment, from the far end, then sum up
       for (int64_t n = sequence.segments - 1; n > 0; n--)
-        __builtin_memcpy(segment_state(n), segment_state(n - 1), size * sizeof(T));
-      import_state(sizes, given, item, segment_state(0));
+        __builtin_memcpy(state_of(n), state_of(n - 1), size * sizeof(T));
+      import_state(sizes, given, item, state_of(0));
       for (int64_t n = 1; n < sequence.segments; n++) {
-        const T* before = segment_state(n - 1);
-        T* state = segment_state(n);
+        const T* before = state_of(n - 1);
+        T* state = state_of(n);
         for (int64_t i = 0; i < size; i++) state[i] += before[i];
       }
     });
+  }
+
+  // Brings an item's start state: the given one for the first item on the way, else what sum_states made of its
+  // segment. Returns whether it is zero. The quadratic form has none.
+  bool take_start_state(const Item& item, bool first, const ConstState& given, const T* states,
+                        T* state) const {
+    if (item.quadratic) return true;
+    if (first)
+      import_state(sizes, given, item.sequence * base.kv_heads + item.kv_head, state);
+    else
+      __builtin_memcpy(state, states + item.number * sizes.state_size, sizes.state_size * sizeof(T));
+    return first && !given.kv;
   }
 
   // Rows of a packed batch that belong to no sequence.

@@ -7,6 +7,7 @@
 // features (F of k', F of each query head) lie in the worker's scratch.
 #pragma once
 
+#include "cpu/call.h"
 #include "cpu/tokens/token_rows.h"
 
 namespace rebased::cpu::REBASED_ISA {
@@ -240,27 +241,23 @@ inline void step_head(const StepProblem& p, const Sizes<T>& s, const StepScratch
 // With parallel null only counts the workspace's bytes.
 template <class T>
 inline int64_t run_step(const StepProblem& p, int threads, const Parallel* parallel) {
-  Arena arena{parallel ? static_cast<char*>(p.workspace) : nullptr};
+  Arena arena = workspace_of(p, parallel);
   const Sizes<T> s(p, 1);
   const int64_t group = p.kv_heads ? p.heads / p.kv_heads : 0;
-  {
-    StepScratch<T> sample(p, s, group, arena);
-  }
-  const int64_t scratch_bytes = arena.used;
+  const Scratches scratches(arena, [&](Arena& own) { return StepScratch<T>(p, s, group, own); });
 
   // a second thread pays from about this much state on: waking it takes as long as 500 KB in the cache
   constexpr int64_t bytes_per_thread = 512 << 10;
   const int64_t useful =
       p.batch * p.kv_heads * s.features * s.head_dim * int64_t(sizeof(T)) / bytes_per_thread;
   const int workers = int(larger<int64_t>(1, smaller<int64_t>(threads, useful)));
-  if (!parallel) return workers * scratch_bytes;
+  if (!parallel) return scratches.workspace_bytes(workers);
   // an item is a sequence, so that its LayerNorm is made once, or one of its heads where sequences are few
   const bool whole = workers == 1 || p.batch >= 4 * workers;
   const int64_t parts = whole ? 1 : p.kv_heads, heads = p.kv_heads / larger<int64_t>(parts, 1);
   const Parallel few{workers, parallel->run};
   for_items(few, p.batch * parts, [&](int64_t item, int worker) {
-    Arena own{arena.base, worker * scratch_bytes};
-    const StepScratch<T> scratch(p, s, group, own);
+    const StepScratch<T> scratch = scratches(worker);
     const int64_t batch = item / parts, first = item % parts * heads;
     with_element<T>(p.dtype, [&](auto element) {
       using E = typename decltype(element)::type;

@@ -49,8 +49,8 @@ struct Sizes {
     const bool taylor = p.feature_map == FeatureMap::taylor;
     features =
         !polynomial ? feature_dim : feature_dim * (feature_dim + 1) / 2 + (taylor ? 1 + feature_dim : 0);
-    feature_pad = int(round_up(features, polynomial ? kFeatureMultiple : larger(kRows, kWidth<T>)));
-    slab = feature_pad <= kSlab ? feature_pad : kSlab / kFeatureMultiple * kFeatureMultiple;
+    feature_pad = int(round_up(features, polynomial ? kProductRows : larger(kRows, kWidth<T>)));
+    slab = feature_pad <= kSlab ? feature_pad : kSlab / kProductRows * kProductRows;
     a0 = taylor ? 1 : 0, a1 = taylor ? 1 : 0, a2 = taylor ? T(0.5) : T(1);
     const int64_t longest = round_up(larger<int64_t>(p.seqlen, 1), kLanes<T>);
     chunk = int(smaller<int64_t>(round_up(chunk_limit, kLanes<T>), longest));

@@ -1,11 +1,10 @@
-// Backward of one item in two independent sweeps, with ghat = r grad_y, delta = ghat . y and, for j <= i,
-// c(i, j) = ghat_i . v_j - delta_i and w(i, j) = c(i, j) d sim / d u  (w = c for the elementwise maps):
-//   queries, forwards, with the forward's state S, z:
-//     dq' = sum_j w k' + (d phi / d q')^T (S ghat - delta z)
-//   keys, backwards, with T = sum of later phi(q') ghat^T and m = -sum of later delta phi(q'):
-//     dk' = sum_i w q' + (d phi / d k')^T (T v + m);   dv = sum_i sim ghat + phi(k') T
-// The first sweep has queries as lanes, the second keys. Without a state (quadratic form) every chunk meets
-// every other. T carries the query's weights, so as a gradient of S it needs no further factor.
+// What a backward of `outer` and `taylor` needs beside its products with a state: a worker's scratch, the
+// products within a chunk, which are made in T whatever the others are made of, and the way of the gradients
+// out. The products with a state are made in float.h, bf16.h and amx.h, the walks over the chunks in
+// backward_sweeps.h, which has the formulas. It includes call.h alone.
+//
+// ghat = r grad_y and delta = ghat . y of a query; for j <= i, c(i, j) = ghat_i . v_j - delta_i and
+// w(i, j) = c(i, j) d sim / d u.
 #pragma once
 
 #include "cpu/call.h"
@@ -52,26 +51,20 @@ struct BackwardScratch {
 
 template <class T>
 struct BackwardCall : Call<T>, GradientTargets<T> {
-  using Scratch = BackwardScratch<T>;
+  using Call<T>::sizes, Call<T>::token_block;
   const BackwardProblem& problem;
-  using Call<T>::sizes, Call<T>::pairs, Call<T>::statistics, Call<T>::pack_tokens, Call<T>::pack_values;
 
   BackwardCall(const BackwardProblem& p, int threads, Arena& arena, bool needs_state, int64_t parts)
       : Call<T>(p, threads, arena, needs_state, parts), GradientTargets<T>(p, arena), problem(p) {
     this->share_keys = arena.base && p.part == BackwardPart::all && this->schedule.items() <= threads;
   }
-  Scratch scratch(Arena& arena) const {
-    return Scratch(sizes, problem.kv_heads ? problem.heads / problem.kv_heads : 0, arena);
-  }
-
-  int64_t token_block() const { return int64_t(sizes.feature_rows) * kLanes<T>; }
 
   // ghat and -delta of a chunk of queries.
   void pack_gradients(const BackwardScratch<T>& scratch, int64_t batch, int64_t head, int64_t row, int rows,
                       const Ahead& ahead) const {
     const BackwardProblem& p = problem;
     const T* r = static_cast<const T*>(p.r) + (batch * p.heads + head) * p.seqlen + row;
-    pack_values(p.grad_y, batch, head, row, rows, ahead, scratch.gradients);
+    this->pack_values(p.grad_y, batch, head, row, rows, ahead, scratch.gradients);
     const char* y_head = head_rows<T>(p.y, batch, head, p.dtype);
     if (p.normalize) this->queue_rows(ahead, y_head, row, rows, p.y.row_stride, sizes.head_dim);
     for (int i = 0; i < sizes.chunk; i++) scratch.delta[i] = 0;
@@ -130,17 +123,13 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
 
   // Block b of queries (lanes) against a chunk of keys: adds to dq'.
   void meet_keys(const BackwardScratch<T>& scratch, int b, int key_rows, bool diagonal) const {
-    const int end = diagonal ? smaller(key_rows, (b + 1) * kLanes<T>) : key_rows;
-    for (int j = 0; j < end; j += kRows) {
+    for_seen_keys<T>(b, key_rows, diagonal, [&](auto vectors, auto masked, int j) REBASED_INLINE_LAMBDA {
+      constexpr int NV = decltype(vectors)::value;
       scratch.queue->advance();
-      const int first = j - b * kLanes<T>;  // key of the tile's first row, counted from lane 0's own
-      if (!diagonal || first + kRows <= 0)
-        weigh_keys<kVectors, false>(scratch, b, j, 0);
-      else if (first < kWidth<T>)
-        weigh_keys<kVectors, true>(scratch, b, j, 0);
-      else
-        clear_vector(scratch.weights + j * kLanes<T>), weigh_keys<1, true>(scratch, b, j, kWidth<T>);
-    }
+      if (NV < kVectors) clear_vector(scratch.weights + j * kLanes<T>);
+      weigh_keys<NV, decltype(masked)::value>(scratch, b, j, (kVectors - NV) * kWidth<T>);
+    });
+    const int end = diagonal ? smaller(key_rows, (b + 1) * kLanes<T>) : key_rows;
     add_weighted_tokens(scratch.keys, scratch.weights, 0, end, scratch.grad_tokens + b * token_block());
   }
   // The first of two vectors of a tile that the diagonal leaves out.
@@ -256,49 +245,6 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
     multiply_weights(c, weights);
   }
 
-  // The products with a state; bf16_backward.h has the same in bfloat16, from rounded copies of the state.
-  void round_state(const BackwardScratch<T>&) const {}
-  template <bool Weighted>
-  void add_to_state(const BackwardScratch<T>& scratch, const T* tokens, const T* token_weights,
-                    const T* values, int rows, T* state) const {
-    update_state<T, Weighted>(sizes, pairs, tokens, token_weights, values, rows, state, scratch.long_sums,
-                              scratch.row_slab, scratch.queue);
-  }
-  // of block b, whose values or ghat stand transposed
-  template <bool Weighted>
-  void gradient_from_state(const BackwardScratch<T>& scratch, int b, const T* token_weights, const T* X,
-                           T* dX) const {
-    state_gradient<T, Weighted>(sizes, pairs, scratch.state,
-                                scratch.transposed + int64_t(b) * sizes.value_columns * kLanes<T>,
-                                token_weights, X, dX, scratch.queue);
-  }
-  // dv of block b from the state: phi(k') T, starting the sum.
-  void values_from_state(const BackwardScratch<T>& scratch, int b) const {
-    const Sizes<T>& s = sizes;
-    T* sums = scratch.grad_values + int64_t(b) * kLanes<T> * s.value_columns;
-    for (int begin = 0; begin < s.feature_pad; begin += s.slab) {
-      const int end = smaller(begin + s.slab, s.feature_pad);
-      for (int f = begin; f < end; f += kRows)
-        feature_tile<T, false>(pairs + f, scratch.keys + b * token_block(),
-                               scratch.slab + (f - begin) * kLanes<T>, [](int, int, Vector<T>) {});
-      for_panels<T>(s.value_columns, [&](auto vectors, int column) {
-        constexpr int NV = decltype(vectors)::value, columns = NV * kWidth<T>;
-        const T* state = scratch.state + int64_t(column) * s.feature_pad + int64_t(begin) * columns;
-        for (int j = 0; j < kLanes<T>; j += kRows) {
-          scratch.queue->advance();
-          T* target = sums + column * kLanes<T> + j * columns;
-          Tile<T, NV> tile;
-          if (begin)
-            tile.load_rows(target, columns);
-          else
-            tile.zero();
-          tile.template multiply_transposed<kLanes<T>>(end - begin, scratch.slab + j, state);
-          tile.store_rows(target, columns);
-        }
-      });
-    }
-  }
-
   // The gradient of q' or k' of a chunk to that of q or k, and out.
   void finish_tokens(const BackwardScratch<T>& scratch, const Tokens<T>& t, int64_t row, int rows,
                      const MutableRows& target, int64_t batch, int64_t head, T* grad_affine) const {
@@ -320,13 +266,11 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
       with_element<T>(problem.dtype, finish);
   }
 
-  void clear(T* target, int64_t count) const { __builtin_memset(target, 0, count * sizeof(T)); }
-
   // Lane sums of gamma and beta gradients join rows of [2][feature_dim], and begin anew.
   void move_affine(T* lanes, int64_t heads, T* target) const {
     for (int64_t i = 0; i < heads * 2 * sizes.feature_dim; i++)
       target[i] += horizontal_sum<T>(load(lanes + i * kWidth<T>));
-    clear(lanes, heads * 2 * sizes.feature_dim * kWidth<T>);
+    this->clear(lanes, heads * 2 * sizes.feature_dim * kWidth<T>);
   }
 };
 

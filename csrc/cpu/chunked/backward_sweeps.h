@@ -1,21 +1,24 @@
-// The two sweeps of the backward over an item's chunks.
+// The two sweeps of the backward over the chunks of one item: a segment of a sequence, for one kv head and its
+// query heads. It knows no product with a state: Products is BackwardProducts of float.h, or what bf16.h and
+// amx.h make of it. Names are those of backward.h:
+//   queries, forwards, with the forward's state S, z:
+//     dq' = sum_j w k' + (d phi / d q')^T (S ghat - delta z)
+//   keys, backwards, with T = sum of later phi(q') ghat^T and m = -sum of later delta phi(q'):
+//     dk' = sum_i w q' + (d phi / d k')^T (T v + m);   dv = sum_i sim ghat + phi(k') T
+// The first sweep has queries as lanes, the second keys. Without a state (quadratic form) every chunk meets
+// every other. T carries the query's weights, so as a gradient of S it needs no further factor.
 #pragma once
 
-#include "cpu/chunked/backward.h"
+#include "cpu/chunked/float.h"
 
 namespace rebased::cpu::REBASED_ISA {
 
-template <class T, class Base = BackwardCall<T>>
-struct BackwardSweeps : Base {
-  using Scratch = typename Base::Scratch;
-  using Base::Base, Base::problem, Base::sizes, Base::pairs, Base::statistics, Base::token_block;
+template <class T, class Products = BackwardProducts<T>>
+struct BackwardSweeps : Products {
+  using Scratch = typename Products::Scratch;
+  using Products::Products, Products::problem, Products::sizes, Products::token_block;
 
-  Tokens<T> key_tokens(const Item& item) const {
-    return head_tokens<T>(problem, sizes, false, statistics, item.batch, item.kv_head);
-  }
-  Tokens<T> query_tokens(const Item& item, int64_t head) const {
-    return head_tokens<T>(problem, sizes, true, statistics, item.batch, head);
-  }
+  Scratch scratch(Arena& arena) const { return Scratch(sizes, this->group(), arena); }
   void add_keys_to_state(const Scratch& scratch, int rows, T* state) const {
     this->template add_to_state<false>(scratch, scratch.keys, nullptr, scratch.values, rows, state);
   }
@@ -33,19 +36,22 @@ struct BackwardSweeps : Base {
     return smaller(item.begin + (chunks * 13 + 15) / 16 * sizes.chunk, item.end);
   }
 
+  // start_state(item, queries, state) brings the state before an item's queries, or after its keys, and returns
+  // whether it is zero.
   template <class Start>
-  void run(const Item& item, const Scratch& scratch, const Start& start_state) const {
+  void run(const Item& item, int64_t /*heads*/, const Scratch& scratch, const Start& start_state) const {
+    [[maybe_unused]] const typename Products::Registers registers{};
     const int64_t shared = shared_from(item), affine = item.number * 2 * sizes.feature_dim;
     if (item.part == 1) {
-      bool state_is_zero = start_state(true);
+      bool state_is_zero = start_state(item, true, scratch.state);
       start_long_sums(item, scratch, scratch.state);
       sweep_queries(item, scratch, state_is_zero);
       if (shared == item.end) return;
-      state_is_zero = start_state(false);
+      state_is_zero = start_state(item, false, scratch.state);
       start_long_sums(item, scratch, scratch.state);
       return sweep_keys(item, scratch, state_is_zero, shared, item.end, this->shared_key_affine + affine);
     }
-    bool state_is_zero = start_state(false);
+    bool state_is_zero = start_state(item, false, scratch.state);
     start_long_sums(item, scratch, scratch.state);
     for (int64_t row = last_chunk(item.begin, item.end); row >= shared; row -= sizes.chunk) {
       scratch.queue->clear();
@@ -71,8 +77,8 @@ struct BackwardSweeps : Base {
   void sweep_queries(const Item& item, const Scratch& scratch, bool state_is_zero) const {
     const BackwardProblem& p = problem;
     const Sizes<T>& s = sizes;
-    const int64_t group = p.heads / p.kv_heads;
-    const Tokens<T> keys = key_tokens(item);
+    const int64_t group = this->group();
+    const Tokens<T> keys = this->key_tokens(item);
     T* const grad_affine = this->query_affine + item.number * group * 2 * s.feature_dim;
     this->clear(scratch.grad_affine, group * 2 * s.feature_dim * kWidth<T>);
     this->clear(grad_affine, group * 2 * s.feature_dim);
@@ -88,7 +94,7 @@ struct BackwardSweeps : Base {
       }
       for (int64_t g = 0; g < group; g++) {
         const int64_t head = item.kv_head * group + g;
-        const Tokens<T> queries = query_tokens(item, head);
+        const Tokens<T> queries = this->query_tokens(item, head);
         this->pack_tokens(queries, row, rows, next, scratch.queries, scratch.normalized,
                           scratch.inverse_deviation);
         this->pack_gradients(scratch, item.batch, head, row, rows, next);
@@ -122,8 +128,8 @@ struct BackwardSweeps : Base {
                   int64_t item_end, T* grad_affine) const {
     const BackwardProblem& p = problem;
     const Sizes<T>& s = sizes;
-    const int64_t group = p.heads / p.kv_heads;
-    const Tokens<T> keys = key_tokens(item);
+    const int64_t group = this->group();
+    const Tokens<T> keys = this->key_tokens(item);
     const bool keep_state = item.first && begin == item.begin && p.grad_initial_state.kv;
     this->clear(scratch.grad_affine, 2 * s.feature_dim * kWidth<T>);
     this->clear(grad_affine, 2 * s.feature_dim);
@@ -149,7 +155,7 @@ struct BackwardSweeps : Base {
       }
       for (int64_t g = 0; g < group; g++) {
         const int64_t head = item.kv_head * group + g;
-        const Tokens<T> queries = query_tokens(item, head);
+        const Tokens<T> queries = this->query_tokens(item, head);
         const Ahead next{scratch.queue, item.quadratic ? s.chunk : -s.chunk};
         const int64_t end = item.quadratic ? item.sequence_end : row + rows;
         for (int64_t query = row; query < end; query += s.chunk) {
@@ -187,7 +193,8 @@ struct BackwardSweeps : Base {
 
   // What an item adds to S (keys) or to T and m (queries), from zero.
   void local_key_state(const Item& item, const Scratch& scratch, T* state) const {
-    const Tokens<T> keys = key_tokens(item);
+    [[maybe_unused]] const typename Products::Registers registers{};
+    const Tokens<T> keys = this->key_tokens(item);
     this->clear(state, sizes.state_size);
     start_long_sums(item, scratch, state);
     const Ahead next{scratch.queue, sizes.chunk};
@@ -200,6 +207,7 @@ struct BackwardSweeps : Base {
     }
   }
   void local_query_state(const Item& item, const Scratch& scratch, T* state) const {
+    [[maybe_unused]] const typename Products::Registers registers{};
     this->clear(state, sizes.state_size);
     start_long_sums(item, scratch, state);
     for (int64_t row = item.begin; row < item.end; row += sizes.chunk) {
@@ -210,10 +218,10 @@ struct BackwardSweeps : Base {
   // T and m take in the queries of one chunk; the next one lies `ahead` rows on.
   void add_queries(const Item& item, const Scratch& scratch, int64_t row, int rows, int64_t ahead,
                    T* state) const {
-    const int64_t group = problem.heads / problem.kv_heads;
+    const int64_t group = this->group();
     const Ahead next{scratch.queue, ahead};
     for (int64_t head = item.kv_head * group; head < (item.kv_head + 1) * group; head++) {
-      this->pack_tokens(query_tokens(item, head), row, rows, next, scratch.queries);
+      this->pack_tokens(this->query_tokens(item, head), row, rows, next, scratch.queries);
       this->pack_gradients(scratch, item.batch, head, row, rows, next);
       add_queries_to_state(scratch, rows, state);
     }

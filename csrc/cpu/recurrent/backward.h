@@ -25,9 +25,7 @@ struct ElementwiseBackward : ElementwiseCall<T>, GradientTargets<T> {
                        !p.grad_initial_state.kv;
     if (this->share_keys) shared_columns = sizes.value_columns / 2 / kLanes<T> * kLanes<T>;
   }
-  Scratch scratch(Arena& arena) const {
-    return Scratch(sizes, this->all_groups(), arena, true, this->all_heads());
-  }
+  Scratch scratch(Arena& arena) const { return Scratch(sizes, group(), arena, true, this->all_heads()); }
 
   // `ahead` here and below: where the sweep goes on, in rows.
   Stream<const T*> gradient_rows(const Scratch& scratch, const Item& item, int64_t row, int tokens,
@@ -62,7 +60,6 @@ struct ElementwiseBackward : ElementwiseCall<T>, GradientTargets<T> {
         return sum;
       });
   }
-  void clear(T* target, int64_t count) const { __builtin_memset(target, 0, count * sizeof(T)); }
 
   // phi(q) r of the group's queries; and, backwards, what they add to m: m after each token.
   void pack_weighted_queries(const Scratch& scratch, const Item& item, int64_t row, int tokens,
@@ -259,7 +256,7 @@ struct ElementwiseBackward : ElementwiseCall<T>, GradientTargets<T> {
   }
 
   template <class Start>
-  void run_heads(const Item& first, int64_t count, const Scratch& scratch, const Start& start_state) const {
+  void run(const Item& first, int64_t count, const Scratch& scratch, const Start& start_state) const {
     if (first.part == 0)
       return sweep_keys(first, count, scratch, start_state, true, shared_columns, sizes.value_columns);
     sweep_queries(first, count, scratch, start_state);

@@ -50,8 +50,7 @@ struct ElementwiseScratch {
 template <class T>
 struct ElementwiseCall : Call<T> {
   using Scratch = ElementwiseScratch<T>;
-  static constexpr int64_t kHeadsTogether = kMostHeads;
-  using Call<T>::Call, Call<T>::base, Call<T>::sizes, Call<T>::statistics;
+  using Call<T>::Call, Call<T>::base, Call<T>::sizes, Call<T>::statistics, Call<T>::group;
   static constexpr int64_t kStateBytes = 20 << 10;  // most of a state, of which each head has its own
 
   // A head's row is a few cache lines. Where those of the other heads lie between it and its next row, heads
@@ -72,8 +71,6 @@ struct ElementwiseCall : Call<T> {
     }
   }
 
-  int64_t group() const { return base.heads / base.kv_heads; }
-  int64_t all_groups() const { return base.kv_heads ? group() : 0; }  // of a worker's scratch
   int width() const { return sizes.feature_pad; }
 
   // Operands in scratch, [token][row_width].

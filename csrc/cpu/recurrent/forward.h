@@ -16,9 +16,7 @@ struct ElementwiseForward : ElementwiseCall<T> {
 
   ElementwiseForward(const ForwardProblem& p, int threads, Arena& arena, bool needs_state, int64_t parts)
       : Base(p, threads, arena, needs_state, parts), problem(p) {}
-  Scratch scratch(Arena& arena) const {
-    return Scratch(sizes, this->all_groups(), arena, false, this->all_heads());
-  }
+  Scratch scratch(Arena& arena) const { return Scratch(sizes, group(), arena, false, this->all_heads()); }
 
   void local_state(const Item& item, const Scratch& scratch, T* state) const {
     this->add_keys(item, scratch, state);
@@ -80,7 +78,7 @@ struct ElementwiseForward : ElementwiseCall<T> {
 
   // `count` heads from that of `first` on; start_state(item, state) brings the state before an item.
   template <class Start>
-  void run_heads(const Item& first, int64_t count, const Scratch& scratch, const Start& start_state) const {
+  void run(const Item& first, int64_t count, const Scratch& scratch, const Start& start_state) const {
     this->for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {
       start_state(item, own.state);
       own.long_sums[0]->start(sizes, item.end - item.begin, own.state);

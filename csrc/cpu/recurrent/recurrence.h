@@ -36,6 +36,33 @@ struct Recurrence {
   T* state;         // [panel of lanes][rows][columns of the panel]
 };
 
+// A tile of the state, [Rows][NV vectors], from memory and back.
+template <class T, int Rows, int NV>
+REBASED_INLINE void load_tile(Vector<T> (&tile)[Rows][NV], const T* state, int64_t stride) {
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; n++) tile[r][n] = load(state + r * stride + n * kWidth<T>);
+}
+template <class T, int Rows, int NV>
+REBASED_INLINE void store_tile(const Vector<T> (&tile)[Rows][NV], T* state, int64_t stride) {
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; n++) store(state + r * stride + n * kWidth<T>, tile[r][n]);
+}
+// The tile takes in a token: Rows scalars of a times NV vectors of b.
+template <class T, int Rows, int NV>
+REBASED_INLINE void update_tile(Vector<T> (&tile)[Rows][NV], const T* a, const T* b) {
+  Vector<T> columns[NV];
+#pragma GCC unroll 2
+  for (int n = 0; n < NV; n++) columns[n] = load(b + n * kWidth<T>);
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; n++) tile[r][n] += a[r] * columns[n];
+}
+
 template <class T, int Rows, int NV, bool Single>
 inline void recur_tile(const Recurrence<T>& call, bool accumulate, int row, int lane, T* state,
                        int64_t stride) {
@@ -45,23 +72,14 @@ inline void recur_tile(const Recurrence<T>& call, bool accumulate, int row, int 
   const Stream<T*> sums = call.sums.from(lane);
   const int updates = Single ? 1 : call.updates, queries = Single ? 1 : call.queries;
   Vector<T> tile[Rows][NV];
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 2
-    for (int n = 0; n < NV; n++) tile[r][n] = load(state + r * stride + n * kWidth<T>);
+  load_tile<T>(tile, state, stride);
   for (int64_t token = 0; token < call.tokens; token++) {
     for (int64_t head = 0; head < updates; head++) {
       const T* a = update_rows.data + token * update_rows.token_stride + head * update_rows.head_stride;
       const T* b = update_lanes.data + token * update_lanes.token_stride + head * update_lanes.head_stride;
       __builtin_prefetch(a + update_rows.ahead, 0, 2);
       __builtin_prefetch(b + update_lanes.ahead, 0, 2);
-      Vector<T> columns[NV];
-#pragma GCC unroll 2
-      for (int n = 0; n < NV; n++) columns[n] = load(b + n * kWidth<T>);
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 2
-        for (int n = 0; n < NV; n++) tile[r][n] += a[r] * columns[n];
+      update_tile<T>(tile, a, b);
     }
     for (int64_t head = 0; head < queries; head++) {
       const T* a = query_rows.data + token * query_rows.token_stride + head * query_rows.head_stride;
@@ -80,37 +98,22 @@ inline void recur_tile(const Recurrence<T>& call, bool accumulate, int row, int 
       for (int n = 0; n < NV; n++) store(target + n * kWidth<T>, sum[0][n] + sum[1][n]);
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 2
-    for (int n = 0; n < NV; n++) store(state + r * stride + n * kWidth<T>, tile[r][n]);
+  store_tile<T>(tile, state, stride);
 }
 
 // The updates alone, of one head: a plain sum of products, with nothing between the multiply-adds.
 template <class T, int Rows, int NV>
-inline void update_tile(int64_t tokens, const Stream<const T*>& rows, const Stream<const T*>& lanes, T* state,
-                        int64_t stride) {
+inline void update_state_tile(int64_t tokens, const Stream<const T*>& rows, const Stream<const T*>& lanes,
+                              T* state, int64_t stride) {
   Vector<T> tile[Rows][NV];
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 2
-    for (int n = 0; n < NV; n++) tile[r][n] = load(state + r * stride + n * kWidth<T>);
+  load_tile<T>(tile, state, stride);
   const T *a = rows.data, *b = lanes.data;
 #pragma GCC unroll 4
   for (int64_t token = 0; token < tokens; token++) {
-    Vector<T> columns[NV];
-#pragma GCC unroll 2
-    for (int n = 0; n < NV; n++) columns[n] = load(b + n * kWidth<T>);
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 2
-      for (int n = 0; n < NV; n++) tile[r][n] += a[r] * columns[n];
+    update_tile<T>(tile, a, b);
     a += rows.token_stride, b += lanes.token_stride;
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 2
-    for (int n = 0; n < NV; n++) store(state + r * stride + n * kWidth<T>, tile[r][n]);
+  store_tile<T>(tile, state, stride);
 }
 
 // body(Constant<rows of the tile>, Constant<its vectors>, row, lane, its place in the state, its stride)
@@ -155,7 +158,7 @@ inline void add_updates(const Recurrence<T>& call, T* state) {
     for_state_tiles<T>(call, state, [&](auto rows, auto vectors, int row, int lane, T* tile, int stride) {
       const Stream<const T*> a = call.update_rows.from(row + head * call.update_rows.head_stride),
                              b = call.update_lanes.from(lane + head * call.update_lanes.head_stride);
-      update_tile<T, decltype(rows)::value, decltype(vectors)::value>(call.tokens, a, b, tile, stride);
+      update_state_tile<T, decltype(rows)::value, decltype(vectors)::value>(call.tokens, a, b, tile, stride);
     });
 }
 

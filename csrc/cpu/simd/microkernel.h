@@ -26,6 +26,13 @@ struct Tile {
 #pragma GCC unroll 2
       for (int n = 0; n < NV; n++) sum[r][n] = load(source + r * stride + n * kWidth<T>);
   }
+  // From rows that hold earlier sums, or from zero.
+  REBASED_INLINE void start(bool from_rows, const T* source, int64_t stride) {
+    if (from_rows)
+      load_rows(source, stride);
+    else
+      zero();
+  }
   REBASED_INLINE void add_rows(const T* source, int64_t stride) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++)
@@ -37,6 +44,26 @@ struct Tile {
     for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 2
       for (int n = 0; n < NV; n++) store(target + r * stride + n * kWidth<T>, sum[r][n]);
+  }
+
+  // sum[r][n] = or += rows[r] columns[n]
+  REBASED_INLINE void set_outer(const T* rows, const Vector<T>* columns) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) sum[r][n] = rows[r] * columns[n];
+  }
+  REBASED_INLINE void add_outer(const T* rows, const Vector<T>* columns) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) sum[r][n] += rows[r] * columns[n];
+  }
+  REBASED_INLINE void scale_rows(const T* factors) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) sum[r][n] *= factors[r];
   }
 
   // a(r, k) = a[r * RowStride + k * DepthStride], b[k][:] = b + k * ColumnStride

@@ -18,6 +18,7 @@
 #endif
 
 #define REBASED_INLINE inline __attribute__((always_inline))
+#define REBASED_INLINE_LAMBDA __attribute__((always_inline))  // after a lambda's parameters
 
 namespace rebased::cpu::REBASED_ISA {
 
@@ -53,11 +54,11 @@ template <class T>
 constexpr int kLanes = kVectors * kWidth<T>;  // tokens of a block, and columns of a panel of values
 // Rows of a tile: kRows * kVectors accumulators and kVectors operands fill the register file.
 constexpr int kRows = REBASED_VECTOR_BYTES == 64 ? 8 : 4;
-// Features are padded to whole tiles: with AMX to whole products of amx_products.h.
+// Rows of one product with a state, to which features are padded: one tile, or with AMX two by two registers.
 #if defined(__AMX_BF16__)
-constexpr int kFeatureMultiple = 32;
+constexpr int kProductRows = 32;
 #else
-constexpr int kFeatureMultiple = kRows;
+constexpr int kProductRows = kRows;
 #endif
 
 template <class T>

@@ -24,6 +24,14 @@ REBASED_INLINE void feature_tile(const FeaturePair<T>* pairs, const T* X, T* tar
   }
 }
 
+// A block's weights by token; null: 1.
+template <class T>
+REBASED_INLINE void load_weights(const T* token_weights, Vector<T> (&weights)[kVectors]) {
+#pragma GCC unroll 2
+  for (int n = 0; n < kVectors; n++)
+    weights[n] = token_weights ? load(token_weights + n * kWidth<T>) : broadcast<T>(1);
+}
+
 // state += sum over the chunk's tokens of phi(token) values^T. `tokens` is q' or k' of the chunk; Weighted
 // puts the query's weights on; token_weights (by token of the chunk, null: 1) goes with the denominator's
 // state only. Long: the sum goes to `sums`, and the state is made of these. features: scratch,
@@ -43,9 +51,7 @@ inline void update_state_as(const Sizes<T>& s, const FeaturePair<T>* pairs, cons
     for (int r = 0; r < kRows; r++) phi_sums[r] = Vector<T>{};
     for (int b = 0; b < blocks; b++) {
       Vector<T> weights[kVectors];
-#pragma GCC unroll 2
-      for (int n = 0; n < kVectors; n++)
-        weights[n] = token_weights ? load(token_weights + b * kLanes<T> + n * kWidth<T>) : broadcast<T>(1);
+      load_weights(token_weights ? token_weights + b * kLanes<T> : nullptr, weights);
       feature_tile<T, Weighted>(pairs + f, tokens + b * token_block, features + b * phi_block,
                                 [&](int r, int n, Vector<T> phi) { phi_sums[r] += phi * weights[n]; });
     }
@@ -121,15 +127,11 @@ template <class T, bool Weighted>
 inline void state_gradient(const Sizes<T>& s, const FeaturePair<T>* pairs, const T* state, const T* values,
                            const T* token_weights, const T* X, T* dX, PrefetchQueue* queue) {
   Vector<T> weights[kVectors];
-  for (int n = 0; n < kVectors; n++)
-    weights[n] = token_weights ? load(token_weights + n * kWidth<T>) : broadcast<T>(1);
+  load_weights(token_weights, weights);
   for (int f = 0; f < s.feature_pad; f += kRows) {
     queue->advance();
     Tile<T, kVectors> tile;
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; r++)
-#pragma GCC unroll 2
-      for (int n = 0; n < kVectors; n++) tile.sum[r][n] = state[s.state_kv + f + r] * weights[n];
+    tile.set_outer(state + s.state_kv + f, weights);
     for_panels<T>(s.value_columns, [&](auto vectors, int column) {
       constexpr int columns = decltype(vectors)::value * kWidth<T>;
       tile.template multiply_rows<columns>(columns, state + int64_t(column) * s.feature_pad + f * columns,
