@@ -1,23 +1,23 @@
 // What forward and backward share: the part of the workspace that all workers see, the passes before and
-// between the items, and the packing of a chunk.
+// between the items, and the packing of a chunk. It includes simd/ and tokens/, and no code of one direction.
 //
 // A sequence that is cut into segments takes three passes: the state that each segment adds, from zero; the
-// running sums of these in order (from the initial state); then the items, each from its own start state.
+// running sums of these in order, from the initial state; then the items, each from its own start state.
 #pragma once
 
 #include "cpu/tokens/features.h"
 
 namespace rebased::cpu::REBASED_ISA {
 
-// Where the sweeps of a backward leave the gradients of q and k (LayerNorm::token ends them in a later pass)
-// and of gamma and beta.
+// Where the sweeps of a backward leave the gradients of q and k, which LayerNorm::token takes on in a later
+// pass, and those of gamma and beta.
 template <class T>
 struct GradientTargets {
   MutableRows query_target, key_target;
-  bool accumulator_target;       // those are in T, not in the problem's dtype
+  bool accumulator_target;       // both targets are in T, not in the problem's dtype
   T *query_affine, *key_affine;  // [item][query head of the group or 1][2][feature_dim]
-  T* shared_key_affine;          // the same, of keys that the worker of the queries took
-  bool share_keys = false;       // whether it takes some
+  T* shared_key_affine;          // what the worker of the queries adds to key_affine for keys that it takes
+  bool share_keys = false;       // whether the worker of the queries takes some of the keys
 
   GradientTargets(const BackwardProblem& p, Arena& arena) : query_target(p.grad_q), key_target(p.grad_k) {
     accumulator_target = p.layer_norm == LayerNorm::token && !is_accumulator<T>(p.dtype);
@@ -30,10 +30,11 @@ struct GradientTargets {
   }
 };
 
-// Tokens of a chunk. Scores cost chunk * (feature_dim + head_dim) a token and the states' products the same
-// whatever the chunk, so the shortest chunk that amortises reading and writing a state is best: AMX makes the
-// products cheap beside that. The quadratic form, which large feature_dim uses, packs keys once per chunk of
-// queries. The recurrence of the elementwise maps only wants its chunk to stay in the first cache.
+// Tokens of a chunk. Scores cost chunk * (feature_dim + head_dim) a token, and a state's products cost the
+// same whatever the chunk is, so the shortest chunk that amortises reading and writing a state is best. With
+// AMX that is longer, since its products are cheap beside that traffic. The quadratic form, which a large
+// feature_dim takes, packs keys once per chunk of queries. The recurrence of the elementwise maps only wants
+// its chunk to stay in the first cache.
 template <class T>
 inline int chunk_length(const Problem& p) {
 #if defined(__AMX_BF16__)
@@ -44,9 +45,9 @@ inline int chunk_length(const Problem& p) {
   return is_elementwise(p) ? 64 : p.feature_dim <= 32 ? chunk : 128;
 }
 
-// Where a chunk of keys meets block b of queries: body(Constant<vectors>, Constant<masked>, key) for each tile of
-// kRows keys that these queries may see, `diagonal` where the chunk is their own. A tile of one vector is the
-// second of the block's two: the first sees none of its keys.
+// A chunk of keys meets block b of queries: calls body(Constant<vectors>, Constant<masked>, key) for each
+// tile of kRows keys that these queries may see. `diagonal` says that the chunk is their own. A tile of one
+// vector is the second of the block's two, since the first sees none of its keys.
 template <class T, class Body>
 REBASED_INLINE void for_seen_keys(int b, int key_rows, bool diagonal, const Body& body) {
   const int end = diagonal ? smaller(key_rows, (b + 1) * kLanes<T>) : key_rows;
@@ -61,11 +62,12 @@ REBASED_INLINE void for_seen_keys(int b, int key_rows, bool diagonal, const Body
   }
 }
 
-// The workspace of a call: what all workers share, then a scratch of each worker, which take(arena) makes.
+// The workspace of a call begins with what all workers share.
 template <class AnyProblem>
 inline Arena workspace_of(const AnyProblem& p, const Parallel* parallel) {
   return {parallel ? static_cast<char*>(p.workspace) : nullptr};
 }
+// After it lies a scratch of each worker, which take(arena) makes.
 template <class Take>
 class Scratches {
  public:
@@ -92,9 +94,9 @@ struct Call {
   Sizes<T> sizes;
   Schedule<T> schedule;
   FeaturePair<T>* pairs;
-  T* statistics;  // mean, rstd of q, mean, rstd of k, each (batch, seqlen); null unless LayerNorm::token
+  T* statistics;  // mean and rstd of q, then of k, each (batch, seqlen); null unless LayerNorm::token
 
-  // With an arena of null base only the arena's size counts.
+  // With an arena whose base is null only the arena's size counts.
   Call(const Problem& p, int threads, Arena& arena, bool needs_state, int64_t parts)
       : base(p), sizes(p, chunk_length<T>(p)) {
     schedule.sequences = arena.take<Sequence>(p.num_sequences);
@@ -105,7 +107,7 @@ struct Call {
     if (pairs) fill_feature_pairs(p, sizes, pairs);
   }
 
-  int64_t heads_together(int /*threads*/) const { return 1; }  // that a worker walks side by side
+  int64_t heads_together(int /*threads*/) const { return 1; }  // how many a worker walks side by side
   int64_t group() const { return base.kv_heads ? base.heads / base.kv_heads : 0; }
   int64_t token_block() const { return int64_t(sizes.feature_rows) * kLanes<T>; }
   Tokens<T> key_tokens(const Item& item) const {
@@ -121,7 +123,7 @@ struct Call {
     return cut ? arena.take<T>(most_items * sizes.state_size) : nullptr;
   }
 
-  // The packing of a chunk also queues the rows that the sweep packs next.
+  // Packs tokens of a chunk, and queues the rows that the sweep packs next. H and inv: as in pack_block.
   void pack_tokens(const Tokens<T>& t, int64_t row, int rows, const Ahead& ahead, T* X, T* H = nullptr,
                    T* inv = nullptr) const {
     const int64_t block = token_block();
@@ -149,8 +151,9 @@ struct Call {
                      width * bytes);
   }
 
-  static constexpr int64_t kRowsOfItem = 256;  // tokens of one item of the passes over whole tokens
+  static constexpr int64_t kRowsOfItem = 256;  // tokens of an item in the passes over whole tokens
 
+  // LayerNorm::token: mean and rstd of every token, over all its heads.
   void compute_statistics(const Parallel& parallel, bool of_queries = true, bool of_keys = true) const {
     if (!statistics) return;
     const Problem& p = base;
@@ -174,8 +177,8 @@ struct Call {
     const int64_t segment = reversed ? sequence.segments - 1 - n : n;
     return states + ((sequence.first_segment + segment) * base.kv_heads + kv_head) * sizes.state_size;
   }
-  // states: what each segment added. Becomes the state before each segment (after it, when reversed), the
-  // given one included.
+  // On entry `states` holds what each segment added; on return it holds the state before each segment, or
+  // after it when reversed, the given state included.
   void sum_states(const Parallel& parallel, T* states, const ConstState& given, bool reversed) const {
     const Problem& p = base;
     for_items(parallel, p.num_sequences * p.kv_heads, [&](int64_t item, int) {
@@ -197,8 +200,8 @@ struct Call {
     });
   }
 
-  // Brings an item's start state: the given one for the first item on the way, else what sum_states made of its
-  // segment. Returns whether it is zero. The quadratic form has none.
+  // Brings an item's start state: the given one for the first item on the way, else what sum_states made of
+  // its segment. Returns whether it is zero. The quadratic form has none.
   bool take_start_state(const Item& item, bool first, const ConstState& given, const T* states,
                         T* state) const {
     if (item.quadratic) return true;
@@ -209,7 +212,7 @@ struct Call {
     return first && !given.kv;
   }
 
-  // Rows of a packed batch that belong to no sequence.
+  // Zeroes the rows of a packed batch that belong to no sequence.
   void zero_unowned_rows(const MutableRows& rows, int64_t heads, int64_t width) const {
     const Problem& p = base;
     if (!schedule.packed || !rows.data) return;

@@ -1,4 +1,5 @@
-// Backward of a whole problem: workspace, passes, items, and the sums over items.
+// Backward of a whole problem: workspace, passes, items, and the sums over items. It includes both kinds of
+// items, chunked/ and recurrent/, and instances/ alone includes it.
 #pragma once
 
 #include "cpu/chunked/backward_sweeps.h"
@@ -7,8 +8,8 @@
 
 namespace rebased::cpu::REBASED_ISA {
 
-// gamma and beta gradients: sums the items' rows in order. rows: [item][per_item][2][feature_dim], the head
-// of a row is kv_head * per_item + its place.
+// The gradients of gamma and beta: sums the items' rows in order. rows: [item][per_item][2][feature_dim],
+// where the head of a row is kv_head * per_item + its place within the item.
 template <class T>
 inline void sum_affine(const Sizes<T>& s, const T* rows, int64_t items, int64_t kv_heads, int64_t per_item,
                        const Affine& affine, const AffineGradient& gradient) {
@@ -28,6 +29,7 @@ inline void sum_affine(const Sizes<T>& s, const T* rows, int64_t items, int64_t 
   }
 }
 
+// The end of LayerNorm::token's backward, which needs all heads of a token.
 template <class T, class BackwardCall>
 inline void finish_token_gradients(const BackwardCall& call, const Parallel& parallel) {
   const BackwardProblem& p = call.problem;
@@ -56,7 +58,7 @@ inline void finish_token_gradients(const BackwardCall& call, const Parallel& par
   });
 }
 
-// With parallel null only counts the workspace's bytes.
+// Returns the workspace's bytes where `parallel` is null, else 0.
 template <class T, class BackwardCall>
 inline int64_t run_backward_as(const BackwardProblem& p, int threads, const Parallel* parallel) {
   if (p.part == BackwardPart::reverse_state) return run_reverse_state<T, BackwardCall>(p, threads, parallel);

@@ -1,4 +1,5 @@
-// Forward of a whole problem: workspace, passes, items.
+// Forward of a whole problem: workspace, passes, items. It includes both kinds of items, chunked/ and
+// recurrent/, and instances/ alone includes it.
 #pragma once
 
 #include "cpu/chunked/forward_sweep.h"
@@ -7,8 +8,8 @@
 
 namespace rebased::cpu::REBASED_ISA {
 
-// Parts that the value columns are split into: no more than the threads need, whole panels, and only where
-// one sequence and head each would leave threads idle for a whole sweep with a state.
+// Parts that the value columns are split into: whole panels, no more of them than the threads need, and only
+// where items of one sequence and head would leave threads idle for a whole sweep with a state.
 template <class T>
 inline int64_t column_parts(const ForwardProblem& p, int threads, bool needs_state) {
   const Sizes<T> s(p, chunk_length<T>(p));
@@ -19,7 +20,7 @@ inline int64_t column_parts(const ForwardProblem& p, int threads, bool needs_sta
   return quadratic || missing > panels ? 1 : missing;
 }
 
-// With parallel null only counts the workspace's bytes.
+// Returns the workspace's bytes where `parallel` is null, else 0.
 template <class T, class ForwardCall>
 inline int64_t run_forward_as(const ForwardProblem& p, int threads, const Parallel* parallel) {
   if (p.state_only) return run_forward_state<T, ForwardCall>(p, threads, parallel);

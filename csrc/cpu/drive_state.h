@@ -1,6 +1,7 @@
 // The states that rows leave behind, by themselves: S, z of keys and values for a ForwardProblem that is
-// state_only, T, m of queries and their gradients for BackwardPart::reverse_state. One pass over the rows, no
-// output but the state: sequences are cut into segments as elsewhere, and the segments' sums added in order.
+// state_only; T, M of queries and their gradients for BackwardPart::reverse_state. It makes one pass over the
+// rows and writes no output but the state: sequences are cut into segments as elsewhere, and the sums of the
+// segments are added in order. It includes call.h alone; the kind of items is the drivers' choice.
 #pragma once
 
 #include "cpu/call.h"

@@ -1,5 +1,7 @@
-// The products of bf16.h on AMX: the same numbers are rounded, but a product takes a whole block of tokens or
-// kProductRows features at a time. Values fill whole panels.
+// The products of bf16.h on AMX. The same numbers are rounded, but a product takes a whole block of tokens or
+// kProductRows features at a time, and values fill whole panels. What is here differs from bf16.h because a
+// product leaves its sums in memory, where a tile of bf16.h keeps them in registers. It includes bf16.h and
+// amx_products.h.
 #pragma once
 
 #include "cpu/chunked/bf16.h"
@@ -41,6 +43,7 @@ struct AmxForwardProducts : Bf16ForwardOn<TileProducts> {
       }
   }
 
+  // A block of queries against the chunk's own keys and the state.
   void meet(const Scratch& scratch, int b, const Meeting<float>& meeting) const {
     if (meeting.quadratic) return ForwardProducts<float>::meet(scratch, b, meeting);
     const Sizes<float>& s = sizes;

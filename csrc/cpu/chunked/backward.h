@@ -3,8 +3,7 @@
 // out. The products with a state are made in float.h, bf16.h and amx.h, the walks over the chunks in
 // backward_sweeps.h, which has the formulas. It includes call.h alone.
 //
-// ghat = r grad_y and delta = ghat . y of a query; for j <= i, c(i, j) = ghat_i . v_j - delta_i and
-// w(i, j) = c(i, j) d sim / d u.
+// Letters are those of csrc/README.md, and w_ij = c_ij d sim / d u.
 #pragma once
 
 #include "cpu/call.h"
@@ -14,14 +13,14 @@ namespace rebased::cpu::REBASED_ISA {
 template <class T>
 struct BackwardScratch {
   T *keys, *queries;                  // tokens of a chunk
-  T *normalized, *inverse_deviation;  // of the side whose gradient is made
+  T *normalized, *inverse_deviation;  // of the tokens whose gradient is made
   T *values, *gradients;              // values of a chunk: v, ghat
   T* delta;                           // [chunk]: -delta
-  T* transposed;                      // [block][value_columns][kLanes]: ghat or v of the lanes
-  T *scores, *weights;                // [token of the other side][kLanes]: sim, w
+  T* transposed;                      // [block][value_columns][kLanes]: ghat or v of the tokens in lanes
+  T *scores, *weights;                // [token of the other side][kLanes]: sim and w
   T* slab;                            // [feature of the slab][kLanes]
   T* row_slab;                        // [block][kRows][kLanes]
-  T* grad_tokens;                     // tokens: dq' or dk'
+  T* grad_tokens;                     // tokens: grad q' or grad k'
   T* grad_values;                     // [block]: values of kLanes rows
   T* grad_affine;                     // [query head of the group][2][feature_dim][kWidth]
   T* state;
@@ -59,7 +58,7 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
     this->share_keys = arena.base && p.part == BackwardPart::all && this->schedule.items() <= threads;
   }
 
-  // ghat and -delta of a chunk of queries.
+  // Packs ghat and -delta of a chunk of queries.
   void pack_gradients(const BackwardScratch<T>& scratch, int64_t batch, int64_t head, int64_t row, int rows,
                       const Ahead& ahead) const {
     const BackwardProblem& p = problem;
@@ -87,7 +86,7 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
     });
   }
 
-  // values of a chunk to [block][value_columns][kLanes]
+  // target: [block][value_columns][kLanes] takes the values of a chunk.
   void transpose_values(const T* values, int rows, T* target) const {
     for (int b = 0; b * kLanes<T> < rows; b++)
       for_panels<T>(sizes.value_columns, [&](auto vectors, int column) {
@@ -121,7 +120,7 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
     }
   }
 
-  // Block b of queries (lanes) against a chunk of keys: adds to dq'.
+  // Block b of queries (lanes) meets a chunk of keys: adds to grad q'.
   void meet_keys(const BackwardScratch<T>& scratch, int b, int key_rows, bool diagonal) const {
     for_seen_keys<T>(b, key_rows, diagonal, [&](auto vectors, auto masked, int j) REBASED_INLINE_LAMBDA {
       constexpr int NV = decltype(vectors)::value;
@@ -132,7 +131,7 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
     const int end = diagonal ? smaller(key_rows, (b + 1) * kLanes<T>) : key_rows;
     add_weighted_tokens(scratch.keys, scratch.weights, 0, end, scratch.grad_tokens + b * token_block());
   }
-  // The first of two vectors of a tile that the diagonal leaves out.
+  // Clears one of a tile's two vectors, which the diagonal leaves out.
   static void clear_vector(T* rows) {
     for (int r = 0; r < kRows; r++) store(rows + r * kLanes<T>, Vector<T>{});
   }
@@ -166,7 +165,7 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
     multiply_weights(c, weights);
   }
 
-  // weights: c times d sim / d u, which stands there already, 0 where unseen.
+  // Multiplies the weights by c: d sim / d u stands there already, and 0 for unseen tokens.
   template <int NV>
   REBASED_INLINE void multiply_weights(const Tile<T, NV>& c, T* weights) const {
 #pragma GCC unroll 8
@@ -178,7 +177,7 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
       }
   }
 
-  // Block b of keys (lanes) against a chunk of queries: adds to dk' and dv.
+  // Block b of keys (lanes) meets a chunk of queries: adds to grad k' and grad v.
   void meet_queries(const BackwardScratch<T>& scratch, int b, int query_rows, bool diagonal) const {
     const Sizes<T>& s = sizes;
     const int begin = diagonal ? b * kLanes<T> : 0;
@@ -245,7 +244,7 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
     multiply_weights(c, weights);
   }
 
-  // The gradient of q' or k' of a chunk to that of q or k, and out.
+  // Makes the gradient of q or k of that of q' or k' of a chunk, and writes it out.
   void finish_tokens(const BackwardScratch<T>& scratch, const Tokens<T>& t, int64_t row, int rows,
                      const MutableRows& target, int64_t batch, int64_t head, T* grad_affine) const {
     const auto finish = [&](auto element) {
@@ -266,7 +265,7 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
       with_element<T>(problem.dtype, finish);
   }
 
-  // Lane sums of gamma and beta gradients join rows of [2][feature_dim], and begin anew.
+  // The lane sums for gamma and beta join rows of [2][feature_dim], and begin anew.
   void move_affine(T* lanes, int64_t heads, T* target) const {
     for (int64_t i = 0; i < heads * 2 * sizes.feature_dim; i++)
       target[i] += horizontal_sum<T>(load(lanes + i * kWidth<T>));

@@ -1,10 +1,14 @@
-// The two sweeps of the backward over the chunks of one item: a segment of a sequence, for one kv head and its
-// query heads. It knows no product with a state: Products is BackwardProducts of float.h, or what bf16.h and
-// amx.h make of it. Names are those of backward.h:
+// The two sweeps of the backward over the chunks of one item: a segment of a sequence, for one kv head and
+// its query heads. It knows no product with a state: Products is BackwardProducts of float.h, or what bf16.h
+// and amx.h make of it.
+//
+// With ghat = r grad_y and delta = ghat . y of a query i, and for keys j <= i
+// c_ij = ghat_i . v_j - delta_i and w_ij = c_ij d sim / d u:
 //   queries, forwards, with the forward's state S, z:
-//     dq' = sum_j w k' + (d phi / d q')^T (S ghat - delta z)
-//   keys, backwards, with T = sum of later phi(q') ghat^T and m = -sum of later delta phi(q'):
-//     dk' = sum_i w q' + (d phi / d k')^T (T v + m);   dv = sum_i sim ghat + phi(k') T
+//     grad q'_i = sum_j w_ij k'_j + (d phi / d q')^T (S ghat_i - delta_i z)
+//   keys, backwards, with T = sum of later phi(q') ghat^T and M = -sum of later delta phi(q'):
+//     grad k'_j = sum_i w_ij q'_i + (d phi / d k')^T (T v_j + M)
+//     grad v_j = sum_i sim(i, j) ghat_i + phi(k'_j) T
 // The first sweep has queries as lanes, the second keys. Without a state (quadratic form) every chunk meets
 // every other. T carries the query's weights, so as a gradient of S it needs no further factor.
 #pragma once
@@ -19,6 +23,7 @@ struct BackwardSweeps : Products {
   using Products::Products, Products::problem, Products::sizes, Products::token_block;
 
   Scratch scratch(Arena& arena) const { return Scratch(sizes, this->group(), arena); }
+
   void add_keys_to_state(const Scratch& scratch, int rows, T* state) const {
     this->template add_to_state<false>(scratch, scratch.keys, nullptr, scratch.values, rows, state);
   }
@@ -27,17 +32,17 @@ struct BackwardSweeps : Products {
                                       state);
   }
 
-  // Three products with a state a token in the keys' sweep, two in the queries': where nothing else keeps a
-  // thread busy, the worker of the queries also takes the keys from this row on. The other then brings T past
-  // them, by the same sums in the same order.
+  // The row from which on the worker of the queries takes the keys too, where nothing else keeps a thread
+  // busy: a token has three products with a state in the keys' sweep and two in the queries'. The worker of
+  // the keys then brings T past these rows, by the same sums in the same order.
   int64_t shared_from(const Item& item) const {
     const int64_t chunks = (item.end - item.begin + sizes.chunk - 1) / sizes.chunk;
     if (!this->share_keys || item.quadratic) return item.end;
     return smaller(item.begin + (chunks * 13 + 15) / 16 * sizes.chunk, item.end);
   }
 
-  // start_state(item, queries, state) brings the state before an item's queries, or after its keys, and returns
-  // whether it is zero.
+  // start_state(item, queries, state) brings the state before an item's queries, or after its keys, and
+  // returns whether it is zero.
   template <class Start>
   void run(const Item& item, int64_t /*heads*/, const Scratch& scratch, const Start& start_state) const {
     [[maybe_unused]] const typename Products::Registers registers{};
@@ -64,8 +69,7 @@ struct BackwardSweeps : Products {
   void start_long_sums(const Item& item, const Scratch& scratch, const T* state) const {
     if (!item.quadratic) scratch.long_sums->start(sizes, item.end - item.begin, state);
   }
-  // Whether the sums for gamma and beta of all rows so far, of which `row` is the last chunk's, are to begin
-  // anew.
+  // Whether the sums for gamma and beta are to begin anew after the chunk that begins at `row`.
   bool ends_fold(int64_t row) const {
     return sizes.has_long_rows && row / sizes.chunk % (kFoldRows / sizes.chunk) == 0;
   }
@@ -73,7 +77,7 @@ struct BackwardSweeps : Products {
     return begin + ((end - begin + sizes.chunk - 1) / sizes.chunk - 1) * sizes.chunk;
   }
 
-  // dq of an item, from its start state S.
+  // grad q of an item, from its start state S.
   void sweep_queries(const Item& item, const Scratch& scratch, bool state_is_zero) const {
     const BackwardProblem& p = problem;
     const Sizes<T>& s = sizes;
@@ -123,7 +127,7 @@ struct BackwardSweeps : Products {
     this->move_affine(scratch.grad_affine, group, grad_affine);
   }
 
-  // dk and dv of rows [begin, item_end) of an item, from T and m of all that comes after them.
+  // grad k and grad v of rows [begin, item_end) of an item, from T and M of all that comes after them.
   void sweep_keys(const Item& item, const Scratch& scratch, bool state_is_zero, int64_t begin,
                   int64_t item_end, T* grad_affine) const {
     const BackwardProblem& p = problem;
@@ -191,7 +195,7 @@ struct BackwardSweeps : Products {
     });
   }
 
-  // What an item adds to S (keys) or to T and m (queries), from zero.
+  // The state of an item's rows alone, from zero: S and z of its keys, T and M of its queries.
   void local_key_state(const Item& item, const Scratch& scratch, T* state) const {
     [[maybe_unused]] const typename Products::Registers registers{};
     const Tokens<T> keys = this->key_tokens(item);
@@ -215,7 +219,7 @@ struct BackwardSweeps : Products {
       add_queries(item, scratch, row, int(smaller<int64_t>(sizes.chunk, item.end - row)), sizes.chunk, state);
     }
   }
-  // T and m take in the queries of one chunk; the next one lies `ahead` rows on.
+  // T and M take in the queries of one chunk. The next chunk lies `ahead` rows on.
   void add_queries(const Item& item, const Scratch& scratch, int64_t row, int rows, int64_t ahead,
                    T* state) const {
     const int64_t group = this->group();

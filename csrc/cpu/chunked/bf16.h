@@ -1,10 +1,11 @@
-// The products of `outer` and `taylor` for bfloat16 inputs, of operands rounded to bfloat16: features, scores of
-// a forward, v, ghat and copies of the state. Sums and the state itself stay float32, and so do LayerNorm, q'.k',
-// the division, the quadratic form and a backward's products within a chunk (forward.h, backward.h, float.h).
+// The products of `outer` and `taylor` for bfloat16 inputs. Their operands are rounded to bfloat16: features,
+// scores of a forward, v, ghat and copies of the state. Sums and the state itself stay float32, and so do
+// LayerNorm, q'.k', the division, the quadratic form and a backward's products within a chunk, which float.h
+// and backward.h make. It includes float.h and the products of simd/, and knows no order of chunks.
 //
-// Operands are pairs along the summed index, so the copy of the state lies by pairs of features, and in backward
-// by pairs of columns too. Products: VectorProducts of bf16_products.h, or TileProducts of amx_products.h; rows
-// and columns are padded for the larger of the two by kProductRows and by whole blocks.
+// Operands are pairs along the summed index, so the copy of the state lies by pairs of features, and in
+// backward by pairs of columns too. Products is VectorProducts of bf16_products.h, or TileProducts of
+// amx_products.h. One packing serves both: kProductRows features at a time, and whole blocks of tokens.
 #pragma once
 
 #include "cpu/chunked/float.h"
@@ -12,7 +13,7 @@
 
 namespace rebased::cpu::REBASED_ISA {
 
-// A chunk's features, and a state that takes in their products with values.
+// A state takes in the products of a chunk's features with its values.
 struct Bf16Update {
   const Sizes<float>& sizes;
   const FeaturePair<float>* pairs;
@@ -23,8 +24,9 @@ struct Bf16Update {
   uint32_t* features;  // scratch, [block][kProductRows][pair of tokens]
   PrefetchQueue* queue;
 
-  // The numerator takes in phi(token) values^T, the denominator what sum(total, token, phi, rounded) adds of two
-  // vectors of tokens from `token` on; round(f, vectors, column, rows) sees kRows finished rows of the state.
+  // The numerator takes in phi(token) values^T, the denominator what sum(total, token, phi, rounded) adds of
+  // two vectors of tokens from `token` on; round(f, vectors, column, rows) sees kRows finished rows of the
+  // state.
   template <class Products, bool Weighted, class Sum, class Round>
   REBASED_INLINE void run(const Sum& sum, const Round& round) const {
     for (int f = 0; f < sizes.feature_pad; f += kProductRows) {
@@ -80,7 +82,7 @@ REBASED_INLINE void round_rows(const Sizes<float>& s, int f, int column, const f
       store_pairs(target + r / 2 * columns + n,
                   pair(load(rows + r * columns + n), load(rows + (r + 1) * columns + n)));
 }
-// body(f, vectors, column, rows) for each tile of kRows rows of the state.
+// Calls body(f, vectors, column, rows) for each tile of kRows rows of the state, from feature f on.
 template <class Body>
 REBASED_INLINE void for_state_rows(const Sizes<float>& s, const float* state, const Body& body) {
   for (int f = 0; f < s.feature_pad; f += kRows)
@@ -89,7 +91,8 @@ REBASED_INLINE void for_state_rows(const Sizes<float>& s, const float* state, co
       body(f, vectors, column, state + int64_t(column) * s.feature_pad + f * columns);
     });
 }
-// Rows of values as pairs, [panel][pair of tokens][columns]; body(token, panel, column of it) gives one vector.
+// Rows of values as pairs: [panel][pair of tokens][columns]. body(token, column, columns, n) gives one vector
+// of pairs of that token and the next, from n on within the panel that begins at `column` and has `columns`.
 template <class Body>
 REBASED_INLINE void pack_value_pairs(const Sizes<float>& s, int rows, uint32_t* target, const Body& body) {
   const int whole_blocks = int(round_up(rows, kLanes<float>));
@@ -346,7 +349,7 @@ struct Bf16BackwardOn : BackwardCall<float> {
     }
   }
 
-  // dv of block b begins with phi(k') T.
+  // grad v of block b begins with phi(k') T.
   void values_from_state(const Scratch& scratch, int b) const {
     const Sizes<float>& s = sizes;
     const float* X = scratch.keys + b * token_block();

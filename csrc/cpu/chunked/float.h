@@ -1,5 +1,6 @@
-// The products of `outer` and `taylor` in the accumulation type T, float or double: those of a forward, and
-// those of a backward with a state. It includes forward.h and backward.h and knows no order of chunks.
+// The products of `outer` and `taylor` in the accumulation type T, float or double: all products of a
+// forward, and the products of a backward with a state. It includes forward.h and backward.h and knows no
+// order of chunks.
 #pragma once
 
 #include "cpu/chunked/backward.h"
@@ -7,7 +8,7 @@
 
 namespace rebased::cpu::REBASED_ISA {
 
-struct NoRegisters {};  // AMX has registers that are set up for an item
+struct NoRegisters {};  // in the place of AmxRegisters, which amx.h has set up for an item
 
 template <class T>
 struct ForwardProducts : ForwardCall<T> {
@@ -146,7 +147,7 @@ struct BackwardProducts : BackwardCall<T> {
                                 scratch.transposed + int64_t(b) * sizes.value_columns * kLanes<T>,
                                 token_weights, X, dX, scratch.queue);
   }
-  // dv of block b begins with phi(k') T.
+  // grad v of block b begins with phi(k') T.
   void values_from_state(const Scratch& scratch, int b) const {
     const Sizes<T>& s = sizes;
     T* sums = scratch.grad_values + int64_t(b) * kLanes<T> * s.value_columns;

@@ -1,6 +1,6 @@
-// What a forward of `outer` and `taylor` needs beside its products: a worker's scratch, and the way of y and r
-// from there to the tensors. The products are made in float.h, bf16.h and amx.h, the walk over the chunks in
-// forward_sweep.h. It includes call.h alone.
+// What a forward of `outer` and `taylor` needs beside its products: a worker's scratch, and the way of y and
+// r from there to the tensors. The products are made in float.h, bf16.h and amx.h, the walk over the chunks
+// in forward_sweep.h. It includes call.h alone.
 #pragma once
 
 #include "cpu/call.h"

@@ -1,4 +1,4 @@
-// Called with bfloat16 inputs, a polynomial map and values in whole panels only.
+// dispatch.cpp calls it with bfloat16 inputs, a polynomial map and values in whole panels, no other problem.
 #define REBASED_ISA avx512_amx
 #define REBASED_VECTOR_BYTES 64
 #include "cpu/chunked/amx.h"

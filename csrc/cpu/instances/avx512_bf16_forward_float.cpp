@@ -1,4 +1,4 @@
-// Called with bfloat16 inputs and a polynomial map only.
+// dispatch.cpp calls it with bfloat16 inputs and a polynomial map, no other problem.
 #define REBASED_ISA avx512_bf16
 #define REBASED_VECTOR_BYTES 64
 #include "cpu/chunked/bf16.h"

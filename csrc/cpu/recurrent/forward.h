@@ -1,6 +1,6 @@
-// Forward of one item of the elementwise maps: token by token, S += phi(k) v^T, z += phi(k), then
-// y = phi(q) S / (phi(q) z + eps), a chunk at a time. The division is made in phi(q), so that the recurrence
-// writes y itself.
+// Forward of one item of the elementwise maps. Token by token, S += phi(k) v^T and z += phi(k), then y =
+// phi(q) S / (phi(q) z + eps), a chunk of tokens at a time. The division is made in phi(q), so that the
+// recurrence writes y itself. It includes recurrent/common.h alone.
 #pragma once
 
 #include "cpu/recurrent/common.h"
@@ -22,7 +22,7 @@ struct ElementwiseForward : ElementwiseCall<T> {
     this->add_keys(item, scratch, state);
   }
 
-  // r of every query of the chunk, and phi(q) times it; z takes the chunk's keys in.
+  // Makes r of every query of the chunk and multiplies phi(q) by it; z takes in the chunk's keys.
   void divide(const Scratch& scratch, const Item& item, int64_t row, int tokens) const {
     const ForwardProblem& p = problem;
     T* z = scratch.state + sizes.state_kv;
@@ -76,7 +76,7 @@ struct ElementwiseForward : ElementwiseCall<T> {
                        sizes.value_columns, sizes.chunk);
   }
 
-  // `count` heads from that of `first` on; start_state(item, state) brings the state before an item.
+  // Runs `count` heads from that of `first` on. start_state(item, state) brings the state before an item.
   template <class Start>
   void run(const Item& first, int64_t count, const Scratch& scratch, const Start& start_state) const {
     this->for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {

@@ -1,10 +1,11 @@
-// The one inner loop of the elementwise maps: a state of F x head_dim walked token by token,
-//   state += rows(token) lanes(token)^T, for each update;   sums(token) (+)= rows(token)^T state, for each
-//   query
-// where `rows` are scalars and `lanes` vectors. A tile of the state stays in registers for a whole chunk, so
-// that the only loads are the operands: 2 F head_dim multiply-adds a token and query, no scores, no
-// transposes. A state lies either way round: lanes are value columns (y, dv) or
-// features (dq, dk, whose sums run over the columns), so no product ever sums over lanes.
+// The one inner loop of the elementwise maps: a state of F x head_dim walked token by token. For each token,
+//   state += rows lanes^T             once for each of its updates
+//   sums = or += rows^T state         once for each of its queries
+// where `rows` are scalars and `lanes` are vectors. A tile of the state stays in registers for a whole chunk,
+// so that the only loads are the operands: 2 F head_dim multiply-adds a token and query, no scores, no
+// transposes. A state lies either way round: lanes are value columns for y and grad v, or features for grad q
+// and grad k, whose sums run over the columns; so no product ever sums over lanes. It includes schedule.h
+// alone.
 #pragma once
 
 #include "cpu/schedule.h"
@@ -16,23 +17,23 @@ namespace rebased::cpu::REBASED_ISA {
 constexpr int kStateRows = REBASED_VECTOR_BYTES == 64 ? 16 : 4,
               kStateVectors = REBASED_VECTOR_BYTES == 64 ? 1 : 2;
 
-// One row a token and head, from the token that is processed first; strides may be negative.
+// One row for each token and head. `data` is at the token that is processed first; strides may be negative.
 template <class Pointer>
 struct Stream {
   Pointer data;
   int64_t token_stride, head_stride;
-  int64_t ahead;  // elements on to what is fetched into the cache meanwhile; 0: nothing
+  int64_t ahead;  // how many elements on the row lies that is fetched into the cache meanwhile; 0: none is
 
   Stream from(int64_t column) const { return {data + column, token_stride, head_stride, ahead}; }
 };
 
 template <class T>
 struct Recurrence {
-  int tokens, rows, lanes;  // rows and lanes: whole vectors
+  int tokens, rows, lanes;  // rows and lanes are rounded up to whole vectors
   int updates, queries;     // of each token
   Stream<const T*> update_rows, update_lanes, query_rows;
   Stream<T*> sums;
-  bool accumulate;  // sums begin with what stands there
+  bool accumulate;  // whether sums begin with what stands there
   T* state;         // [panel of lanes][rows][columns of the panel]
 };
 
@@ -101,7 +102,7 @@ inline void recur_tile(const Recurrence<T>& call, bool accumulate, int row, int 
   store_tile<T>(tile, state, stride);
 }
 
-// The updates alone, of one head: a plain sum of products, with nothing between the multiply-adds.
+// The updates of one head alone: a plain sum of products, with nothing between the multiply-adds.
 template <class T, int Rows, int NV>
 inline void update_state_tile(int64_t tokens, const Stream<const T*>& rows, const Stream<const T*>& lanes,
                               T* state, int64_t stride) {
@@ -116,7 +117,8 @@ inline void update_state_tile(int64_t tokens, const Stream<const T*>& rows, cons
   store_tile<T>(tile, state, stride);
 }
 
-// body(Constant<rows of the tile>, Constant<its vectors>, row, lane, its place in the state, its stride)
+// Calls body(Constant<rows>, Constant<vectors>, row, lane, tile, stride) for each tile of a state: its size,
+// where it begins, its first element and how far its rows are apart.
 template <class T, class Body>
 REBASED_INLINE void for_state_tiles(const Recurrence<T>& call, T* state, const Body& body) {
   for_panels<T>(call.lanes, [&](auto vectors, int column) {
@@ -151,7 +153,7 @@ inline void recur(const Recurrence<T>& call) {
     recur<T, false>(call);
 }
 
-// What the updates of a recurrence add to its state, added to another one.
+// Adds what the updates of a recurrence add to its own state to another state.
 template <class T>
 inline void add_updates(const Recurrence<T>& call, T* state) {
   for (int64_t head = 0; head < call.updates; head++)
@@ -162,7 +164,7 @@ inline void add_updates(const Recurrence<T>& call, T* state) {
     });
 }
 
-// A state of rows x lanes turned the other way round.
+// turned: a state of rows x lanes the other way round.
 template <class T>
 inline void turn_state(const T* state, int rows, int lanes, T* turned) {
   const auto panels = [](int all_rows, int all_lanes, int row, int lane) {

@@ -32,8 +32,8 @@ REBASED_INLINE Uint32Vector pair_lanes(FloatVector first, FloatVector second) {
 REBASED_INLINE FloatVector even_of(Uint32Vector pairs) { return (FloatVector)(pairs << 16); }
 REBASED_INLINE FloatVector odd_of(Uint32Vector pairs) { return (FloatVector)(pairs & 0xffff0000u); }
 
-// tile[r][:] += sum of a(r, k) b[k][:] over `depth` pairs; a(r, pair) = a[r * RowStride + pair * DepthStride],
-// and b of a pair begins at b + pair * (columns of the tile).
+// tile[r][:] += sum of a(r, k) b[k][:] over `depth` pairs; a(r, pair) = a[r * RowStride + pair *
+// DepthStride], and b of a pair begins at b + pair * (columns of the tile).
 template <int RowStride, int DepthStride, int NV>
 REBASED_INLINE void multiply_pairs(Tile<float, NV>& tile, int depth, const uint32_t* a, const uint32_t* b) {
   FloatVector sum[kRows][NV];
@@ -74,8 +74,8 @@ struct VectorProducts {
     tile.store_rows(sums, columns);
   }
 
-  // An operand a whose rows are the kLanes tokens of a block: body(pair, first lane) gives one vector of
-  // pairs. It lies as [pair][kLanes] here, `stride` is that of the AMX form.
+  // Packs an operand a whose rows are the kLanes tokens of a block: body(pair, lane) gives one vector of
+  // pairs, from that lane on. The operand lies as [pair][kLanes]; AMX has it as [kLanes][stride].
   template <class Body>
   REBASED_INLINE static void pack_block(int pairs, int /*stride*/, uint32_t* target, const Body& body) {
     for (int i = 0; i < pairs; i++)
@@ -83,7 +83,7 @@ struct VectorProducts {
       for (int n = 0; n < kLanes<float>; n += kWidth<float>)
         store_pairs(target + i * kLanes<float> + n, body(i, n));
   }
-  // sums [kLanes][NV vectors] = or, with `add`, += a b; a as pack_block leaves it.
+  // sums [kLanes][NV vectors] = or, with `add`, += a b, where a is as pack_block leaves it.
   template <int NV>
   REBASED_INLINE static void multiply_block(float* sums, bool add, int pairs, int /*stride*/,
                                             const uint32_t* a, const uint32_t* b, PrefetchQueue* queue) {

@@ -1,4 +1,5 @@
-// phi of a block of tokens, the state's update, import and export, and the gradient of phi.
+// The features of the polynomial maps: phi of a block of tokens, the state's update, import and export, and
+// the gradient of phi. It includes simd/ and tokens/ and knows neither chunks' order nor items.
 #pragma once
 
 #include "cpu/simd/microkernel.h"
@@ -7,7 +8,8 @@
 
 namespace rebased::cpu::REBASED_ISA {
 
-// The features of a tile, pairs[0 .. kRows): target[r][kLanes]; body(r, n, phi) sees each vector on its way.
+// The features pairs[0 .. kRows) of a block, target: [kRows][kLanes]. body(r, n, phi) sees each vector on its
+// way.
 template <class T, bool Weighted, class Body>
 REBASED_INLINE void feature_tile(const FeaturePair<T>* pairs, const T* X, T* target, const Body& body) {
 #pragma GCC unroll 8
@@ -24,7 +26,7 @@ REBASED_INLINE void feature_tile(const FeaturePair<T>* pairs, const T* X, T* tar
   }
 }
 
-// A block's weights by token; null: 1.
+// The weights of a block's tokens; null: 1.
 template <class T>
 REBASED_INLINE void load_weights(const T* token_weights, Vector<T> (&weights)[kVectors]) {
 #pragma GCC unroll 2
@@ -32,10 +34,10 @@ REBASED_INLINE void load_weights(const T* token_weights, Vector<T> (&weights)[kV
     weights[n] = token_weights ? load(token_weights + n * kWidth<T>) : broadcast<T>(1);
 }
 
-// state += sum over the chunk's tokens of phi(token) values^T. `tokens` is q' or k' of the chunk; Weighted
-// puts the query's weights on; token_weights (by token of the chunk, null: 1) goes with the denominator's
-// state only. Long: the sum goes to `sums`, and the state is made of these. features: scratch,
-// [block][kRows][kLanes].
+// state += sum over the chunk's tokens of phi(token) values^T. `tokens` is q' or k' of the chunk. Weighted
+// puts the query's weights on the features; token_weights, by token of the chunk and null for 1, are factors
+// of the denominator's sum alone. Long: the sum goes to `sums`, and the state is made of these. features is
+// scratch: [block][kRows][kLanes].
 template <class T, bool Weighted, bool Long>
 inline void update_state_as(const Sizes<T>& s, const FeaturePair<T>* pairs, const T* tokens,
                             const T* token_weights, const T* values, int rows, T* state, LongSums<T>* sums,
@@ -84,7 +86,8 @@ inline void update_state(const Sizes<T>& s, const FeaturePair<T>* pairs, const T
   update(s, pairs, tokens, token_weights, values, rows, state, sums, features, queue);
 }
 
-// Public states are [feature][head_dim] and [feature], without padding. Null: zero.
+// The state of this backend from a public one, which is [feature][head_dim] and [feature] without padding. A
+// null source is zero.
 template <class T>
 inline void import_state(const Sizes<T>& s, const ConstState& source, int64_t number, T* state) {
   for (int64_t i = 0; i < s.state_size; i++) state[i] = 0;
@@ -94,6 +97,7 @@ inline void import_state(const Sizes<T>& s, const ConstState& source, int64_t nu
   read_panels<T>(kv, s.all_columns, s.features, s.head_dim, s.feature_pad, state);
   for (int f = 0; f < s.features; f++) state[s.state_kv + f] = k[f];
 }
+// The other way round.
 template <class T>
 inline void export_state(const Sizes<T>& s, const T* state, const MutableState& target, int64_t number) {
   T* kv = static_cast<T*>(target.kv) + number * s.features * s.all_columns + s.first_column;
@@ -102,7 +106,7 @@ inline void export_state(const Sizes<T>& s, const T* state, const MutableState& 
   for (int f = 0; f < s.features && s.first_column == 0; f++) k[f] = state[s.state_kv + f];
 }
 
-// dX += (d phi / d X)^T tile, tile the gradients of kRows features.
+// dX += (d phi / d X)^T tile, where the tile holds the gradients of kRows features.
 template <class T, bool Weighted>
 REBASED_INLINE void add_feature_gradient(const FeaturePair<T>* pairs, const Tile<T, kVectors>& tile,
                                          const T* X, T* dX) {
@@ -121,8 +125,8 @@ REBASED_INLINE void add_feature_gradient(const FeaturePair<T>* pairs, const Tile
 }
 
 // dX += (d phi / d X)^T (state values^T + state_k token_weights^T) for a block: the part of the gradient of
-// q' or k' that comes through a state. values: [value_columns][kLanes], transposed. Weighted as above, for
-// states without weights.
+// q' or k' that comes through a state. values: [value_columns][kLanes], transposed. Weighted puts the query's
+// weights on, for a state that has none.
 template <class T, bool Weighted>
 inline void state_gradient(const Sizes<T>& s, const FeaturePair<T>* pairs, const T* state, const T* values,
                            const T* token_weights, const T* X, T* dX, PrefetchQueue* queue) {
