@@ -1,6 +1,6 @@
-// Step of a whole problem, one token per sequence: y = (phi(q') S + sim v) / (phi(q') z + sim + eps) with the
-// state before the token and sim of the token itself, then S += phi(k') v^T and z += phi(k'). It shares
-// call.h and tokens/ with the other drivers and no item: instances/ alone includes it.
+// Step of a whole problem, one token per sequence, with the state before the token and the token's own sim:
+//   y = (phi(q') S + sim v) / (phi(q') z + sim + eps),  then  S += phi(k') v^T,  z += phi(k')
+// It shares call.h and tokens/ with the other drivers, and no item. instances/ alone includes it.
 //
 // That equals querying the new state, but the token's own sim is a square here and not a sum of signed
 // features, which loses digits where q'.k' is near 0; a first token has no other sim. The state is read once

@@ -1,6 +1,6 @@
 // What forward and backward of the elementwise maps share: a worker's scratch, the packing of a chunk's
-// tokens, and how the rows of a tensor become operands of a recurrence, which they are as they lie where they
-// are whole vectors of the accumulation type, else through a copy. It includes call.h, tokens/ and
+// tokens, and how the rows of a tensor become operands of a recurrence. Rows that are whole vectors of the
+// accumulation type are operands where they lie, others go through a copy. It includes call.h, tokens/ and
 // recurrence.h.
 #pragma once
 

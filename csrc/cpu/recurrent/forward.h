@@ -1,6 +1,7 @@
-// Forward of one item of the elementwise maps. Token by token, S += phi(k) v^T and z += phi(k), then y =
-// phi(q) S / (phi(q) z + eps), a chunk of tokens at a time. The division is made in phi(q), so that the
-// recurrence writes y itself. It includes recurrent/common.h alone.
+// Forward of one item of the elementwise maps, token by token and a chunk of tokens at a time:
+//   S += phi(k) v^T,  z += phi(k),  then  y = phi(q) S / (phi(q) z + eps)
+// The division is made in phi(q), so that the recurrence writes y itself. It includes recurrent/common.h
+// alone.
 #pragma once
 
 #include "cpu/recurrent/common.h"

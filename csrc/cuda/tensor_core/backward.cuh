@@ -18,8 +18,8 @@ struct BackwardWorkspace {
   int64_t bytes;
 };
 
-// Where things lie from `workspace` on; absent ones are null. With a null workspace only `bytes` means
-// something.
+// Where the buffers of the backward lie from `workspace` on; a buffer that is not needed is null. Where
+// `workspace` is null only `bytes` of the result means something.
 inline BackwardWorkspace backward_workspace(const BackwardProblem& problem, int segments, void* workspace) {
   const int64_t groups = column_groups(problem), states = problem.num_sequences * problem.kv_heads;
   const int64_t rows = problem.batch * problem.seqlen, feature_dim = problem.feature_dim;
@@ -52,7 +52,8 @@ inline BackwardWorkspace backward_workspace(const BackwardProblem& problem, int 
   return result;
 }
 
-// The sum of the column groups' partial gradients of q' or k'; but for "token" LayerNorm on to grad q or k.
+// Queues the kernel that sums the column groups' gradients of q' or k' and, except for "token" LayerNorm,
+// takes the sum on to grad q or grad k.
 template <class T, class S>
 void add_finish(const BackwardProblem& problem, const Launch& launch, float* partial, const ConstRows& x,
                 const Affine& affine, const MutableRows& grad_x, int64_t heads, Launches* launches) {
@@ -64,7 +65,7 @@ void add_finish(const BackwardProblem& problem, const Launch& launch, float* par
                 problem.layer_norm_eps, launch.bounds, problem.num_sequences);
 }
 
-// The kernels of the sweeps, and the dynamic shared memory that they want.
+// The kernels of the sweeps, and how much dynamic shared memory each of them needs.
 template <class T, class S>
 struct Sweeps {
   static constexpr auto reverse_segment = &reverse_segment_kernel<T, S>;
@@ -93,7 +94,8 @@ struct Sweeps<T, Wide> {
   }
 };
 
-// grad k and grad v, delta for the queries' half, and what of the initial state's gradient a block has.
+// Queues the kernels for grad k, grad v and the gradient of the initial state. They also leave delta / r for
+// grad q.
 template <class T, class S>
 void add_keys(const BackwardProblem& problem, const Launch& launch, const BackwardWorkspace& workspace,
               Launches* launches) {
@@ -115,7 +117,8 @@ void add_keys(const BackwardProblem& problem, const Launch& launch, const Backwa
                 arguments, workspace.buffers);
 }
 
-// grad q; without the keys' half before it, delta first.
+// Queues the kernels for grad q, and before them the one for delta / r where the half of the keys has not
+// run.
 template <class T, class S>
 void add_queries(const BackwardProblem& problem, const Launch& launch, const BackwardWorkspace& workspace,
                  Launches* launches) {

@@ -1,5 +1,5 @@
-// The end of backward where one block has not seen all that it takes: heads wider than 64 columns, whose
-// column groups each have a part of grad q', grad k' and of the initial state's sums.
+// The end of backward for heads wider than 64 columns: each column group has computed a summand of grad q',
+// of grad k' and of the gradient of the initial state's denominator, and these kernels add them up.
 #pragma once
 
 #include "cuda/tensor_core/rows.cuh"

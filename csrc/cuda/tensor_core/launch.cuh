@@ -7,7 +7,8 @@
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
-// Calls function(Slabs of the problem's map and feature dim); supports() has seen to it that there are some.
+// Calls function with the Slabs of the problem's map and feature dim. supports() has checked that there are
+// such Slabs.
 template <class Function>
 auto with_slabs(const Problem& problem, Function&& function) {
   if (problem.feature_dim == 8) return function(Slabs<FeatureMap::outer, 8>());
@@ -28,7 +29,7 @@ inline int64_t slot_floats(const Problem& problem) {
   return with_slabs(problem, [](auto slabs) { return static_cast<int64_t>(Slot<decltype(slabs)>::size); });
 }
 
-// Blocks of a sweep: (sequence, kv head, segment) by column group.
+// The grid of a sweep: one block per (sequence, kv head, segment) and column group.
 inline dim3 sweep_grid(const Problem& problem, int segments) {
   return dim3(static_cast<unsigned>(problem.num_sequences * problem.kv_heads * segments),
               static_cast<unsigned>(column_groups(problem)));
@@ -38,11 +39,11 @@ inline int64_t slot_count(const Problem& problem, int segments) {
   return problem.num_sequences * problem.kv_heads * segments * column_groups(problem);
 }
 
-// Segments up to which each block sums the states of those before it by itself: that saves a launch, and up
-// to six memory traffic.
+// Up to this many segments each block sums the states of the segments before its own by itself. That saves a
+// launch, and with up to six segments memory traffic as well.
 constexpr int summed_segments = 8;
 
-// Whether scan_kernel makes states to start from out of the segments' own.
+// Whether scan_kernel makes the states that segments start from out of the sums of each segment.
 template <class S>
 bool needs_scan(const Launch& launch, const ConstState& start) {
   return S::wide || start.kv || launch.segments > summed_segments;
@@ -67,7 +68,8 @@ auto* segment_state_kernel_of() {
   }
 }
 
-// Fills the slots for start_state. Null slots: there is one segment, from an empty state.
+// Fills the slots that start_state reads. Where `slots` is null there is one segment, which starts from an
+// empty state.
 template <class T, class S>
 const char* launch_segment_states(const Problem& problem, const Launch& launch, ConstState initial_state,
                                   float* slots, void* stream) {
@@ -82,7 +84,7 @@ const char* launch_segment_states(const Problem& problem, const Launch& launch, 
   return launch_scan<S>(problem, slots, launch.segments, initial_state, false, stream);
 }
 
-// The public state of the slots' sums; every segment's has been made.
+// Writes the public state that the slots of all segments add up to. All of them must have been filled.
 template <class S>
 const char* launch_slot_sums(const Problem& problem, const float* slots, int segments,
                              const MutableState& target, bool gradient, void* stream) {
