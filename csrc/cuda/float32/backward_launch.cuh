@@ -3,6 +3,8 @@
 
 #include "cuda/float32/backward.cuh"
 #include "cuda/float32/launch.cuh"
+#include "cuda/shared/delta.cuh"
+#include "cuda/shared/token_norm.cuh"
 
 namespace rebased::REBASED_BACKEND {
 
@@ -20,20 +22,6 @@ void add_reverse_states(const Call<BackwardProblem>& call, Launches* launches) {
                 call.problem.grad_final_state);
 }
 
-// The sum of the column groups' partial gradients of q' or k'; but for "token" LayerNorm on to grad q or k.
-inline void add_finish(const Call<BackwardProblem>& call, const Region& region, const ConstRows& x,
-                       const Affine& affine, const MutableRows& grad_x, int64_t heads, Launches* launches) {
-  const BackwardProblem& problem = call.problem;
-  float* const partial = call.template region<float>(region);
-  const int groups = static_cast<int>(column_groups(problem));
-  if (!partial || groups == 1) return;
-  const int64_t rows = problem.batch * problem.seqlen * heads;
-  launches->add(finish_gradients_kernel<float>, divide_up(rows * feature_dim, threads), threads, 0, partial,
-                groups, x, affine, grad_x, heads, rows, problem.seqlen, problem.layer_norm,
-                problem.layer_norm_eps, call.template region<const int64_t>(call.workspace.bounds),
-                problem.num_sequences);
-}
-
 }  // namespace float32_path
 
 template <FeatureMap map>
@@ -49,16 +37,17 @@ const char* launch_float32(const BackwardProblem& problem, const Plan& plan, voi
     const int64_t rows = problem.batch * problem.seqlen * problem.heads;
     launches.add(row_deltas<float>, divide_up(rows, rows_per_block), row_threads, 0, problem.y,
                  problem.grad_y, static_cast<const float*>(problem.r), delta, rows, problem.heads,
-                 problem.seqlen, problem.head_dim);
+                 problem.seqlen, static_cast<int>(problem.head_dim), static_cast<int>(problem.head_dim));
   }
   add_reverse_states<map>(call, &launches);
   launches.add(grad_kv_kernel<map>, sweep_grid(call), threads, bytes(true), call);
   add_states<map, BackwardShape>(call, &launches);
   launches.add(grad_q_kernel<map>, sweep_grid(call), threads, bytes(false), call);
-  add_finish(call, workspace.query_gradient, problem.q, problem.query_affine, problem.grad_q, problem.heads,
-             &launches);
-  add_finish(call, workspace.key_gradient, problem.k, problem.key_affine, problem.grad_k, problem.kv_heads,
-             &launches);
+  const auto* const bounds = call.template region<const int64_t>(workspace.bounds);
+  add_finish<float>(problem, call.template region<float>(workspace.query_gradient), problem.q,
+                    problem.query_affine, problem.grad_q, problem.heads, bounds, &launches);
+  add_finish<float>(problem, call.template region<float>(workspace.key_gradient), problem.k,
+                    problem.key_affine, problem.grad_k, problem.kv_heads, bounds, &launches);
   if (problem.layer_norm == LayerNorm::token) add_token_norm_backward<float>(call, &launches);
   // column groups have sums of their own, as segments have
   add_affine_sums<float>(call, call.segments * column_groups(problem), &launches);

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/float32/forward.cuh"
-#include "cuda/general/launch.cuh"
+#include "cuda/shared/scan.cuh"
 
 namespace rebased::REBASED_BACKEND {
 

@@ -4,7 +4,9 @@
 #include "cuda/general/backward.cuh"
 #include "cuda/general/forward.cuh"
 #include "cuda/general/states.cuh"
-#include "cuda/launch/dispatch.h"
+#include "cuda/shared/affine.cuh"
+#include "cuda/shared/bounds.cuh"
+#include "cuda/shared/delta.cuh"
 #include "cuda/shared/scan.cuh"
 #include "cuda/shared/token_norm.cuh"
 
@@ -25,7 +27,7 @@ void add_preparation(const Call<AnyProblem>& call, Launches* launches) {
   add_token_statistics(parts, tokens, problem.seqlen, static_cast<int>(problem.feature_dim),
                        problem.layer_norm_eps, launches);
   if (int64_t* const bounds = call.template region<int64_t>(call.workspace.bounds)) {
-    launches->add(clamp_bounds<scan_threads>, 1, scan_threads, 0, problem.cu_seqlens,
+    launches->add(clamp_bounds<bounds_threads>, 1, bounds_threads, 0, problem.cu_seqlens,
                   problem.num_sequences + 1, problem.seqlen, bounds);
   }
 }
@@ -47,7 +49,7 @@ void add_fill(const Call<AnyProblem>& call, const MutableRows& rows, int64_t hea
               Launches* launches) {
   if (!rows.data) return;
   if (const int64_t* const bounds = call.template region<int64_t>(call.workspace.bounds)) {
-    launches->add(fill_rows_of_no_sequence<T>, heads * fill_blocks, scan_threads, 0, rows, width, value,
+    launches->add(fill_rows_of_no_sequence<T>, heads * fill_blocks, bounds_threads, 0, rows, width, value,
                   bounds, call.problem.num_sequences, call.problem.seqlen);
   }
 }
@@ -102,25 +104,6 @@ const char* launch_general(const ForwardProblem& problem, const Plan& plan, void
   return *launches.error() ? launches.error() : launch_fill<E>(problem, plan, stream);
 }
 
-// grad gamma and grad beta from the sums of the blocks of a sequence and head, of which there are `segments`.
-template <class A>
-void add_affine_sums(const Call<BackwardProblem>& call, int64_t segments, Launches* launches) {
-  add_affine_sums(call.problem, segments, call.template region<const A>(call.workspace.query_affine),
-                  call.template region<const A>(call.workspace.key_affine), launches);
-}
-
-// From the gradients of q' and k' before "token" LayerNorm, where the workspace holds any, to grad q and k.
-template <class E>
-void add_token_norm_backward(const Call<BackwardProblem>& call, Launches* launches) {
-  using A = Accumulator<E>;
-  const Workspace& workspace = call.workspace;
-  add_token_norm_backward<E>(call.problem, call.template region<const A>(workspace.query_statistics),
-                             call.template region<const A>(workspace.key_statistics),
-                             call.template region<const A>(workspace.query_gradient),
-                             call.template region<const A>(workspace.key_gradient),
-                             call.template region<const int64_t>(workspace.bounds), launches);
-}
-
 template <class E>
 const char* launch_general(const BackwardProblem& problem, const Plan& plan, void* stream) {
   using A = Accumulator<E>;
@@ -133,7 +116,8 @@ const char* launch_general(const BackwardProblem& problem, const Plan& plan, voi
   if (A* const delta = call.template region<A>(workspace.delta)) {
     launches.add(row_deltas<E>, divide_up(tokens * problem.heads, rows_per_block), row_threads, 0, problem.y,
                  problem.grad_y, static_cast<const A*>(problem.r), delta, tokens * problem.heads,
-                 problem.heads, problem.seqlen, problem.head_dim);
+                 problem.heads, problem.seqlen, static_cast<int>(problem.head_dim),
+                 static_cast<int>(problem.head_dim));
   }
   if (problem.part == BackwardPart::reverse_state) {
     add_segment_states<E, true>(call, ConstState{}, shared_bytes, &launches);

@@ -3,25 +3,14 @@
 
 #include <cstdint>
 
-#include "op/problem.h"
+#include "cuda/plan/fixed_shape.h"
 
 namespace rebased {
 namespace tensor_core {
 
-constexpr int columns = 64;         // of the values, per block; wider heads take several blocks
-constexpr int chunk = 64;           // tokens
-constexpr int max_group_size = 16;  // query heads per kv head
+using namespace fixed_shape;
 
-// 16-byte accesses to every row; strides within a batch as int, which kernels multiply faster.
-template <class Rows>
-inline bool aligned(const Rows& rows) {
-  const auto fits = [](int64_t stride) { return stride % 8 == 0 && stride == static_cast<int>(stride); };
-  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.batch_stride % 8 == 0 &&
-         fits(rows.head_stride) && fits(rows.row_stride);
-}
-
-// Blocks that share the columns of one head.
-inline int64_t column_groups(const Problem& problem) { return (problem.head_dim + columns - 1) / columns; }
+constexpr int chunk = 64;  // tokens
 
 inline bool supports_features(const Problem& problem) {
   if (problem.feature_map == FeatureMap::identity) return false;
@@ -30,20 +19,15 @@ inline bool supports_features(const Problem& problem) {
 }
 
 // float16 is left to the general kernels: these kernels round scores and features to the element type, and
-// float16 has no room for the squares of small or of large q and k.
-inline bool supports_sizes(const Problem& problem) {
-  return problem.dtype == Dtype::bfloat16 && problem.num_sequences > 0 && problem.seqlen > 0 &&
-         supports_features(problem) && problem.head_dim > 0 && problem.head_dim % 16 == 0 &&
-         problem.head_dim <= 256 && problem.group_size() <= max_group_size && aligned(problem.q) &&
-         aligned(problem.k) && aligned(problem.v);
-}
-
-// What is absent lies nowhere, which is aligned.
-inline bool supports(const ForwardProblem& problem) { return supports_sizes(problem) && aligned(problem.y); }
-
-inline bool supports(const BackwardProblem& problem) {
-  return supports_sizes(problem) && aligned(problem.y) && aligned(problem.grad_y) &&
-         aligned(problem.grad_q) && aligned(problem.grad_k) && aligned(problem.grad_v);
+// float16 has no room for the squares of small or of large q and k. Strides within a batch are int here, which
+// kernels multiply faster.
+template <class AnyProblem>
+inline bool supports(const AnyProblem& problem) {
+  const auto is_int = [](int64_t stride) { return stride == static_cast<int>(stride); };
+  return problem.dtype == Dtype::bfloat16 && supports_sizes(problem) && supports_features(problem) &&
+         problem.head_dim % 16 == 0 && all_rows(problem, [&](const auto& rows) {
+           return aligned(rows, 8) && is_int(rows.head_stride) && is_int(rows.row_stride);
+         });
 }
 
 // Shared memory that a block must be able to have, in bytes; 0 where every device has enough.

@@ -2,8 +2,10 @@
 // kernels run in which order.
 #pragma once
 
+#include "cuda/shared/affine.cuh"
+#include "cuda/shared/column_groups.cuh"
+#include "cuda/shared/delta.cuh"
 #include "cuda/shared/token_norm.cuh"
-#include "cuda/tensor_core/finish.cuh"
 #include "cuda/tensor_core/grad_kv.cuh"
 #include "cuda/tensor_core/grad_q.cuh"
 #include "cuda/tensor_core/launch.cuh"
@@ -50,18 +52,6 @@ inline BackwardWorkspace backward_workspace(const BackwardProblem& problem, int 
                               groups * states * num_features(problem.feature_map, feature_dim));
   if (!buffers.initial_sums) buffers.initial_sums = static_cast<float*>(problem.grad_initial_state.k);
   return result;
-}
-
-// The sum of the column groups' partial gradients of q' or k'; but for "token" LayerNorm on to grad q or k.
-template <class T, class S>
-void add_finish(const BackwardProblem& problem, const Launch& launch, float* partial, const ConstRows& x,
-                const Affine& affine, const MutableRows& grad_x, int64_t heads, Launches* launches) {
-  const int64_t rows = problem.batch * problem.seqlen * heads;
-  const int groups = static_cast<int>(column_groups(problem));
-  if (!partial || groups == 1) return;
-  launches->add(finish_gradient_kernel<T, S::feature_dim>, divide_up(rows, finish_threads), finish_threads, 0,
-                partial, groups, x, affine, grad_x, heads, rows, problem.seqlen, problem.layer_norm,
-                problem.layer_norm_eps, launch.bounds, problem.num_sequences);
 }
 
 // The kernels of the sweeps, and the dynamic shared memory that they want.
@@ -121,11 +111,12 @@ void add_queries(const BackwardProblem& problem, const Launch& launch, const Bac
                  Launches* launches) {
   const int64_t group_size = problem.group_size(), rows = problem.batch * problem.heads * problem.seqlen;
   if (!problem.wants_keys()) {
-    launches->add(row_delta_kernel<T>,
-                  dim3(static_cast<unsigned>(divide_up(rows, delta_rows)),
+    launches->add(row_deltas<T>,
+                  dim3(static_cast<unsigned>(divide_up(rows, rows_per_block)),
                        static_cast<unsigned>(column_groups(problem))),
-                  32 * delta_rows, 0, problem.y, problem.grad_y, workspace.buffers.delta, rows, problem.heads,
-                  problem.seqlen, problem.head_dim, problem.normalize);
+                  row_threads, 0, problem.y, problem.grad_y, static_cast<const float*>(nullptr),
+                  workspace.buffers.delta, rows, problem.heads, problem.seqlen, columns,
+                  problem.normalize ? static_cast<int>(problem.head_dim) : 0);
   }
   launches->add([&](void* stream) {
     return launch_segment_states<T, S>(problem, launch, problem.initial_state, workspace.slots, stream);
@@ -156,10 +147,10 @@ const char* launch_backward(const BackwardProblem& problem, const Launch& launch
   Launches launches(stream);
   if (problem.wants_keys()) add_keys<T, S>(problem, launch, workspace, &launches);
   if (problem.wants_queries()) add_queries<T, S>(problem, launch, workspace, &launches);
-  add_finish<T, S>(problem, launch, buffers.query_gradient, problem.q, problem.query_affine, problem.grad_q,
-                   problem.heads, &launches);
-  add_finish<T, S>(problem, launch, buffers.key_gradient, problem.k, problem.key_affine, problem.grad_k,
-                   problem.kv_heads, &launches);
+  add_finish<T>(problem, buffers.query_gradient, problem.q, problem.query_affine, problem.grad_q,
+                problem.heads, launch.bounds, &launches);
+  add_finish<T>(problem, buffers.key_gradient, problem.k, problem.key_affine, problem.grad_k,
+                problem.kv_heads, launch.bounds, &launches);
   if (problem.layer_norm == LayerNorm::token) {
     add_token_norm_backward<T>(problem, launch.query_statistics, launch.key_statistics,
                                buffers.query_gradient, buffers.key_gradient, launch.bounds, &launches);
@@ -168,8 +159,8 @@ const char* launch_backward(const BackwardProblem& problem, const Launch& launch
                          buffers.key_affine, &launches);
   if (problem.grad_initial_state.kv && column_groups(problem) > 1) {
     const int64_t count = problem.num_sequences * problem.kv_heads * S::public_features;
-    launches.add(sum_groups_kernel<float>, divide_up(count, finish_threads), finish_threads, 0,
-                 buffers.initial_sums, static_cast<int>(column_groups(problem)), count,
+    launches.add(sum_groups<float>, divide_up(count, finish_threads), finish_threads, 0, buffers.initial_sums,
+                 static_cast<int>(column_groups(problem)), count,
                  static_cast<float*>(problem.grad_initial_state.k));
   }
   return launches.error();
