@@ -151,6 +151,9 @@ class Grid {
   std::string error_;
 };
 
+// Of this OS thread; -1 where launches run.
+thread_local int counted_launches = -1;
+
 // Runs a call of the host's and gives the text of what it throws.
 template <class Call>
 const char* error_text(Call call) {
@@ -174,6 +177,10 @@ const char* launch(const Launch& launch, void (*body)(const void* context), cons
   const Unchecked unchecked;
   const char* const error = error_text([&] {
     check_size(launch);
+    if (counted_launches >= 0) {
+      ++counted_launches;
+      return;
+    }
 #if defined(REBASED_EMULATOR_TRACE)
     trace_launch(launch.kernel);
 #endif
@@ -183,6 +190,10 @@ const char* launch(const Launch& launch, void (*body)(const void* context), cons
   acquire(end_variable);
   return error;
 }
+
+LaunchCounter::LaunchCounter() { counted_launches = 0; }
+LaunchCounter::~LaunchCounter() { counted_launches = -1; }
+int LaunchCounter::count() const { return counted_launches; }
 
 void fail(const char* format, ...) {
   char buffer[1024];

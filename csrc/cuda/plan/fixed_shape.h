@@ -1,5 +1,5 @@
-// What the families of kernels with tiles of a fixed shape (float32, tensor_core) have in common: how a head's
-// value columns are cut, and which problems such tiles can hold.
+// What the families of kernels with tiles of a fixed shape (float32, tensor_core) have in common: how a
+// head's value columns are cut, and which problems such tiles can hold.
 #pragma once
 
 #include <cstdint>

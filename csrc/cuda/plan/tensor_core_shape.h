@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/plan/fixed_shape.h"
+#include "op/feature_map.h"
 
 namespace rebased {
 namespace tensor_core {
@@ -12,6 +13,10 @@ using namespace fixed_shape;
 
 constexpr int chunk = 64;  // tokens
 
+// Segments up to which each block sums the states of those before it by itself: that saves a launch, and up
+// to six memory traffic.
+constexpr int summed_segments = 8;
+
 inline bool supports_features(const Problem& problem) {
   if (problem.feature_map == FeatureMap::identity) return false;
   return problem.feature_dim == 16 || (problem.feature_map == FeatureMap::outer &&
@@ -19,8 +24,8 @@ inline bool supports_features(const Problem& problem) {
 }
 
 // float16 is left to the general kernels: these kernels round scores and features to the element type, and
-// float16 has no room for the squares of small or of large q and k. Strides within a batch are int here, which
-// kernels multiply faster.
+// float16 has no room for the squares of small or of large q and k. Strides within a batch are int here,
+// which kernels multiply faster.
 template <class AnyProblem>
 inline bool supports(const AnyProblem& problem) {
   const auto is_int = [](int64_t stride) { return stride == static_cast<int>(stride); };
@@ -28,6 +33,19 @@ inline bool supports(const AnyProblem& problem) {
          problem.head_dim % 16 == 0 && all_rows(problem, [&](const auto& rows) {
            return aligned(rows, 8) && is_int(rows.head_stride) && is_int(rows.row_stride);
          });
+}
+
+// Floats of a block's state in the workspace (Slot in cuda/tensor_core/state.cuh): tiles of 8 features by the
+// block's columns, each 128 threads' four floats, of the state; then 32 threads' four floats for each tile of
+// the denominator's sums, and for those of taylor's linear features; then the count of keys.
+REBASED_HOST_DEVICE constexpr int64_t slot_floats(FeatureMap map, int64_t feature_dim) {
+  const int64_t tiles = map == FeatureMap::taylor  ? 20
+                        : map != FeatureMap::outer ? 2
+                        : feature_dim == 8         ? 5
+                        : feature_dim == 16        ? 17
+                                                   : 68;
+  const int64_t sum_tiles = feature_dim == 32 ? 8 : feature_dim / 8;
+  return tiles * 128 * 4 + sum_tiles * 32 * 4 + (map == FeatureMap::taylor ? 32 * 4 : 0) + 16;
 }
 
 // Shared memory that a block must be able to have, in bytes; 0 where every device has enough.

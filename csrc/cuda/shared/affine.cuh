@@ -2,13 +2,13 @@
 // partial gradients of them.
 #pragma once
 
-#include "cuda/shared/block.cuh"
 #include "cuda/shared/warp_rows.cuh"
+#include "op/problem.h"
 
 namespace rebased::REBASED_BACKEND {
 
-// affine (group + 1, 2, dim) in shared memory = gamma and beta of each query head of a block of `threads`, then
-// of its kv head; 1 and 0 where absent. adjust(value, is_key) is what is kept of one of them.
+// affine (group + 1, 2, dim) in shared memory = gamma and beta of each query head of a block of `threads`,
+// then of its kv head; 1 and 0 where absent. adjust(value, is_key) is what is kept of one of them.
 template <int dim, int threads, class Adjust>
 DEVICE void load_affine(float* affine, const Problem& problem, int64_t kv_head, int group,
                         const Adjust& adjust) {
@@ -81,38 +81,6 @@ KERNEL void LAUNCH_BOUNDS(affine_threads, 1)
     }
     sync_threads();
   }
-}
-
-// grad gamma and grad beta, where wanted, from the blocks' sums of them for q and for k. `segments`: blocks
-// of a sequence and head.
-template <class A>
-void add_affine_sums(const BackwardProblem& problem, int64_t segments, const A* query_partials,
-                     const A* key_partials, Launches* launches) {
-  Parts<AffineSums<A>> parts;
-  int64_t target_heads = 1;
-  const auto add = [&](const A* partials, int64_t heads, const Affine& affine,
-                       const AffineGradient& gradient) {
-    if (!gradient.gamma && !gradient.beta) return;
-    parts.add({partials,
-               heads,
-               segments,
-               {static_cast<A*>(gradient.gamma), static_cast<A*>(gradient.beta)},
-               {affine.gamma_head_stride, affine.beta_head_stride}});
-    if (affine.gamma_head_stride || affine.beta_head_stride) target_heads = maximum(target_heads, heads);
-  };
-  add(query_partials, problem.heads, problem.query_affine, problem.grad_query_affine);
-  add(key_partials, problem.kv_heads, problem.key_affine, problem.grad_key_affine);
-  if (parts.count == 0) return;
-  const dim3 grid(static_cast<unsigned>(target_heads), static_cast<unsigned>(parts.count), 2);
-  launches->add(sum_affine_gradients<A>, grid, affine_threads, 0, parts, problem.num_sequences,
-                static_cast<int>(problem.feature_dim));
-}
-
-// grad gamma and grad beta from the sums of the blocks of a sequence and head, of which there are `segments`.
-template <class A>
-void add_affine_sums(const Call<BackwardProblem>& call, int64_t segments, Launches* launches) {
-  add_affine_sums(call.problem, segments, call.template region<const A>(call.workspace.query_affine),
-                  call.template region<const A>(call.workspace.key_affine), launches);
 }
 
 }  // namespace rebased::REBASED_BACKEND

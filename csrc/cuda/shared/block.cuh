@@ -1,5 +1,5 @@
-// What every family of kernels knows of a call: the problem with its plan, which sequence, kv head and segment a
-// block works on, where rows begin, and what a state is outside the kernels.
+// What every family of kernels knows of a call: the problem with its plan, which sequence, kv head and
+// segment a block works on, where rows begin, and what a state is outside the kernels.
 #pragma once
 
 #include <type_traits>

@@ -12,10 +12,11 @@ DEVICE int first_column() { return fixed_shape::columns * static_cast<int>(block
 
 constexpr int finish_threads = 128;
 
-// partial (groups, batch, heads, seqlen, dim): the sum over the column groups, in order. For "token" LayerNorm it
-// is left in group 0, whose next kernel goes on; else it goes through affine and LayerNorm to grad x. A thread
-// per entry, dim a power of two up to 32; rows outside bounds[0] .. bounds[num_sequences] are left alone.
-// Grid: for each head of the batch head_blocks blocks, so that 32-bit numbers tell where a thread's entry is.
+// partial (groups, batch, heads, seqlen, dim): the sum over the column groups, in order. For "token"
+// LayerNorm it is left in group 0, whose next kernel goes on; else it goes through affine and LayerNorm to
+// grad x. A thread per entry, dim a power of two up to 32; rows outside bounds[0] .. bounds[num_sequences]
+// are left alone. Grid: for each head of the batch head_blocks blocks, so that 32-bit numbers tell where a
+// thread's entry is.
 template <class E>
 KERNEL void LAUNCH_BOUNDS(finish_threads, 1)
     finish_gradients(Accumulator<E>* partial, int groups, ConstRows x, Affine affine, MutableRows grad_x,
@@ -62,21 +63,6 @@ KERNEL void LAUNCH_BOUNDS(finish_threads, 1)
   A sum = 0;
   for (int group = 0; group < groups; ++group) sum += partial[group * count + index];
   target[index] = sum;
-}
-
-// Of the gradients of q or of k, where there is more than one column group.
-template <class E>
-void add_finish(const BackwardProblem& problem, Accumulator<E>* partial, const ConstRows& x,
-                const Affine& affine, const MutableRows& grad_x, int64_t heads, const int64_t* bounds,
-                Launches* launches) {
-  const int64_t groups = fixed_shape::column_groups(problem);
-  if (!partial || groups == 1) return;
-  const int dim = static_cast<int>(problem.feature_dim);
-  const int64_t head_blocks = divide_up(problem.seqlen, finish_threads / dim);
-  launches->add(finish_gradients<E>, problem.batch * heads * head_blocks, finish_threads, 0, partial,
-                static_cast<int>(groups), x, affine, grad_x, static_cast<unsigned>(head_blocks),
-                static_cast<unsigned>(heads), problem.seqlen, dim, problem.layer_norm, problem.layer_norm_eps,
-                bounds, problem.num_sequences);
 }
 
 }  // namespace rebased::REBASED_BACKEND

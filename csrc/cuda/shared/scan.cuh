@@ -30,4 +30,16 @@ KERNEL void LAUNCH_BOUNDS(scan_threads, 1) scan_states(Call<AnyProblem> call, Co
   visit_ahead(slot + step, step, call.segments - 1, [&](A* next, A own) { *next = running += own; });
 }
 
+// Queues what every block's state starts from: by `kernel`, which has one block for each of the sweep's, the
+// segments' own sums, and the scan over them, from `initial` on.
+template <class A, bool reverse, class AnyProblem>
+void add_segment_states(void (*kernel)(Call<AnyProblem>), const Grid& grid, int threads, int64_t shared_bytes,
+                        const ConstState& initial, const Call<AnyProblem>& call, Launches* launches) {
+  if (call.quadratic || call.segments == 1) return;
+  const int64_t states = call.problem.num_sequences * call.problem.kv_heads;
+  launches->add(kernel, grid, threads, shared_bytes, call);
+  launches->add(scan_states<A, reverse, AnyProblem>, divide_up(states * call.tiles.slot_size(), scan_threads),
+                scan_threads, 0, call, initial);
+}
+
 }  // namespace rebased::REBASED_BACKEND

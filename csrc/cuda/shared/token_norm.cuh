@@ -159,49 +159,4 @@ KERNEL void LAUNCH_BOUNDS(row_threads, 1)
   }
 }
 
-// The host's side. A warp per token, of queries and keys or of one of them.
-inline dim3 token_grid(int64_t tokens, int parts) {
-  return dim3(static_cast<unsigned>(divide_up(tokens, rows_per_block)), static_cast<unsigned>(parts));
-}
-
-template <class E>
-void add_token_statistics(const Parts<TokenRows<E>>& parts, int64_t tokens, int64_t seqlen, int dim,
-                          double eps, Launches* launches) {
-  if (parts.count == 0 || tokens == 0) return;
-  launches->add(token_statistics<E>, token_grid(tokens, parts.count), row_threads, 0, parts, tokens, seqlen,
-                dim, eps);
-}
-
-// grad q from query_gradient and grad k from key_gradient, either of which may be null.
-template <class E>
-void add_token_norm_backward(const BackwardProblem& problem, const Accumulator<E>* query_statistics,
-                             const Accumulator<E>* key_statistics, const Accumulator<E>* query_gradient,
-                             const Accumulator<E>* key_gradient, const int64_t* bounds, Launches* launches) {
-  Parts<TokenGradient<E>> parts;
-  if (query_gradient) {
-    parts.add({problem.q, problem.query_affine, query_statistics, query_gradient, problem.grad_q,
-               static_cast<int>(problem.heads)});
-  }
-  if (key_gradient) {
-    parts.add({problem.k, problem.key_affine, key_statistics, key_gradient, problem.grad_k,
-               static_cast<int>(problem.kv_heads)});
-  }
-  const int64_t tokens = problem.batch * problem.seqlen;
-  if (parts.count == 0 || tokens == 0) return;
-  launches->add(token_norm_backward<E>, token_grid(tokens, parts.count), row_threads, 0, parts, tokens,
-                problem.seqlen, static_cast<int>(problem.feature_dim), bounds, problem.num_sequences);
-}
-
-// From the gradients of q' and k' before "token" LayerNorm, where the workspace holds any, to grad q and k.
-template <class E>
-void add_token_norm_backward(const Call<BackwardProblem>& call, Launches* launches) {
-  using A = Accumulator<E>;
-  const Workspace& workspace = call.workspace;
-  add_token_norm_backward<E>(call.problem, call.template region<const A>(workspace.query_statistics),
-                             call.template region<const A>(workspace.key_statistics),
-                             call.template region<const A>(workspace.query_gradient),
-                             call.template region<const A>(workspace.key_gradient),
-                             call.template region<const int64_t>(workspace.bounds), launches);
-}
-
 }  // namespace rebased::REBASED_BACKEND

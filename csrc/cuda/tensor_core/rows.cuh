@@ -9,6 +9,16 @@
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
+// What a sweep needs to know of its call beyond the problem.
+struct Launch {
+  int segments;                   // runs of chunks of a sequence that different blocks walk
+  const int64_t* bounds;          // clamped cu_seqlens on the device, or null
+  const float* query_statistics;  // "token" LayerNorm: (batch, seqlen, 2), mean and 1 / deviation; or null
+  const float* key_statistics;
+  void* workspace;    // of the call
+  bool all_segments;  // whether the last segment's own state is wanted too (in reverse the first's)
+};
+
 // What a kernel is given: the problem's double constants as floats, and int strides of rows, as Problem's
 // conversions and 64-bit products would cost instructions in every chunk.
 template <class AnyProblem>
@@ -20,9 +30,15 @@ struct Arguments {
   float* slots;    // of segments' states in the workspace, or null
   bool scanned;    // they hold the states to start from, else each segment's own sums
 
-  Arguments(const AnyProblem& problem, const Launch& launch, float* slots, bool scanned)
-      : problem(problem),
-        launch(launch),
+  template <class GivenProblem>
+  Arguments(const Call<GivenProblem>& call, float* slots, bool scanned, bool all_segments = false)
+      : problem(call.problem),
+        launch{call.segments,
+               call.template region<const int64_t>(call.workspace.bounds),
+               call.template region<const float>(call.workspace.query_statistics),
+               call.template region<const float>(call.workspace.key_statistics),
+               call.problem.workspace,
+               all_segments},
         scale(static_cast<float>(problem.scale)),
         eps(static_cast<float>(problem.eps)),
         layer_norm_eps(static_cast<float>(problem.layer_norm_eps)),
