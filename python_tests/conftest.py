@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import rebased_cuda
-from rebased_cuda import _C
+from rebased_cuda import testing
 
 EMULATED = rebased_cuda.build_info()["cpu_backend"] == "emulated"
 
@@ -21,6 +21,7 @@ collect_ignore = (
         "experiments/test_attention_maps.py",
         "tools/test_benchmarks.py",
         "tools/test_build.py",
+        "tools/test_house.py",
         "cuda/test_emulator.py",
         "cuda/test_kernel_reports.py",
         "experiments/test_learning.py",
@@ -67,8 +68,8 @@ def kernel_device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def override() -> Iterator[Callable[..., None]]:
     """Forces a plan; undone after the test."""
-    yield _C.set_plan_override
-    _C.set_plan_override()
+    yield testing.set_plan_override
+    testing.set_plan_override()
 
 
 @pytest.fixture(autouse=True)

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import torch
 
 from . import __version__, build_info
-from ._demo_checks import FEATURE_DIM, HEAD_DIM, HEADS, SEQLEN, accuracy, gradcheck
-from ._demo_report import Report
-from ._demo_speed import speed
-from ._demo_training import training
-from ._measure import machine
+from .demo.checks import FEATURE_DIM, HEAD_DIM, HEADS, SEQLEN, accuracy, gradcheck
+from .demo.report import Report
+from .demo.speed import speed
+from .demo.timing import machine
+from .demo.training import training
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from ._load import build_info
 from .autograd import accumulator
-from .state import MAX_FEATURE_DIM as MAX_FEATURE_DIM
-from .state import MAX_HEAD_DIM as MAX_HEAD_DIM
-from .state import RebasedState, check_layout, check_memory, num_features
+from .state import MAX_FEATURE_DIM, MAX_HEAD_DIM, check_layout, check_memory, num_features
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _LAYER_NORMS = (None, "token", "head")
 Options = tuple[str, str, float, float, float, bool]
 """feature_map, layer_norm, scale, eps, layer_norm_eps, normalize, as the operators take them."""
+GivenOptions = tuple[str, str | None, float | None, float, float, bool]
+"""The same as a caller gives them."""
 MAX_FLOAT = torch.finfo(torch.float64).max
 HAS_CUDA = build_info()["cuda"]
 _NUMPY_BOOLS = (("numpy", "bool"), ("numpy", "bool_"))  # known by name: nothing here needs numpy
@@ -69,7 +69,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, rows: str, of_op: bool = True) ->
     check_tensor("q", q, dims, f"(B, Hq, {rows}d)")
     check_tensor("k", k, dims, f"(B, Hkv, {rows}d)")
     check_tensor("v", v, dims, f"(B, Hkv, {rows}dv)")
-    if q.dtype not in _DTYPES:
+    if q.dtype not in DTYPES:
         raise TypeError(f"q: expected dtype float32, float64, float16 or bfloat16, got {q.dtype}")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
@@ -238,45 +238,42 @@ def distinct(tensors: list[Tensor | None]) -> list[Tensor | None]:
 
 
 def check_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gamma_q: Tensor | None,
-    beta_q: Tensor | None,
-    gamma_k: Tensor | None,
-    beta_k: Tensor | None,
-    *,
-    feature_map: str,
-    layer_norm: str | None,
-    scale: float | None,
-    eps: float,
-    layer_norm_eps: float,
-    normalize: bool,
-    initial_state: RebasedState | None,
-    return_state: bool,
-    cu_seqlens: Tensor | None,
+    inputs: Sequence[Any],
+    options: GivenOptions,
+    state: Any,
+    index: Tensor | None,
+    of_step: bool = False,
 ) -> tuple[list[Tensor | None], Tensor | None, Options]:
-    """A call of rebased_attention, checked: q, k, v, parameters and initial state; cu_seqlens; options."""
-    q, k, v = autocast(q, k, v)
-    check_qkv(q, k, v, "N, ")
-    options = check_options(feature_map, layer_norm, scale, eps, layer_norm_eps, normalize, q.shape[3])
-    parameters = (
-        check_parameter("gamma_q", gamma_q, q.shape[1], q),
-        check_parameter("beta_q", beta_q, q.shape[1], q),
-        check_parameter("gamma_k", gamma_k, k.shape[1], k),
-        check_parameter("beta_k", beta_k, k.shape[1], k),
-    )
+    """A call of the op, or of its step, checked.
+
+    Args:
+        inputs: q, k, v, gamma_q, beta_q, gamma_k, beta_k.
+        state: initial_state, or of a step the state.
+        index: cu_seqlens, or of a step state_index.
+
+    Returns:
+        The inputs and the state's kv and k, in the operators' dtypes; the index; the options.
+    """
+    q, k, v = autocast(*inputs[:3])
+    check_qkv(q, k, v, "" if of_step else "N, ")
+    checked = check_options(*options, q.shape[-1])
+    named = zip(("gamma_q", "beta_q", "gamma_k", "beta_k"), inputs[3:], (q, q, k, k), strict=True)
+    parameters = [check_parameter(name, x, of.shape[1], q) for name, x, of in named]
     states = q.shape[0]
-    if cu_seqlens is not None:
-        cu_seqlens = check_index("cu_seqlens", cu_seqlens, q)
+    if of_step and index is not None:
+        index = check_index("state_index", index, q, states)
+        if isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], Tensor) and state[0].dim():
+            check_layout("state.kv", state[0])  # a nested tensor has no shape
+            states = state[0].shape[0]
+    elif index is not None:
+        index = check_index("cu_seqlens", index, q)
         if q.shape[0] != 1:
             raise fail("q", "batch size 1 where cu_seqlens is given", f"shape {tuple(q.shape)}")
-        states = cu_seqlens.shape[0] - 1
-    initial: tuple[Tensor | None, Tensor | None] = (None, None)
-    if initial_state is not None:
-        features = num_features(feature_map, q.shape[3])
-        sizes = (states, k.shape[1], features, v.shape[3])
-        check_state("initial_state", initial_state, sizes, "sequences", q)
-        initial = (initial_state[0], initial_state[1])
-    check_bool("return_state", return_state)
-    return distinct([q, k, v, *parameters, *initial]), cu_seqlens, options
+        states = index.shape[0] - 1
+    parts: list[Tensor | None] = [None, None]
+    if of_step or state is not None:
+        sizes = (states, k.shape[1], num_features(options[0], q.shape[-1]), v.shape[-1])
+        counted = "slots" if of_step and index is not None else "sequences"
+        check_state("state" if of_step else "initial_state", state, sizes, counted, q)
+        parts = list(state)
+    return distinct([q, k, v, *parameters, *parts]), index, checked

@@ -1,35 +1,26 @@
-"""The two public functions."""
+"""The two public functions.
+
+A call that is right costs microseconds, so it goes straight to the operator, which checks its arguments in a
+tenth of the time that Python would take. A call that the operator refuses, or whose arguments must be cast
+first, goes through `check_call`, which says in words what is wrong.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._checks import (
-    Options,
-    autocast,
-    check_bool,
-    check_call,
-    check_index,
-    check_options,
-    check_parameter,
-    check_qkv,
-    check_state,
-    fail,
-    untraced,
-)
+from ._checks import GivenOptions, Options, check_bool, check_call, check_options, fail, untraced
 from .autograd import Attention, ops
-from .state import RebasedState, check_layout, num_features
+from .state import RebasedState
 
 # what an operator, or the options' checks before it, raise for arguments that are wrong
 _REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError, AttributeError)
-_Options = tuple[
-    str, str | None, float | None, float, float, bool
-]  # as they are given, in _cached_options' order
 # in calls of microseconds a look-up counts
 _functorch_is_active = torch._C._are_functorch_transforms_active
 _increment_version = torch._C._increment_version  # what torch.autograd.graph.increment_version calls
@@ -79,28 +70,6 @@ def rebased_attention(
     return_state: Literal[True],
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, RebasedState]: ...
-
-
-@overload
-def rebased_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gamma_q: Tensor | None = None,
-    beta_q: Tensor | None = None,
-    gamma_k: Tensor | None = None,
-    beta_k: Tensor | None = None,
-    *,
-    feature_map: str = "outer",
-    layer_norm: str | None = None,
-    scale: float | None = None,
-    eps: float = 1e-6,
-    layer_norm_eps: float = 1e-5,
-    normalize: bool = True,
-    initial_state: RebasedState | None = None,
-    return_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor | tuple[Tensor, RebasedState]: ...
 
 
 def rebased_attention(
@@ -168,48 +137,29 @@ def rebased_attention(
     Under autocast q, k, v are cast to its dtype, gamma and beta are not. torch.func transforms (vmap, jvp)
     are not supported and raise. What torch.jit.trace makes of a call is for inference: it has no gradients.
     """
-    parameters = (gamma_q, beta_q, gamma_k, beta_k)
+    inputs = (q, k, v, gamma_q, beta_q, gamma_k, beta_k)
     options = (feature_map, layer_norm, scale, eps, layer_norm_eps, normalize)
     state = (None, None) if initial_state is None else initial_state
     if (
         _is_plain(q, 4, state)
         and (initial_state is None or not any(x is None for x in state))
         and type(return_state) is bool
-        and _fit(q, parameters, cu_seqlens)
+        and _fit(q, inputs[3:], cu_seqlens)
     ):
-        # The operator checks its arguments itself, in a tenth of the time; what it refuses gets words here.
         try:
             width = q.shape[3]
             if type(width) is int:  # it is a tensor while torch.jit.trace follows
                 checked = _cached_options(*options, width)
-                return _attend([q, k, v, *parameters, *state], cu_seqlens, return_state, checked)
+                return _attend([*inputs, *state], cu_seqlens, checked, return_state)
         except _REFUSALS:
-            _check_attention(q, k, v, parameters, options, initial_state, return_state, cu_seqlens)
+            check_call(inputs, options, initial_state, cu_seqlens)
             raise
-    given = (q, k, v, parameters, options, initial_state, return_state, cu_seqlens)
-    return _attend(*untraced(_check_attention, *given))
-
-
-def _check_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    parameters: tuple[Tensor | None, ...],
-    options: _Options,
-    initial_state: RebasedState | None,
-    return_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[list[Tensor | None], Tensor | None, bool, Options]:
-    """The arguments of _attend, checked and cast."""
-    names = ("feature_map", "layer_norm", "scale", "eps", "layer_norm_eps", "normalize")
-    keywords: dict[str, Any] = dict(zip(names, options, strict=True))
-    keywords |= {"initial_state": initial_state, "return_state": return_state, "cu_seqlens": cu_seqlens}
-    tensors, cu_seqlens, checked = check_call(q, k, v, *parameters, **keywords)
-    return tensors, cu_seqlens, check_bool("return_state", return_state), checked
+    tensors, cu_seqlens, checked = untraced(check_call, inputs, options, initial_state, cu_seqlens)
+    return _attend(tensors, cu_seqlens, checked, check_bool("return_state", return_state))
 
 
 def _attend(
-    tensors: list[Tensor | None], cu_seqlens: Tensor | None, return_state: bool, options: Options
+    tensors: list[Tensor | None], cu_seqlens: Tensor | None, options: Options, return_state: bool
 ) -> Tensor | tuple[Tensor, RebasedState]:
     if (
         torch.compiler.is_compiling()
@@ -269,11 +219,10 @@ def rebased_attention_step(
             a forward-mode tangent, or a torch.func transform is active. The state was made under
             inference_mode and this is outside of it.
     """
-    parameters = (gamma_q, beta_q, gamma_k, beta_k)
-    tensors = (*parameters, state_index)
+    inputs = (q, k, v, gamma_q, beta_q, gamma_k, beta_k)
     options = (feature_map, layer_norm, scale, eps, layer_norm_eps, normalize)
-    if _is_plain(q, 3, state) and not torch.is_grad_enabled() and _fit(q, parameters, state_index):
-        # as in rebased_attention; the operator looks at everything before it touches the state
+    if _is_plain(q, 3, state) and not torch.is_grad_enabled() and _fit(q, inputs[3:], state_index):
+        # the operator looks at everything before it touches the state
         try:
             width = q.shape[2]
             if type(width) is int:
@@ -287,26 +236,41 @@ def rebased_attention_step(
                     or kv.is_neg()
                     or k_sum.is_neg()
                 ):
-                    _refuse_modes(q, k, v, state, tensors)
-                return _run_step(q, k, v, state, tensors, _cached_options(*options, width))
+                    _refuse_modes(inputs, state, state_index)
+                return _run_step(inputs, state, state_index, _cached_options(*options, width))
         except _REFUSALS:
-            _check_step(q, k, v, state, tensors, options)
+            _check_step(inputs, options, state, state_index)
             raise
-    checked = untraced(_check_step, q, k, v, state, tensors, options)
+    checked = untraced(_check_step, inputs, options, state, state_index)
     if not torch.compiler.is_compiling():
-        _refuse_modes(*checked[:5])
+        _refuse_modes(*checked[:3])
     return _run_step(*checked)
 
 
-def _refuse_modes(
-    q: Tensor, k: Tensor, v: Tensor, state: tuple[Tensor, Tensor], tensors: tuple[Tensor | None, ...]
-) -> None:
+def _check_step(
+    inputs: Sequence[Any], options: GivenOptions, state: RebasedState, state_index: Tensor | None
+) -> tuple[list[Tensor | None], tuple[Any, Any], Tensor | None, Options]:
+    """The arguments of _run_step, checked and cast."""
+    tensors, state_index, checked = check_call(inputs, options, state, state_index, of_step=True)
+    for name, x in zip(("state.kv", "state.k"), state, strict=True):
+        if not x.is_contiguous():
+            raise fail(name, "a contiguous tensor, since it is updated in place", f"strides {x.stride()}")
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        raise RuntimeError(
+            "rebased_attention_step is for inference and has no gradients: call it under torch.no_grad(), or "
+            "use rebased_attention with initial_state and return_state to train."
+        )
+    *inputs, kv, k_sum = tensors
+    return inputs, (kv, k_sum), state_index, checked
+
+
+def _refuse_modes(inputs: Sequence[Any], state: tuple[Any, ...], state_index: Tensor | None) -> None:
     """What the operator cannot see of its tensors, and torch's own in-place operators refuse."""
     if _functorch_is_active() or (
         forward_ad._current_level >= 0
         and any(
             x is not None and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
-            for x in (q, k, v, *state, *tensors)
+            for x in (*inputs, *state, state_index)
         )
     ):
         raise RuntimeError(
@@ -323,6 +287,15 @@ def _refuse_modes(
         raise ValueError("state: expected tensors without the negative bit: pass their resolve_neg()")
 
 
+def _run_step(
+    inputs: Sequence[Any], state: tuple[Any, Any], state_index: Tensor | None, options: Options
+) -> Tensor:
+    y: Tensor = ops.step.default(*inputs, *state, state_index, *options)
+    # a C++ operator does not do it: without it a state saved for backward would be stale in silence
+    _increment_version(state)
+    return y
+
+
 def _is_plain(q: Tensor, dims: int, state: tuple[Any, ...]) -> bool:
     """Whether an operator can take the arguments as they are, if they are right."""
     return (
@@ -336,7 +309,7 @@ def _is_plain(q: Tensor, dims: int, state: tuple[Any, ...]) -> bool:
     )
 
 
-def _fit(q: Tensor, parameters: tuple[Tensor | None, ...], index: Tensor | None) -> bool:
+def _fit(q: Tensor, parameters: Sequence[Any], index: Tensor | None) -> bool:
     """Whether the operator, which casts and copies nothing, can take these."""
     sums = torch.float64 if q.dtype is torch.float64 else torch.float32
     try:  # a loop, since this is for calls of microseconds
@@ -346,58 +319,3 @@ def _fit(q: Tensor, parameters: tuple[Tensor | None, ...], index: Tensor | None)
         return index is None or (index.dtype is torch.int64 and index.is_contiguous())
     except AttributeError:  # no tensor
         return False
-
-
-def _run_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: tuple[Tensor, Tensor],
-    tensors: tuple[Tensor | None, ...],
-    options: Options,
-) -> Tensor:
-    y: Tensor = ops.step.default(q, k, v, *state, *tensors, *options)
-    # a C++ operator does not do it: without it a state saved for backward would be stale in silence
-    _increment_version(state)
-    return y
-
-
-def _check_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: RebasedState,
-    tensors: tuple[Tensor | None, ...],
-    options: _Options,
-) -> tuple[Any, ...]:
-    """The arguments of _run_step, checked and cast; `tensors` are the four parameters and state_index."""
-    gamma_q, beta_q, gamma_k, beta_k, state_index = tensors
-    q, k, v = autocast(q, k, v)
-    check_qkv(q, k, v, "")
-    checked = check_options(*options, q.shape[2])
-    parameters = (
-        check_parameter("gamma_q", gamma_q, q.shape[1], q),
-        check_parameter("beta_q", beta_q, q.shape[1], q),
-        check_parameter("gamma_k", gamma_k, k.shape[1], k),
-        check_parameter("beta_k", beta_k, k.shape[1], k),
-    )
-    slots = q.shape[0]
-    if state_index is not None:
-        state_index = check_index("state_index", state_index, q, q.shape[0])
-        if isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], Tensor) and state[0].dim():
-            check_layout("state.kv", state[0])  # a nested tensor has no shape
-            slots = state[0].shape[0]
-    sizes = (slots, k.shape[1], num_features(options[0], q.shape[2]), v.shape[2])
-    check_state("state", state, sizes, "slots" if state_index is not None else "sequences", q)
-    kv, state_k = state
-    for name, x in (("state.kv", kv), ("state.k", state_k)):
-        if not x.is_contiguous():
-            raise fail(name, "a contiguous tensor, since it is updated in place", f"strides {x.stride()}")
-    if torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k, v, kv, state_k, *parameters)
-    ):
-        raise RuntimeError(
-            "rebased_attention_step is for inference and has no gradients: call it under torch.no_grad(), or "
-            "use rebased_attention with initial_state and return_state to train."
-        )
-    return q, k, v, (kv, state_k), (*parameters, state_index), checked

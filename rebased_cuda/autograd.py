@@ -50,23 +50,6 @@ def _(  # type: ignore[no-untyped-def]
     return y, r, kv, q.new_empty(*sizes, dtype=sums)
 
 
-@torch.library.register_fake("rebased_cuda::backward")
-def _(  # type: ignore[no-untyped-def]
-    grad_y, grad_kv, grad_k, q, k, v, gamma_q, beta_q, gamma_k, beta_k, initial_kv, initial_k, *rest
-):
-    def like_contiguous(tensor):  # type: ignore[no-untyped-def]
-        if tensor is None:
-            return q.new_empty(0, dtype=accumulator(q.dtype))
-        return tensor.new_empty(tensor.shape)
-
-    return (
-        _empty_rows(q, q.shape[1], q.shape[3]),
-        _empty_rows(k, k.shape[1], k.shape[3]),
-        _empty_rows(v, v.shape[1], v.shape[3]),
-        *map(like_contiguous, (gamma_q, beta_q, gamma_k, beta_k, initial_kv, initial_k)),
-    )
-
-
 @torch.library.register_fake("rebased_cuda::forward_state")
 def _(k, v, gamma_k, beta_k, cu_seqlens, feature_map, *options):  # type: ignore[no-untyped-def]
     states = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -75,9 +58,10 @@ def _(k, v, gamma_k, beta_k, cu_seqlens, feature_map, *options):  # type: ignore
     return k.new_empty(*sizes, v.shape[3], dtype=sums), k.new_empty(*sizes, dtype=sums)
 
 
-@torch.library.register_fake("rebased_cuda::backward_part")
+@torch.library.register_fake("rebased_cuda::backward")
 def _(grad_y, grad_kv, grad_k, q, k, v, *rest):  # type: ignore[no-untyped-def]
-    parameters, initial_kv, cu_seqlens, feature_map, part = rest[:4], rest[4], rest[6], rest[9], rest[-1]
+    parameters, initial_kv, cu_seqlens, feature_map = rest[:4], rest[4], rest[6], rest[9]
+    part = rest[15] if len(rest) > 15 else "all"
     queries, keys = part in ("queries", "all"), part in ("keys", "all")
 
     def rows(like: Tensor, wanted: bool) -> Tensor:

@@ -27,19 +27,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import (
-    MAX_FEATURE_DIM,
-    MAX_HEAD_DIM,
-    check_bool,
-    check_call,
-    check_number,
-    check_tensor,
-    fail,
-)
+from ._checks import check_bool, check_call, check_number, check_tensor, fail
 from .attention import rebased_attention
 from .autograd import accumulator
 from .layers import ReBasedAttention
-from .state import IDENTITY, RebasedState, check_layout, check_memory, check_size
+from .state import (
+    IDENTITY,
+    MAX_FEATURE_DIM,
+    MAX_HEAD_DIM,
+    RebasedState,
+    check_layout,
+    check_memory,
+    check_size,
+)
 
 __all__ = ["ReBased", "chunk_linear_attn", "parallel_rebased"]
 
@@ -138,17 +138,7 @@ def chunk_linear_attn(
     initial = None
     if initial_state is not None:
         # what the state is held to must itself be right
-        check_call(
-            q,
-            k,
-            v,
-            *[None] * 4,
-            **options,
-            layer_norm=None,
-            scale=1.0,
-            layer_norm_eps=0.0,
-            initial_state=None,
-        )
+        check_call((q, k, v, *[None] * 4), (IDENTITY, None, 1.0, 1e-10, 0.0, normalize), None, cu_seqlens)
         initial = _initial_state(initial_state, q, k, v, normalize, cu_seqlens)
     gamma = torch.full((feature_dim,), scale, dtype=accumulator(q.dtype), device=q.device)
     result = rebased_attention(q, k, v, gamma_q=gamma, initial_state=initial, **options)

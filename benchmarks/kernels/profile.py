@@ -26,7 +26,8 @@ from benchmarks.speed.harness import Shape
 from benchmarks.speed.peers import projections, split_heads
 from benchmarks.speed.predict import MAPS, SIZES, STEP, shape_of
 from benchmarks.speed.report import commit, duration, print_table, save
-from rebased_cuda import RebasedState, _measure, build_info, rebased_attention, rebased_attention_step
+from rebased_cuda import RebasedState, build_info, rebased_attention, rebased_attention_step
+from rebased_cuda.demo import timing
 
 COMMAND = "python -m benchmarks.kernels.profile"
 DEVICE = "cuda"  # a test's is the CPU
@@ -68,7 +69,7 @@ def kernel_times(events: Iterable[Any], profiled: int) -> list[dict[str, Any]]:
 
 def median_seconds(run: Callable[[], Any]) -> float:
     run()
-    return statistics.median(_measure.once(run, DEVICE) for _ in range(TIMED))
+    return statistics.median(timing.once(run, DEVICE) for _ in range(TIMED))
 
 
 def measure_call(shape: Shape, layer_norm: str) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def measure_call(shape: Shape, layer_norm: str) -> dict[str, Any]:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(PROFILED):
             both()
-        _measure.synchronize(DEVICE)
+        timing.synchronize(DEVICE)
     kernels = kernel_times(profiler.key_averages(), PROFILED)
     if not kernels:
         raise RuntimeError("the profiler saw nothing on the GPU")
@@ -124,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not usable():
         print("error: torch sees no GPU, or this build has no CUDA kernels", file=sys.stderr)
         return 1
-    contents = {"command": COMMAND, "commit": commit(), "machine": _measure.machine(), "build": build_info()}
+    contents = {"command": COMMAND, "commit": commit(), "machine": timing.machine(), "build": build_info()}
     contents |= {"calls": [], "steps": []}
 
     def keep(kind: str, row: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import torch
 import benchmarks.language_model
 from benchmarks.speed.report import commit, duration, print_table
 from benchmarks.training import append_json_line, choose_device, claim
-from rebased_cuda import _measure
+from rebased_cuda.demo import timing
 
 from . import compare, generate, parallel, speed, text
 from .model import MIXERS, ModelConfiguration
@@ -68,9 +68,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     several.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
     several.add_argument("--json", type=Path, help="also writes the table's figures there")
 
-    timing = commands.add_parser("speed", parents=[common], help="seconds a training step, native and plain")
-    timing.add_argument("--rounds", type=int, default=5)
-    timing.add_argument("--json", type=Path)
+    timed = commands.add_parser("speed", parents=[common], help="seconds a training step, native and plain")
+    timed.add_argument("--rounds", type=int, default=5)
+    timed.add_argument("--json", type=Path)
 
     decode = commands.add_parser("generate", help="decodes with the recurrent step")
     decode.add_argument("checkpoint", type=Path)
@@ -181,26 +181,26 @@ def _speed(arguments: argparse.Namespace) -> int:
     data = _text(arguments, model.vocabulary)
     device = choose_device(arguments.device)
     timings = []
-    for timing in speed.measure(model, training, data.training, device, arguments.rounds):
-        timings.append(timing)
-        _say(f"N {timing.seqlen}: native {duration(timing.native)}, plain {duration(timing.plain)} a step")
+    for timed in speed.measure(model, training, data.training, device, arguments.rounds):
+        timings.append(timed)
+        _say(f"N {timed.seqlen}: native {duration(timed.native)}, plain {duration(timed.plain)} a step")
     rows = [
         [
-            str(timing.seqlen),
-            str(timing.batch),
-            duration(timing.native),
-            duration(timing.plain),
-            f"{timing.ratio:.2f}x",
-            timing.plain_name,
-            duration(timing.reference),
-            f"{timing.reference_ratio:.2f}x",
+            str(timed.seqlen),
+            str(timed.batch),
+            duration(timed.native),
+            duration(timed.plain),
+            f"{timed.ratio:.2f}x",
+            timed.plain_name,
+            duration(timed.reference),
+            f"{timed.reference_ratio:.2f}x",
         ]
-        for timing in timings
+        for timed in timings
     ]
     columns = ["N", "rows", "native", "plain", "over native", "", "reference", "over native"]
     print_table("seconds per training step", columns, rows)
     if arguments.json:
-        _write(arguments.json, {"model": asdict(model), "timings": [asdict(timing) for timing in timings]})
+        _write(arguments.json, {"model": asdict(model), "timings": [asdict(timed) for timed in timings]})
     return 0
 
 
@@ -233,7 +233,7 @@ def _write(path: Path, contents: dict[str, Any]) -> None:
     head = {
         "when": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "commit": commit(),
-        "machine": _measure.machine(),
+        "machine": timing.machine(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(head | contents, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Seconds per training step of one and the same loop, with the native op and with plain PyTorch in its place.
 
-Plain PyTorch is the chunked form as fast as it could be made (rebased_cuda/_baselines.py: a loop over chunks
-or a cumulative sum, the chunk's length tried out at every N) and as readable as it could be made
+Plain PyTorch is the chunked form as fast as it could be made (rebased_cuda/demo/baselines.py: a loop over
+chunks or a cumulative sum, the chunk's length tried out at every N) and as readable as it could be made
 (`rebased_cuda.reference.chunked`). All three train the same model from the same weights on the same rows; the
 mixers' first gradients are compared before anything is timed.
 """
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rebased_cuda import ReBasedAttention, _baselines, _measure, reference
+from rebased_cuda import ReBasedAttention, reference
+from rebased_cuda.demo import baselines, timing
 
 from . import text
 from .model import LanguageModel, ModelConfiguration
@@ -51,17 +52,17 @@ class PlainAttention(nn.Module):
 def reference_chunked(q: Tensor, k: Tensor, v: Tensor, *affine: Tensor) -> Tensor:
     heads = affine[0].shape[0]
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    y = reference.chunked(q, k, v, *affine, layer_norm="token", eps=_baselines.EPS)
+    y = reference.chunked(q, k, v, *affine, layer_norm="token", eps=baselines.EPS)
     assert isinstance(y, Tensor)
     return y
 
 
 def forms(seqlen: int) -> Iterator[tuple[str, Attend]]:
     """The plain forms worth trying at a length."""
-    chunks = [chunk for chunk in _baselines.CHUNKS if chunk <= seqlen]
+    chunks = [chunk for chunk in baselines.CHUNKS if chunk <= seqlen]
     for chunk in chunks:
-        yield f"plain, loop over chunks of {chunk}", partial(_baselines.chunked_loop, chunk=chunk)
-        yield f"plain, cumsum of chunks of {chunk}", partial(_baselines.chunked_cumsum, chunk=chunk)
+        yield f"plain, loop over chunks of {chunk}", partial(baselines.chunked_loop, chunk=chunk)
+        yield f"plain, cumsum of chunks of {chunk}", partial(baselines.chunked_cumsum, chunk=chunk)
 
 
 def adapt(model: nn.Module, attend: Attend | None) -> None:
@@ -69,7 +70,7 @@ def adapt(model: nn.Module, attend: Attend | None) -> None:
     assert isinstance(model, LanguageModel)
     for block in model.blocks:
         if isinstance(block.mixer, ReBasedAttention):
-            block.mixer.eps = _baselines.EPS
+            block.mixer.eps = baselines.EPS
             if attend is not None:
                 block.mixer = PlainAttention(block.mixer, attend)
 
@@ -123,15 +124,15 @@ def measure(
         trainers |= {name: make(attend) for name, attend in forms(seqlen)}
         expected = mixer_gradients(trainers[NATIVE])
         for name, trainer in trainers.items():
-            error = _measure.relative_error(mixer_gradients(trainer), expected)
+            error = timing.relative_error(mixer_gradients(trainer), expected)
             if not error <= TOLERANCE:
                 raise RuntimeError(f"N {seqlen}: the gradients of {name} are {error:.1e} off the native op's")
             trainer.step()  # warms up
         plain = [name for name in trainers if name not in (NATIVE, REFERENCE)]
-        tried = _measure.interleave({name: trainers[name].step for name in plain}, 2, device.type)
+        tried = timing.interleave({name: trainers[name].step for name in plain}, 2, device.type)
         best = min(plain, key=lambda name: min(tried[name]))
         methods = {name: trainers[name].step for name in (NATIVE, best, REFERENCE)}
-        seconds = _measure.interleave(methods, rounds, device.type)
+        seconds = timing.interleave(methods, rounds, device.type)
         yield Timing(
             seqlen,
             shape.batch,
@@ -139,6 +140,6 @@ def measure(
             statistics.median(seconds[best]),
             best,
             statistics.median(seconds[REFERENCE]),
-            _measure.ratio(seconds[best], seconds[NATIVE]),
-            _measure.ratio(seconds[REFERENCE], seconds[NATIVE]),
+            timing.ratio(seconds[best], seconds[NATIVE]),
+            timing.ratio(seconds[REFERENCE], seconds[NATIVE]),
         )

@@ -1,7 +1,7 @@
 """Seconds per training step: a ReBased model with this package's op, and the same one with plain PyTorch.
 
 The same model, batch and optimizer; only what `ReBasedAttention` calls is exchanged, for the chunked forms
-that the speed benchmarks measure against (`rebased_cuda._baselines`), each at its best chunk. The methods
+that the speed benchmarks measure against (`rebased_cuda.demo.baselines`), each at its best chunk. The methods
 take turns, and a ratio is the median of those within a turn.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.training import append_json_line, read_json_lines, seed_everything
-from rebased_cuda import _baselines, _measure
+from rebased_cuda.demo import baselines, timing
 
 from . import data
 from .models import RecallModel
@@ -56,8 +56,8 @@ def measure(seqlen: int, device: torch.device, tokens: int, rounds: int = ROUNDS
         for x in data.batch(data.Task(VOCABULARY, seqlen, seqlen // 8), max(tokens // seqlen, 1), 0)
     )
     forms: dict[str, Callable[..., Any] | None] = {NATIVE: None}
-    for name, form in zip(PLAIN, (_baselines.chunked_loop, _baselines.chunked_cumsum), strict=True):
-        forms |= {f"{name} of {c}": partial(plain, form, c) for c in _baselines.CHUNKS if c <= seqlen}
+    for name, form in zip(PLAIN, (baselines.chunked_loop, baselines.chunked_cumsum), strict=True):
+        forms |= {f"{name} of {c}": partial(plain, form, c) for c in baselines.CHUNKS if c <= seqlen}
 
     losses = {}
     methods = {}
@@ -69,7 +69,7 @@ def measure(seqlen: int, device: torch.device, tokens: int, rounds: int = ROUNDS
         def run(form: Any = form, model: Any = model, optimizer: Any = optimizer) -> float:
             if form is None:
                 return _step(model, optimizer, batch)
-            with mock.patch("rebased_cuda.layers.rebased_attention", form):
+            with mock.patch("rebased_cuda.layers.attention.rebased_attention", form):
                 return _step(model, optimizer, batch)
 
         losses[name] = [run() for _ in range(2)]  # warm, and the judge that all do the same
@@ -77,7 +77,7 @@ def measure(seqlen: int, device: torch.device, tokens: int, rounds: int = ROUNDS
     for name, found in losses.items():
         if not torch.allclose(torch.tensor(found), torch.tensor(losses[NATIVE]), rtol=1e-3):
             raise RuntimeError(f"{name}: losses {found}, this package's {losses[NATIVE]}")
-    seconds = _measure.interleave(methods, rounds, device.type)
+    seconds = timing.interleave(methods, rounds, device.type)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     rest = [name for name in medians if name != NATIVE]
     best = min(rest, key=lambda name: medians[name])
@@ -88,8 +88,8 @@ def measure(seqlen: int, device: torch.device, tokens: int, rounds: int = ROUNDS
         "vocabulary": VOCABULARY,
         "seconds": {name: round(x, 6) for name, x in medians.items()},
         "best_plain": best,
-        "ratio": round(_measure.ratio(seconds[best], seconds[NATIVE]), 3),
-        "machine": _measure.machine(),
+        "ratio": round(timing.ratio(seconds[best], seconds[NATIVE]), 3),
+        "machine": timing.machine(),
     }
 
 

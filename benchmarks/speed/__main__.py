@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 import benchmarks.speed
-from rebased_cuda import _measure, build_info
+from rebased_cuda import build_info
+from rebased_cuda.demo import timing
 
 from . import against, ceilings, questions, report
 from .harness import DIRECTIONS, OURS, Row
@@ -36,6 +37,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--only", nargs="+", choices=list(questions.QUESTIONS), default=list(questions.QUESTIONS)
     )
     parser.add_argument("--output", type=Path, help="JSON; default in benchmarks/results, by date")
+    parser.add_argument("--targets", action="store_true", help="also what the project has set itself (CPU)")
     commands = parser.add_subparsers(dest="command")
     comparison = commands.add_parser("compare", help="what moved from one JSON file to another")
     comparison.add_argument("before", type=Path)
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.compare(arguments.before, arguments.after)
         return 0
     if arguments.command == "show":
-        report.show(json.loads(arguments.file.read_text()))
+        report.show(json.loads(arguments.file.read_text()), arguments.targets)
         return 0
     if arguments.command == "plot":
         from . import plots
@@ -98,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure_all(arguments: argparse.Namespace) -> int:
     start = time.monotonic()
     device = arguments.device
-    machine = _measure.machine()
+    machine = timing.machine()
     kept = device == "cpu" and keep_freed_memory()
     _tell("the machine's ceilings")
     limits = ceilings.measure(device)
@@ -136,7 +138,7 @@ def _measure_all(arguments: argparse.Namespace) -> int:
     report.save(path, contents)
     if sys.stderr.isatty():
         print(file=sys.stderr)
-    report.show(contents)
+    report.show(contents, arguments.targets)
     _print_ceilings(limits)
     print(f"\n{contents['seconds']:.0f} s; {path}")
     ours = [row.status for row in rows if row.method == OURS]

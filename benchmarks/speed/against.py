@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from rebased_cuda import _measure
+from rebased_cuda.demo import timing
 
 from . import questions, report
 from .op import Call
@@ -163,7 +163,7 @@ def run(arguments: argparse.Namespace, tell: Callable[[str], None]) -> int:
     compared = rows(arguments.only, questions.Run(arguments.device, arguments.quick, None, tell))
     contents: dict[str, Any] = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": _measure.machine(),
+        "machine": timing.machine(),
         "device": arguments.device,
         "threads": threads,
         "pairs": arguments.pairs,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rebased_cuda import _measure
+from rebased_cuda.demo import timing
 
 SIZE = {"cpu": 2048, "cuda": 8192}  # of the square matrices
 COPIED = {"cpu": 256 << 20, "cuda": 2 << 30}  # bytes, far beyond every cache
@@ -47,5 +47,5 @@ def measure(device: str) -> Ceilings:
 
 def _seconds(run: Any, device: str) -> float:
     run()
-    _measure.synchronize(device)
-    return min(_measure.once(run, device) for _ in range(REPEATS))  # a ceiling: the most the machine does
+    timing.synchronize(device)
+    return min(timing.once(run, device) for _ in range(REPEATS))  # a ceiling: the most the machine does

@@ -27,10 +27,11 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from rebased_cuda import ReBasedAttention, _measure, context_parallel, rebased_attention
-from rebased_cuda._shards import Exchange, process_group
+from rebased_cuda import ReBasedAttention, rebased_attention
 from rebased_cuda.autograd import ops
-from rebased_cuda.context_parallel import context_parallel_rebased_attention, context_parallelize
+from rebased_cuda.context_parallel import attention, context_parallel_rebased_attention, context_parallelize
+from rebased_cuda.context_parallel.exchange import Exchange, process_group
+from rebased_cuda.demo import timing
 
 RESULTS = Path(__file__).parent.parent / "results" / "context_parallel.json"
 HEADS, FEATURE_DIM, HEAD_DIM = 12, 16, 64
@@ -104,7 +105,7 @@ def measure(rank: int, ranks: int, port: int, seqlen: int, rounds: int, result: 
     _, k, v, _, _, gamma_k, beta_k = shard
     state = tuple(torch.zeros(HEADS * FEATURE_DIM * (FEATURE_DIM + 1) // 2, n) for n in (HEAD_DIM, 1))
 
-    context_parallel.Exchange = TimedExchange  # type: ignore[misc]
+    attention.Exchange = TimedExchange  # type: ignore[misc]
     error = check(whole, shard, rows)
     shared = both(context_parallel_rebased_attention, shard)
 
@@ -159,7 +160,7 @@ def check(whole: list[Tensor], shard: list[Tensor], rows: slice) -> float:
     with torch.no_grad():
         y = context_parallel_rebased_attention(*shard, **OPTIONS)
         expected = rebased_attention(*whole, **OPTIONS)[:, :, rows]
-    error = torch.tensor(_measure.relative_error(y, expected))
+    error = torch.tensor(timing.relative_error(y, expected))
     dist.all_reduce(error, op=dist.ReduceOp.MAX)
     return float(error)
 
@@ -196,7 +197,7 @@ def main() -> None:
         name: {
             "seconds": times,
             "median": statistics.median(times),
-            "over_one_process": _measure.ratio(times, seconds[single[name]]) if name in single else None,
+            "over_one_process": timing.ratio(times, seconds[single[name]]) if name in single else None,
             "waited": statistics.median(waited[name]) if name in waited else None,
         }
         for name, times in seconds.items()
@@ -211,7 +212,7 @@ def main() -> None:
     report = {
         "command": "python -m benchmarks.speed.context_parallel",
         "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": {**_measure.machine(), "threads": 1},
+        "machine": {**timing.machine(), "threads": 1},
         "processes": arguments.processes,
         "shape": [1, HEADS, arguments.seqlen, FEATURE_DIM, HEAD_DIM],
         "options": OPTIONS,

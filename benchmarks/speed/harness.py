@@ -18,16 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rebased_cuda import _measure
+from rebased_cuda.demo import timing
 from rebased_cuda.state import num_features
 
 from .ceilings import Ceilings
 from .op import DIRECTIONS, OURS, Flush, Shape
 
-ROUNDS = (3, 15)  # fewest and most
-QUICK = 5e-3  # seconds: what is shorter is called once more before its repetitions are chosen
-# Rounds that do not count, for runs of at most so many seconds: PeakMemory handed the heap's pages back, and
-# to get them again costs a short run more than its work.
+ROUNDS = (3, 15)  # how many times every method is measured, at least and at most
+# A call that takes less than QUICK seconds is timed once more, warm, before the number of calls is chosen.
+QUICK = 5e-3
+# Runs of at most UNCOUNTED_SECONDS are repeated UNCOUNTED times before any counts. PeakMemory has handed the
+# heap's pages back to the system, and getting them again would cost a short run more than its work.
 UNCOUNTED, UNCOUNTED_SECONDS = 2, 0.3
 
 
@@ -174,13 +175,13 @@ def _measure_methods(
         flush()
 
     short = {name: runs[name][0] for name in runs if needed[name] <= UNCOUNTED_SECONDS}
-    _measure.interleave(short, UNCOUNTED, device, before)
+    timing.interleave(short, UNCOUNTED, device, before)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     base, done = str(methods[0]), 0
     for up_to, names in _rounds(needed, budget, base):
         tell(f"{question}: {methods[0].shape}, {direction}: {up_to - done} rounds of {len(names)}")
         part = {name: runs[name][0] for name in names}
-        for name, times in _measure.interleave(part, up_to - done, device, before).items():
+        for name, times in timing.interleave(part, up_to - done, device, before).items():
             seconds[name] += times
         done = up_to
     for method in methods:
@@ -191,7 +192,7 @@ def _measure_methods(
         if ceilings is not None and method.name == OURS and threads[name] == all_threads:
             row.set_floor(ceilings)
         if base in runs:
-            row.ratio = _measure.ratio(list(row.seconds), list(rows[base].seconds))
+            row.ratio = timing.ratio(list(row.seconds), list(rows[base].seconds))
     return list(rows.values())
 
 
@@ -212,7 +213,7 @@ def _ready(method: Method, row: Row, device: str, longest: float) -> _Ready | No
         if prepared.compiles:
             prepared.run()
         with PeakMemory(device) as peak:
-            warm_up = _measure.once(prepared.run, device)
+            warm_up = timing.once(prepared.run, device)
     except UnavailableError as error:
         row.status = str(error)
         return None
@@ -226,7 +227,7 @@ def _ready(method: Method, row: Row, device: str, longest: float) -> _Ready | No
         row.status = f"not timed: one call takes {warm_up:.1f} s"
         return None
     quick = warm_up < QUICK
-    return _Ready(prepared.run, _measure.once(prepared.run, device) if quick else warm_up)
+    return _Ready(prepared.run, timing.once(prepared.run, device) if quick else warm_up)
 
 
 def _rounds(needed: Mapping[str, float], budget: float, base: str) -> list[tuple[int, list[str]]]:
@@ -289,4 +290,4 @@ def floor_seconds(shape: Shape, direction: str, ceilings: Ceilings) -> float:
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
-    return _measure.relative_error(value, expected)
+    return timing.relative_error(value, expected)

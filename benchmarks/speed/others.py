@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rebased_cuda import _baselines
+from rebased_cuda.demo import baselines
 
 from . import fast_transformers
 from .harness import Shape, UnavailableError
@@ -71,11 +71,11 @@ def _fast_transformers(
     scale = (q.shape[-1] / heads) ** -0.5 if feature_map == "outer" else 1.0
     q = _normalised(q, *affine[:2], heads, scale).transpose(1, 2)
     k = _normalised(k, *affine[2:], heads).transpose(1, 2)
-    query, key = _baselines.features(feature_map)
+    query, key = baselines.features(feature_map)
     q, k = query(q).contiguous(), key(k).contiguous()
     sums = (q * k.cumsum(2)).sum(-1, keepdim=True)
     v = v.unflatten(-1, (heads, -1)).transpose(1, 2).contiguous()
-    return product(q, k, v) / (sums + _baselines.EPS)
+    return product(q, k, v) / (sums + baselines.EPS)
 
 
 def _fla(name: str, shape: Shape, device: str) -> Function:
@@ -106,7 +106,7 @@ def _parallel_rebased(
     Quadratic in N. Its scale is d^-0.5.
     """
     q, k = _normalised(q, *affine[:2], heads), _normalised(k, *affine[2:], heads)
-    return kernel(q, k, v.unflatten(-1, (heads, -1)), eps=_baselines.EPS).transpose(1, 2)
+    return kernel(q, k, v.unflatten(-1, (heads, -1)), eps=baselines.EPS).transpose(1, 2)
 
 
 def _fused_chunk_based(
@@ -135,10 +135,10 @@ def _chunk_linear_attn(
     score then loses all (on an H100 the relative error of the whole was 0.21, `outer`, 8 x 12 heads of 4096).
     """
     scale = (q.shape[-1] / heads) ** -0.5 if feature_map == "outer" else 1.0
-    query, key = _baselines.features(feature_map)
+    query, key = baselines.features(feature_map)
     q = query(_normalised(q, *affine[:2], heads, scale))
     k = key(_normalised(k, *affine[2:], heads))
     y, _ = kernel(q, k, v.unflatten(-1, (heads, -1)), scale=1.0, normalize=False)
     wide = torch.promote_types(q.dtype, torch.float32)
     sums = (q.to(wide) * k.to(wide).cumsum(1)).sum(-1, keepdim=True)
-    return (y / (sums + _baselines.EPS)).to(v.dtype).transpose(1, 2)
+    return (y / (sums + baselines.EPS)).to(v.dtype).transpose(1, 2)

@@ -2,9 +2,9 @@
 
 All start from what a model's projections give, q and k (B, N, H*d) and v (B, N, H*dv), and count LayerNorm
 over a token's features, gamma, beta, feature map, casts and the division; softmax attention starts from q, k
-and v of head dim dv. Plain PyTorch is rebased_cuda._baselines, chunked with the fastest of its chunk lengths
-here; others.py has the packages. A method that does not run here raises UnavailableError with the reason,
-which becomes its row.
+and v of head dim dv. Plain PyTorch is rebased_cuda.demo.baselines, chunked with the fastest of its chunk
+lengths here; others.py has the packages. A method that does not run here raises UnavailableError with the
+reason, which becomes its row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rebased_cuda import _baselines, _measure, reference
+from rebased_cuda import reference
+from rebased_cuda.demo import baselines, timing
 
 from . import others
 from .harness import OURS, Prepared, Shape, UnavailableError, relative_error
@@ -129,12 +130,12 @@ def _softmax(name: str, shape: Shape, device: str) -> Function:
     _refuse_pairs(shape, SOFTMAX_PAIRS[device])
     backend = {"SDPA flash": "FLASH_ATTENTION", "SDPA cuDNN": "CUDNN_ATTENTION"}.get(name)
     if backend is None:
-        return _baselines.softmax_attention
+        return baselines.softmax_attention
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def chosen(*qkv: Tensor) -> Tensor:
         with sdpa_kernel(getattr(SDPBackend, backend)):
-            return _baselines.softmax_attention(*qkv)
+            return baselines.softmax_attention(*qkv)
 
     return chosen
 
@@ -149,25 +150,25 @@ def _linear(name: str, shape: Shape, direction: str, device: str, build: bool) -
     plain = COMPILED.get(name, name)
     if plain == QUADRATIC:
         _refuse_pairs(shape, QUADRATIC_PAIRS[device])
-        function: Function = functools.partial(_baselines.quadratic, feature_map=shape.feature_map)
+        function: Function = functools.partial(baselines.quadratic, feature_map=shape.feature_map)
         return _compile(function) if name in COMPILED else function
     chunk = _fastest_chunk(plain, shape, direction, device)
     if name == plain:
         return functools.partial(_CHUNKED[plain], feature_map=shape.feature_map, chunk=chunk)
     if plain == CUMSUM:
         return _compile(
-            functools.partial(_baselines.chunked_cumsum, feature_map=shape.feature_map, chunk=chunk)
+            functools.partial(baselines.chunked_cumsum, feature_map=shape.feature_map, chunk=chunk)
         )
-    body = _compile(_baselines.one_chunk)  # the body of the loop: a compiler would unroll the whole
+    body = _compile(baselines.one_chunk)  # the body of the loop: a compiler would unroll the whole
 
     def step(
         feature_map: str, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The first chunk, which has no state to read, would be one graph more."""
-        return (_baselines.one_chunk if state is None else body)(feature_map, q, k, v, state)
+        return (baselines.one_chunk if state is None else body)(feature_map, q, k, v, state)
 
     return functools.partial(
-        _baselines.chunked_loop, feature_map=shape.feature_map, chunk=chunk, chunk_step=step
+        baselines.chunked_loop, feature_map=shape.feature_map, chunk=chunk, chunk_step=step
     )
 
 
@@ -181,7 +182,7 @@ def forget_compiled() -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # a row that says so
 
 
-_CHUNKED: dict[str, Function] = {LOOP: _baselines.chunked_loop, CUMSUM: _baselines.chunked_cumsum}
+_CHUNKED: dict[str, Function] = {LOOP: baselines.chunked_loop, CUMSUM: baselines.chunked_cumsum}
 
 
 @functools.lru_cache(maxsize=16)
@@ -189,7 +190,7 @@ def _fastest_chunk(name: str, shape: Shape, direction: str, device: str) -> int:
     def seconds(chunk: int) -> float:
         function = functools.partial(_CHUNKED[name], feature_map=shape.feature_map, chunk=chunk)
         run = runner(function, projections(shape, device), shape, direction, device)
-        return min(_measure.once(run, device) for _ in range(2))
+        return min(timing.once(run, device) for _ in range(2))
 
-    allowed = [chunk for chunk in _baselines.CHUNKS if chunk <= max(shape.seqlen, _baselines.CHUNKS[0])]
+    allowed = [chunk for chunk in baselines.CHUNKS if chunk <= max(shape.seqlen, baselines.CHUNKS[0])]
     return min(allowed, key=seconds)

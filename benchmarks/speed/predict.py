@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rebased_cuda import _C
+from rebased_cuda import testing
 from rebased_cuda.state import num_features
 
 from .gpu_facts import Facts, MissingFactsError, load
@@ -47,7 +47,7 @@ def shape_of(size: str, feature_map: str) -> Shape:
 
 
 def segments_of(gpu: Gpu, shape: Shape, sweep: str) -> int:
-    plan = _C.plan(
+    plan = testing.plan(
         sweep,
         batch=shape.batch,
         heads=shape.heads,
@@ -249,7 +249,7 @@ def show(facts: Facts, made: list[Prediction], compared: list[dict[str, Any]]) -
         rows = [[x.name, f"{x.value:.4g}", x.unit, x.source] for x in gpu.inputs]
         print_table(f"inputs, {gpu.name}", ("input", "value", "unit", "source"), rows)
     rows = [[name, command] for name, command in facts.commands.items()]
-    rows.append(["launch plan", "rebased_cuda._C.plan"])
+    rows.append(["launch plan", "rebased_cuda.testing.plan"])
     print_table("inputs, counted without a GPU", ("file", "made by"), rows)
     rows = []
     for x in made:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import subprocess
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import rebased_cuda
-from rebased_cuda import _measure
+from rebased_cuda.demo import timing
 
-from . import others, targets
+from . import others, peers, targets
 from .ceilings import Ceilings
 from .harness import OURS, Row, Shape
 from .questions import nothing_slower
@@ -24,6 +25,12 @@ try:
 except ImportError:  # the extra `bench`
     Console = Table = None  # type: ignore[assignment,misc]
 
+FLOOR = "floor"
+PEERS = {
+    "softmax attention": tuple(x for x in (*peers.CPU_METHODS, *peers.GPU_METHODS) if peers.SDPA in x),
+    "plain PyTorch": peers.PLAIN,
+    "other packages": others.NAMES,
+}
 RESULTS = Path(__file__).parent.parent / "results"
 FILE_WIDTH = 170
 
@@ -60,13 +67,13 @@ def duration(seconds: float | None) -> str:
     return f"{seconds * scale:.3g} {unit}"
 
 
-def show(contents: dict[str, Any]) -> None:
-    """All tables of a result."""
+def show(contents: dict[str, Any], with_targets: bool = False) -> None:
+    """All tables of a result; `with_targets`: also that of targets.py."""
     rows = contents["rows"]
     for question in dict.fromkeys(row["question"] for row in rows):
         _print_question(question, [row for row in rows if row["question"] == question])
     print_ratios(rows)
-    if contents["device"] == "cpu":
+    if with_targets and contents["device"] == "cpu":
         print_targets(rows)
     used = ", ".join(f"{name} {seconds:.0f}" for name, seconds in contents["seconds_by_question"].items())
     print(f"seconds by question: {used}")
@@ -104,17 +111,50 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def print_ratios(rows: Sequence[dict[str, Any]]) -> None:
-    """Against the best plain PyTorch wherever from N = 128 on; then, by name, those where it is faster."""
-    found = nothing_slower.ratios(rows)
-    if not found:
+    """The op's time over the floor and the best peers' times over the op's, then where plain PyTorch wins."""
+    lines = [
+        [
+            str(shape),
+            direction,
+            duration(found["ours"]),
+            *("" if (x := found.get(name)) is None else f"{x:.2f}x" for name in (FLOOR, *PEERS)),
+        ]
+        for (shape, direction), found in _best_peers(rows).items()
+        if len(found) > 1  # there is something to compare with
+    ]
+    if not lines:
         return
-    lines = [[str(x.shape), x.direction, x.method, f"{x.ratio:.2f}x"] for x in found]
-    columns = ["shape", "direction", "best plain PyTorch", "time/ours"]
-    print_table(f"Against the best plain PyTorch, {len(found)} shapes and directions", columns, lines)
+    columns = ["shape", "direction", "ours", "ours/floor", *(f"{name}/ours" for name in PEERS)]
+    print_table("Against the floor, and the best of each kind of peer against the op", columns, lines)
+    found = nothing_slower.ratios(rows)
     slower = [x for x in found if x.ratio < 1]
-    print(f"the op is slower at {len(slower)} of them" + ":" * bool(slower))
+    print(
+        f"plain PyTorch is faster at {len(slower)} of {len(found)} shapes and directions" + ":" * bool(slower)
+    )
     for x in slower:
         print(f"  {x.shape}, {x.direction}: {x.method} takes {x.ratio:.2f} of our time")
+
+
+def _best_peers(rows: Sequence[dict[str, Any]]) -> dict[tuple[Shape, str], dict[str, float]]:
+    """By shape and direction; of one that two questions asked, the figures that are worse for the op."""
+    timed = [row for row in rows if row["status"] == "ok"]
+    result: dict[tuple[Shape, str], dict[str, float]] = {}
+    asked = set()
+    for row in timed:
+        key = (shape_of(row), row["direction"])
+        if row["method"] != OURS or row["ratio"] != 1:  # times are relative to a call of another kind
+            continue
+        asked.add((row["question"], *key))
+        found = result.setdefault(key, {"ours": 0.0})
+        found["ours"] = max(found["ours"], row["median"])
+        if row["over_floor"] is not None:
+            found[FLOOR] = max(found.get(FLOOR, 0.0), row["over_floor"])
+    for row in timed:
+        key = (shape_of(row), row["direction"])
+        for kind, methods in PEERS.items():
+            if row["method"] in methods and (row["question"], *key) in asked:
+                result[key][kind] = min(result[key].get(kind, math.inf), row["ratio"])
+    return result
 
 
 def print_targets(rows: Sequence[dict[str, Any]]) -> None:
@@ -166,7 +206,7 @@ def summary(
         "commit": commit(),
         "version": rebased_cuda.__version__,
         "build": rebased_cuda.build_info(),
-        "machine": _measure.machine(),
+        "machine": timing.machine(),
         "peers": others.versions(),
         "device": device,
         "quick": quick,

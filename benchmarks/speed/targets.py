@@ -1,4 +1,5 @@
-"""The figures that the CPU backend is to reach, beside those of a run; left out where rows are missing.
+"""`--targets`: the figures that the project has set itself for the CPU, beside those of a run; left out where
+rows are missing. For whoever works on the kernels: what a user compares is in the report's own tables.
 
 For two cores, float32, LayerNorm and affine on our side included.
 """

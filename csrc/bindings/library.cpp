@@ -1,8 +1,8 @@
 // The torch operators of rebased_cuda: schemas, and one implementation over three backends (native CPU, CUDA,
 // and in a test build the CUDA kernels emulated on the CPU).
-//   forward, backward, step        the op
-//   forward_state, backward_part   pieces of the first two, between which processes that share a sequence
-//                                  exchange states (rebased_cuda/context_parallel.py)
+//   forward, backward, step   the op
+//   forward_state             with `part` of backward: pieces of the first two, between which processes that
+//                             share a sequence exchange states (rebased_cuda/context_parallel/)
 //
 // Everything goes through torch's stable ABI, so one build serves every later torch. Only int64_t, double,
 // bool, std::string, Tensor and optionals of these cross it intact.
@@ -76,12 +76,12 @@ BackwardPart backward_part_of(const std::string& name) {
 // Gradients that `part` does not ask for are absent. Those of the initial state are there where one is given,
 // and of reverse_state always: the state that flows out of these rows towards the rows before them.
 template <class Backend>
-Gradients backward_part(const Tensor& grad_y, OptionalTensor grad_kv, OptionalTensor grad_k, const Tensor& q,
-                        const Tensor& k, const Tensor& v, OptionalTensor gamma_q, OptionalTensor beta_q,
-                        OptionalTensor gamma_k, OptionalTensor beta_k, OptionalTensor initial_kv,
-                        OptionalTensor initial_k, OptionalTensor cu_seqlens, const Tensor& y, const Tensor& r,
-                        std::string feature_map, std::string layer_norm, double scale, double eps,
-                        double layer_norm_eps, bool normalize, std::string part) {
+Gradients backward(const Tensor& grad_y, OptionalTensor grad_kv, OptionalTensor grad_k, const Tensor& q,
+                   const Tensor& k, const Tensor& v, OptionalTensor gamma_q, OptionalTensor beta_q,
+                   OptionalTensor gamma_k, OptionalTensor beta_k, OptionalTensor initial_kv,
+                   OptionalTensor initial_k, OptionalTensor cu_seqlens, const Tensor& y, const Tensor& r,
+                   std::string feature_map, std::string layer_norm, double scale, double eps,
+                   double layer_norm_eps, bool normalize, std::string part) {
   const Backend backend(q);
   require(q.dim() == 4, "q, k, v: must have four dimensions");
   const Inputs inputs(q, k, v, gamma_q, beta_q, gamma_k, beta_k, cu_seqlens);
@@ -142,18 +142,6 @@ Gradients backward_part(const Tensor& grad_y, OptionalTensor grad_kv, OptionalTe
           grad_gamma_k, grad_beta_k, grad_initial.kv, grad_initial.k};
 }
 
-template <class Backend>
-Gradients backward(const Tensor& grad_y, OptionalTensor grad_kv, OptionalTensor grad_k, const Tensor& q,
-                   const Tensor& k, const Tensor& v, OptionalTensor gamma_q, OptionalTensor beta_q,
-                   OptionalTensor gamma_k, OptionalTensor beta_k, OptionalTensor initial_kv,
-                   OptionalTensor initial_k, OptionalTensor cu_seqlens, const Tensor& y, const Tensor& r,
-                   std::string feature_map, std::string layer_norm, double scale, double eps,
-                   double layer_norm_eps, bool normalize) {
-  return backward_part<Backend>(grad_y, grad_kv, grad_k, q, k, v, gamma_q, beta_q, gamma_k, beta_k,
-                                initial_kv, initial_k, cu_seqlens, y, r, feature_map, layer_norm, scale, eps,
-                                layer_norm_eps, normalize, "all");
-}
-
 // The values of state_index, where reading them costs no synchronisation. A step of two sequences into one
 // slot would be two writers at once.
 void check_slots(const StepProblem& p) {
@@ -191,8 +179,8 @@ void check_state_apart(const Extent& kv, const Extent& k, const char* name, cons
 }
 
 template <class Backend>
-Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, Tensor state_kv, Tensor state_k,
-            OptionalTensor gamma_q, OptionalTensor beta_q, OptionalTensor gamma_k, OptionalTensor beta_k,
+Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor gamma_q, OptionalTensor beta_q,
+            OptionalTensor gamma_k, OptionalTensor beta_k, Tensor state_kv, Tensor state_k,
             OptionalTensor state_index, std::string feature_map, std::string layer_norm, double scale,
             double eps, double layer_norm_eps, bool normalize) {
   const Backend backend(q);
@@ -248,7 +236,6 @@ void implement(Library& library) {
   library.impl("backward", TORCH_BOX(&backward<Backend>));
   library.impl("step", TORCH_BOX(&step<Backend>));
   library.impl("forward_state", TORCH_BOX(&forward_state<Backend>));
-  library.impl("backward_part", TORCH_BOX(&backward_part<Backend>));
 }
 
 }  // namespace
@@ -259,28 +246,22 @@ STABLE_TORCH_LIBRARY(rebased_cuda, library) {
   library.def("unwritten(Tensor like) -> Tensor");
 #endif
   library.def(
-      "forward(Tensor q, Tensor k, Tensor v, Tensor? gamma_q, Tensor? beta_q, Tensor? gamma_k, Tensor? "
-      "beta_k, "
-      "Tensor? initial_kv, Tensor? initial_k, Tensor? cu_seqlens, str feature_map, str layer_norm, float "
-      "scale, "
-      "float eps, float layer_norm_eps, bool normalize, bool return_state) -> (Tensor, Tensor, Tensor, "
-      "Tensor)");
-  const std::string backward_arguments =
-      "(Tensor grad_y, Tensor? grad_kv, Tensor? grad_k, Tensor q, Tensor k, Tensor v, Tensor? gamma_q, "
-      "Tensor? beta_q, Tensor? gamma_k, Tensor? beta_k, Tensor? initial_kv, Tensor? initial_k, "
-      "Tensor? cu_seqlens, Tensor y, Tensor r, str feature_map, str layer_norm, float scale, float eps, "
-      "float layer_norm_eps, bool normalize";
-  const std::string gradients =
-      ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)";
-  library.def(("backward" + backward_arguments + gradients).c_str());
-  library.def(("backward_part" + backward_arguments + ", str part" + gradients).c_str());
+      "forward(Tensor q, Tensor k, Tensor v, Tensor? gamma_q, Tensor? beta_q, Tensor? gamma_k, "
+      "Tensor? beta_k, Tensor? initial_kv, Tensor? initial_k, Tensor? cu_seqlens, str feature_map, "
+      "str layer_norm, float scale, float eps, float layer_norm_eps, bool normalize, bool return_state) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "backward(Tensor grad_y, Tensor? grad_kv, Tensor? grad_k, Tensor q, Tensor k, Tensor v, "
+      "Tensor? gamma_q, Tensor? beta_q, Tensor? gamma_k, Tensor? beta_k, Tensor? initial_kv, "
+      "Tensor? initial_k, Tensor? cu_seqlens, Tensor y, Tensor r, str feature_map, str layer_norm, "
+      "float scale, float eps, float layer_norm_eps, bool normalize, str part=\"all\") -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "forward_state(Tensor k, Tensor v, Tensor? gamma_k, Tensor? beta_k, Tensor? cu_seqlens, "
       "str feature_map, str layer_norm, float layer_norm_eps) -> (Tensor, Tensor)");
   library.def(
-      "step(Tensor q, Tensor k, Tensor v, Tensor(a!) state_kv, Tensor(b!) state_k, Tensor? gamma_q, "
-      "Tensor? beta_q, Tensor? gamma_k, Tensor? beta_k, Tensor? state_index, str feature_map, str "
-      "layer_norm, "
+      "step(Tensor q, Tensor k, Tensor v, Tensor? gamma_q, Tensor? beta_q, Tensor? gamma_k, Tensor? beta_k, "
+      "Tensor(a!) state_kv, Tensor(b!) state_k, Tensor? state_index, str feature_map, str layer_norm, "
       "float scale, float eps, float layer_norm_eps, bool normalize) -> Tensor");
 }
 

@@ -147,12 +147,13 @@ py::dict plan(const std::string& direction, int64_t batch, int64_t heads, int64_
 }
 
 void set_plan_override(const std::string& path, int chunk, int segments, int state_in_shared,
-                       int multiprocessors, int64_t shared_memory_per_block) {
+                       int multiprocessors, int64_t shared_memory_per_block, int compensated_rows) {
   rebased::PlanOverride forced;
   forced.force_path = !path.empty();
   if (forced.force_path) forced.path = parse<rebased::Path>("path", path, path_names);
   forced.chunk = chunk, forced.segments = segments, forced.state_in_shared = state_in_shared;
   forced.multiprocessors = multiprocessors, forced.shared_memory_per_block = shared_memory_per_block;
+  forced.compensated_rows = compensated_rows;
   rebased::set_plan_override(forced);
 }
 
@@ -197,7 +198,7 @@ PYBIND11_MODULE(_C, module) {
              "For tests: what every later plan of the CUDA kernels takes instead of its own choice.",
              py::kw_only(), py::arg("path") = "", py::arg("chunk") = 0, py::arg("segments") = 0,
              py::arg("state_in_shared") = -1, py::arg("multiprocessors") = 0,
-             py::arg("shared_memory_per_block") = 0);
+             py::arg("shared_memory_per_block") = 0, py::arg("compensated_rows") = 0);
   module.def("record_launches", &rebased::record_launches,
              "For tests: whether every later plan leaves its launch configuration to be taken.",
              py::arg("on"));

@@ -33,16 +33,15 @@ struct GradientTargets {
 // Tokens of a chunk. Scores cost chunk * (feature_dim + head_dim) a token and the states' products the same
 // whatever the chunk, so the shortest chunk that amortises reading and writing a state is best: AMX makes the
 // products cheap beside that. The quadratic form, which large feature_dim uses, packs keys once per chunk of
-// queries. The recurrence of the elementwise maps only wants its chunk to stay in the first cache; their
-// chunk on AMX is one block.
+// queries. The recurrence of the elementwise maps only wants its chunk to stay in the first cache.
 template <class T>
 inline int chunk_length(const Problem& p) {
 #if defined(__AMX_BF16__)
-  constexpr int elementwise = 32, chunk = 64;
+  constexpr int chunk = 64;
 #else
-  constexpr int elementwise = 64, chunk = 32;
+  constexpr int chunk = 32;
 #endif
-  return is_elementwise(p) ? elementwise : p.feature_dim <= 32 ? chunk : 128;
+  return is_elementwise(p) ? 64 : p.feature_dim <= 32 ? chunk : 128;
 }
 
 template <class T>

@@ -75,16 +75,11 @@ InstructionSet chosen() {
 }
 
 #if defined(__x86_64__)
-// The instruction set of bfloat16 products: a step is one token, and AMX takes values that fill whole panels
-// of 32 columns. Where phi is elementwise only AMX is faster than float32; it takes features that fill a
-// vector at most, and `square` alone: gradients through rounded features of `elu` are off by up to 1%, and
-// sums of both signs, those of `identity`, would lose the digits that rounding leaves.
+// The instruction set of a problem's products. Those of bfloat16 operands are made for bfloat16 inputs of the
+// polynomial maps: the elementwise maps run a recurrence in float32. AMX takes values that fill whole panels
+// of 32 columns.
 InstructionSet products(const Problem& problem) {
-  if (problem.dtype != Dtype::bfloat16) return InstructionSet::avx512;
-  if (!is_polynomial(problem.feature_map) &&
-      (chosen() != InstructionSet::avx512_amx || problem.feature_map != FeatureMap::square ||
-       problem.feature_dim > 16))
-    return InstructionSet::avx512;
+  if (problem.dtype != Dtype::bfloat16 || !is_polynomial(problem.feature_map)) return InstructionSet::avx512;
   if (chosen() != InstructionSet::avx512_amx) return chosen();
   const bool whole_panels = (problem.head_dim + 15) / 16 % 2 == 0;
   return whole_panels && amx_is_granted() ? InstructionSet::avx512_amx : InstructionSet::avx512;

@@ -1,8 +1,8 @@
-// What the tensor-core kernels move, counted by the tracer: forward and backward, bfloat16, outer and square
-// of d 16, outer of d 8 and 32, dv 64, "head" LayerNorm with gamma and beta, one head of 4096 tokens, in one
-// pass and in 4 segments. One JSON object {"<sweep> <map> <segments>": the tracer's report, ...} to standard
-// output. Figures per token are exact for any batch and number of heads: blocks share nothing that is named
-// here.
+// Counts with the tracer what the tensor-core kernels move: forward and backward, bfloat16, outer and square
+// with d = 16, outer with d = 8 and 32, dv = 64, "head" LayerNorm with gamma and beta, one head of 4096
+// tokens, in one pass and in 4 segments. Writes one JSON object {"<sweep> <map> <segments>": the tracer's
+// report, ...} to standard output. Figures per token are exact for any batch and number of heads, since
+// blocks share no buffer that is named here.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -24,13 +24,13 @@ constexpr int64_t tokens = 4096, head_dim = 64;
   std::exit(1);
 }
 
-// A named buffer that begins at a sector, as on a device.
+// A named buffer that begins at a sector, as memory of a device does.
 template <class T>
 class Array {
  public:
   Array(const char* name, int64_t size) : name_(name), bytes_(size * static_cast<int64_t>(sizeof(T))) {
     if (posix_memalign(&memory_, 256, static_cast<size_t>(bytes_))) fail("no memory");
-    std::memset(memory_, 0x3c, static_cast<size_t>(bytes_));  // 0.0115 in both types
+    std::memset(memory_, 0x3c, static_cast<size_t>(bytes_));  // about 0.0115, in bfloat16 and in float
   }
   ~Array() { std::free(memory_); }
   Array(const Array&) = delete;

@@ -1,6 +1,6 @@
-// What the float32 kernels move, counted by the tracer: forward and backward, outer and square, d 16, dv 64,
-// "head" LayerNorm with gamma and beta, one head of 4096 tokens, in one pass and in 4 segments. Output as
-// traffic.cu's, with "<sweep> <map> <segments> float32" for names.
+// Counts with the tracer what the float32 kernels move: forward and backward, outer and square, d = 16, dv =
+// 64, "head" LayerNorm with gamma and beta, one head of 4096 tokens, in one pass and in 4 segments. Writes
+// what traffic.cu writes, under the names "<sweep> <map> <segments> float32".
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -23,10 +23,10 @@ constexpr int64_t tokens = 4096, head_dim = 64, feature_dim = 16;
   std::exit(1);
 }
 
-// Named arrays of floats that begin at a sector, as on a device.
+// Named arrays of floats that begin at a sector, as memory of a device does.
 class Memory {
  public:
-  // Without a name: what is accessed is not counted.
+  // An array without a name: accesses to it are not counted.
   float* array(const char* name, int64_t count) {
     void* memory = nullptr;
     const size_t bytes = static_cast<size_t>(count) * sizeof(float);
@@ -36,7 +36,7 @@ class Memory {
     if (name) trace_buffer(name, memory, bytes);
     return arrays_.back().get();
   }
-  // (tokens, width)
+  // An array (tokens, width).
   template <class Rows>
   Rows rows(const char* name, int64_t width) {
     return Rows{array(name, tokens * width), tokens * width, tokens * width, width};
@@ -61,7 +61,7 @@ AnyProblem make_problem(FeatureMap map, Memory* memory) {
   return result;
 }
 
-// Each region of the plan under its name.
+// Gives each region of the plan's workspace its name.
 template <class AnyProblem>
 void add_workspace(AnyProblem* problem, const Plan& plan, Memory* memory) {
   float* const begin = memory->array(nullptr, plan.workspace.bytes / 4 + 1);

@@ -23,7 +23,7 @@ from problems import (
     run_reference,
 )
 
-from rebased_cuda import _C, RebasedState, rebased_attention, reference
+from rebased_cuda import RebasedState, rebased_attention, reference, testing
 
 
 def _results(function, inputs, problem):
@@ -308,14 +308,14 @@ def test_three_schedules_give_the_same_bits():
 
 
 def test_plan_takes_tensor_cores_for_bfloat16():
-    assert _C.plan("forward")["path"] == "tensor_core"
-    assert _C.plan("backward", head_dim=128)["path"] == "tensor_core"
+    assert testing.plan("forward")["path"] == "tensor_core"
+    assert testing.plan("backward", head_dim=128)["path"] == "tensor_core"
     for direction in ("forward", "backward"):
         for seqlen in (1, 64, 200, 500):  # where fewer operations without a state would not pay for SIMT ones
-            assert _C.plan(direction, seqlen=seqlen)["path"] == "tensor_core"
+            assert testing.plan(direction, seqlen=seqlen)["path"] == "tensor_core"
         for head_dim in (16, 64, 208):
             for feature_dim in (8, 32):
-                plan = _C.plan(direction, feature_dim=feature_dim, head_dim=head_dim)
+                plan = testing.plan(direction, feature_dim=feature_dim, head_dim=head_dim)
                 assert plan["path"] == "tensor_core"
     others = (
         {"dtype": "float32"},
@@ -325,14 +325,14 @@ def test_plan_takes_tensor_cores_for_bfloat16():
         *({"feature_dim": d, "feature_map": m} for d in (8, 32) for m in MAPS if m != "outer"),
     )
     for changes in others:
-        assert _C.plan("forward", **changes)["path"] != "tensor_core"
+        assert testing.plan("forward", **changes)["path"] != "tensor_core"
 
 
 def test_plan_takes_register_tiles_for_float32_with_16_features():
     for direction in ("forward", "backward"):
         for feature_map in MAPS:
             for changes in ({}, {"head_dim": 16}, {"head_dim": 36}, {"head_dim": 256}, {"kv_heads": 3}):
-                plan = _C.plan(direction, dtype="float32", feature_map=feature_map, **changes)
+                plan = testing.plan(direction, dtype="float32", feature_map=feature_map, **changes)
                 assert plan["path"] == "float32"
                 assert plan["tiles.chunk"] == {"forward": 64, "backward": 32}[direction]
         for changes in (
@@ -343,34 +343,34 @@ def test_plan_takes_register_tiles_for_float32_with_16_features():
             {"head_dim": 42},
             {"shared_memory_per_block": 64 << 10},
         ):
-            plan = _C.plan(direction, **{"dtype": "float32", "state": True, **changes})
+            plan = testing.plan(direction, **{"dtype": "float32", "state": True, **changes})
             assert plan["path"] == "general"
-    assert _C.plan("backward", dtype="float32", heads=34, kv_heads=2)["path"] == "general"
+    assert testing.plan("backward", dtype="float32", heads=34, kv_heads=2)["path"] == "general"
 
 
 def test_plan_takes_tensor_cores_for_wide_gradients_where_shared_memory_suffices():
     options = {"dtype": "bfloat16", "feature_dim": 32, "seqlen": 8192}
     for kilobytes, backward in ((227, "tensor_core"), (163, "tensor_core"), (99, "general")):
         limit = kilobytes << 10
-        assert _C.plan("forward", shared_memory_per_block=limit, **options)["path"] == "tensor_core"
-        assert _C.plan("backward", shared_memory_per_block=limit, **options)["path"] == backward
+        assert testing.plan("forward", shared_memory_per_block=limit, **options)["path"] == "tensor_core"
+        assert testing.plan("backward", shared_memory_per_block=limit, **options)["path"] == backward
 
 
 def test_plan_goes_without_a_state_where_that_is_cheaper():
     for sizes, stateful in (({}, "float32"), ({"feature_dim": 17, "head_dim": 65}, "general")):
-        short = _C.plan("forward", dtype="float32", seqlen=128, **sizes)
+        short = testing.plan("forward", dtype="float32", seqlen=128, **sizes)
         assert short["path"] == "quadratic"
-        assert _C.plan("forward", dtype="float32", seqlen=128, state=True, **sizes)["path"] == stateful
-        assert _C.plan("forward", dtype="float32", seqlen=4096, **sizes)["path"] == stateful
-    assert _C.plan("forward", dtype="float32", seqlen=4096, feature_dim=64)["path"] == "quadratic"
+        assert testing.plan("forward", dtype="float32", seqlen=128, state=True, **sizes)["path"] == stateful
+        assert testing.plan("forward", dtype="float32", seqlen=4096, **sizes)["path"] == stateful
+    assert testing.plan("forward", dtype="float32", seqlen=4096, feature_dim=64)["path"] == "quadratic"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_plan_fills_the_gpu_from_one_head_and_splits_nothing_when_full(direction, dtype):
-    one = _C.plan(direction, heads=1, kv_heads=1, seqlen=131072, dtype=dtype)
+    one = testing.plan(direction, heads=1, kv_heads=1, seqlen=131072, dtype=dtype)
     assert one["segments"] >= 64
-    assert _C.plan(direction, batch=64, dtype=dtype)["segments"] == 1
+    assert testing.plan(direction, batch=64, dtype=dtype)["segments"] == 1
 
 
 @pytest.mark.parametrize(
@@ -387,9 +387,9 @@ def test_plan_starts_no_wave_for_a_few_blocks(direction, feature_map, resident):
         "heads": 12,
         "kv_heads": 12,
     }
-    long = _C.plan(direction, batch=1, seqlen=131072, **options)["segments"]
+    long = testing.plan(direction, batch=1, seqlen=131072, **options)["segments"]
     assert 0.9 * room < 12 * long <= room
-    blocks = 96 * _C.plan(direction, batch=8, seqlen=4096, **options)["segments"]
+    blocks = 96 * testing.plan(direction, batch=8, seqlen=4096, **options)["segments"]
     assert (blocks - 1) % room + 1 > room / 2
 
 
@@ -401,7 +401,7 @@ def test_every_shape_of_the_contract_has_a_plan(shared_memory):
             for feature_map in MAPS:
                 for feature_dim in (1, 16, 33, 128):
                     for head_dim in (1, 64, 256):
-                        plan = _C.plan(
+                        plan = testing.plan(
                             direction,
                             dtype=dtype,
                             feature_map=feature_map,
@@ -447,8 +447,8 @@ def test_a_step_is_one_launch():
 def test_plan_names_what_it_does_not_know():
     for changes in ({"dtype": "int8"}, {"feature_map": "relu"}, {"layer_norm": "batch"}):
         with pytest.raises(ValueError, match=next(iter(changes))):
-            _C.plan("forward", **changes)
+            testing.plan("forward", **changes)
     with pytest.raises(ValueError, match="kv_heads: must be at least 1"):
-        _C.plan("forward", kv_heads=0)
+        testing.plan("forward", kv_heads=0)
     with pytest.raises(ValueError, match="direction"):
-        _C.plan("sideways")
+        testing.plan("sideways")

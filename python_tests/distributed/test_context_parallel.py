@@ -23,13 +23,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
 from rebased_cuda import GatedShortConvolution, ReBasedAttention, RebasedState, rebased_attention, reference
-from rebased_cuda import context_parallel as module
 from rebased_cuda.context_parallel import (
     StateExchange,
     begin_exchange,
     context_parallel_rebased_attention,
     context_parallelize,
 )
+from rebased_cuda.context_parallel import attention as module
 
 ROOT = Path(__file__).parents[2]
 SHARDS = {2: ((24, 24), (31, 17), (0, 48)), 4: ((12, 12, 12, 12), (3, 0, 25, 20), (48, 0, 0, 0))}
@@ -290,7 +290,7 @@ def _order() -> list[list[str]]:
     class Ops:
         def __getattr__(self, name: str) -> Any:
             def call(*arguments: Any) -> Any:
-                events.append(arguments[-1] if name == "backward_part" else name)
+                events.append(arguments[-1] if name == "backward" else name)
                 return getattr(original, name)(*arguments)
 
             return call

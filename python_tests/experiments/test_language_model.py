@@ -25,7 +25,7 @@ from benchmarks.language_model import compare, generate, parallel, speed, text
 from benchmarks.language_model.evaluate import perplexity, recall_tokens
 from benchmarks.language_model.model import MIXERS, LanguageModel, ModelConfiguration
 from benchmarks.language_model.train import Trainer, TrainingConfiguration, learning_rate
-from rebased_cuda import _baselines
+from rebased_cuda.demo import baselines
 
 pytestmark = pytest.mark.skipif(EMULATED, reason="benchmarks train on the backends that users have")
 
@@ -420,7 +420,7 @@ def test_processes_want_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_speed_times_forms_that_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_baselines, "CHUNKS", (16, 32))
+    monkeypatch.setattr(baselines, "CHUNKS", (16, 32))
     timings = list(
         speed.measure(TINY, SHORT, stream(), torch.device("cpu"), rounds=2, lengths=(16, 70), tokens=140)
     )

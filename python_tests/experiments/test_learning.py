@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-import rebased_cuda.layers
 from benchmarks.mqar.cell import Cell, train
 from rebased_cuda import reference
+from rebased_cuda.layers import attention as layer
 
 # Fixed first layer: the token before. 1,500 steps of 32 examples of 64 tokens, 16 pairs each.
 CELL = Cell(
@@ -53,7 +53,7 @@ def _losses(cell: Cell) -> list[float]:
 def test_the_loss_falls_as_with_the_reference(mixer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = replace(CELL, mixer=mixer, steps=50, evaluate_every=50, test_examples=32)
     native = _losses(cell)
-    monkeypatch.setattr(rebased_cuda.layers, "rebased_attention", reference.chunked)
+    monkeypatch.setattr(layer, "rebased_attention", reference.chunked)
     judge = _losses(cell)
     assert len(native) == len(judge) == 50
     assert native != judge  # the reference did run

@@ -240,9 +240,9 @@ def test_raw_operator_has_a_backstop():
             q[:, :, 0],
             k[:, :, 0],
             v[:, :, 0],
+            *nothing,
             torch.zeros(2, 2, 3, 7),
             torch.zeros(2, 2, 3),
-            *nothing,
             None,
             *options,
         )

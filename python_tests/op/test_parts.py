@@ -37,9 +37,9 @@ def _check(problem: Problem, limit: float) -> None:
     inputs = (*tensors, *state, *cu_seqlens, y, r, *options)
     whole = ops.backward(grad_y, *grad_end, *inputs)
     to_zero = ops.backward(grad_y, None, None, *inputs)
-    queries = ops.backward_part(grad_y, None, None, *inputs, "queries")
-    keys = ops.backward_part(grad_y, *grad_end, *inputs, "keys")
-    alone = ops.backward_part(
+    queries = ops.backward(grad_y, None, None, *inputs, "queries")
+    keys = ops.backward(grad_y, *grad_end, *inputs, "keys")
+    alone = ops.backward(
         grad_y, None, None, *tensors, None, None, *cu_seqlens, y, r, *options, "reverse_state"
     )
     for x, expected in zip((*added, *alone[7:]), (*from_zero, *to_zero[7:]), strict=True):
@@ -129,6 +129,6 @@ def test_opcheck(device, packed):
     assert r.dtype == accumulator(y.dtype)
     for part in ("queries", "keys", "reverse_state", "all"):
         arguments = (torch.ones_like(y), None, None, *tensors, *state, *cu_seqlens, y, r, *options, part)
-        torch.library.opcheck(ops.backward_part.default, arguments, test_utils=tests)
+        torch.library.opcheck(ops.backward.default, arguments, test_utils=tests)
     with pytest.raises(ValueError, match="part: must be"):
-        ops.backward_part(*arguments[:-1], "values")
+        ops.backward(*arguments[:-1], "values")

@@ -49,7 +49,7 @@ def test_opcheck_step(index):
     index = None if index is None else torch.tensor(index)
     row = [x[:, :, 0].contiguous() for x in (q, k, v)]
     kv, k_sum = kv.contiguous(), k_sum.contiguous()
-    torch.library.opcheck(ops.step.default, (*row, kv, k_sum, *parameters, index, *OPTIONS))
+    torch.library.opcheck(ops.step.default, (*row, *parameters, kv, k_sum, index, *OPTIONS))
 
 
 def _loss(q, k, v, gamma, beta, kv, k_sum):

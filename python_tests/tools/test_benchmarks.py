@@ -18,7 +18,8 @@ from benchmarks.speed import fast_transformers, harness, others, peers, question
 from benchmarks.speed.ceilings import Ceilings
 from benchmarks.speed.harness import DIRECTIONS, OURS, Method, Prepared, Row, Shape, UnavailableError, measure
 from benchmarks.speed.questions import Question, Run, decoding, nothing_slower
-from rebased_cuda import _baselines, _measure, build_info, reference
+from rebased_cuda import build_info, reference
+from rebased_cuda.demo import baselines, timing
 
 pytestmark = pytest.mark.skipif(EMULATED, reason="benchmarks time the backends that users have")
 SMALL = Shape(1, 1, 8)
@@ -119,13 +120,13 @@ def test_threads_are_set_for_each_method_and_put_back() -> None:
 
 def test_methods_take_turns() -> None:
     order: list[str] = []
-    _measure.interleave({name: lambda name=name: order.append(name) for name in "abc"}, 3)
+    timing.interleave({name: lambda name=name: order.append(name) for name in "abc"}, 3)
     assert "".join(order) == "abcabcabc"
 
 
 def test_ratios_are_taken_within_a_round() -> None:
     # a machine twice as slow in the second round, three times in the third
-    assert _measure.ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == 2.0
+    assert timing.ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == 2.0
 
 
 def test_peak_memory_sees_what_is_freed_again() -> None:
@@ -173,13 +174,13 @@ def test_baselines_equal_the_reference(feature_map: str, feature_dim: int, seqle
     expected = reference.quadratic(q, k, v, *tensors[3:], feature_map=feature_map, layer_norm="token")
     assert isinstance(expected, torch.Tensor)
     forms = {
-        "quadratic": _baselines.quadratic,
-        "loop": lambda *x, **o: _baselines.chunked_loop(*x, **o, chunk=32),
-        "cumsum": lambda *x, **o: _baselines.chunked_cumsum(*x, **o, chunk=32),
+        "quadratic": baselines.quadratic,
+        "loop": lambda *x, **o: baselines.chunked_loop(*x, **o, chunk=32),
+        "cumsum": lambda *x, **o: baselines.chunked_cumsum(*x, **o, chunk=32),
     }
     for name, form in forms.items():
         y = form(*tensors, feature_map=feature_map)
-        assert _measure.relative_error(y, expected) < 1e-11, name
+        assert timing.relative_error(y, expected) < 1e-11, name
 
 
 @pytest.mark.parametrize("feature_map", ["outer", "square"])
@@ -193,8 +194,8 @@ def test_peers_run_and_pass_their_check(name: str, feature_map: str) -> None:
 
 
 def test_a_peer_that_computes_something_else_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = _baselines.quadratic
-    monkeypatch.setattr(_baselines, "quadratic", lambda *x, **options: honest(*x, **options) * 1.01)
+    honest = baselines.quadratic
+    monkeypatch.setattr(baselines, "quadratic", lambda *x, **options: honest(*x, **options) * 1.01)
     prepared = peers.prepare(peers.QUADRATIC, Shape(1, 2, 100), "forward", "cpu")
     assert not prepared.error() <= prepared.bound
 
@@ -276,7 +277,7 @@ def test_fla_adapters_against_stand_ins(name: str, feature_map: str, monkeypatch
     options = {"feature_map": feature_map, "layer_norm": "token"}
     expected = reference.quadratic(q, k, v, *tensors[3:], **options, eps=1e-6)
     assert isinstance(expected, torch.Tensor)
-    assert _measure.relative_error(attention(*tensors), expected) < 1e-11
+    assert timing.relative_error(attention(*tensors), expected) < 1e-11
 
 
 def test_a_peer_that_is_not_installed_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +362,17 @@ def test_ratios_take_the_best_plain_form_of_a_shape_and_the_worse_of_two_questio
 
 def test_ratios_name_where_the_op_is_slower(capsys: pytest.CaptureFixture[str]) -> None:
     report.print_ratios([a_peer("q", OURS, 1.0), a_peer("q", peers.LOOP, 0.5)])
-    assert "slower at 1 of them:\n  outer (1, 12, 128) 2 threads, forward" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "faster at 1 of 1 shapes and directions:\n  outer (1, 12, 128) 2 threads, forward" in printed
+
+
+def test_the_best_of_each_kind_of_peer() -> None:
+    rows = [a_peer("q", OURS, 1.0) | {"over_floor": 1.5}, a_peer("q", peers.SDPA, 9.0)]
+    rows += [a_peer("q", peers.LOOP, 3.0), a_peer("q", peers.CUMSUM, 2.0)]
+    rows += [a_peer("p", OURS, 1.0), a_peer("p", peers.SDPA, 8.0)]  # the same shape, asked again
+    rows += [a_peer("r", OURS, 4.0), a_peer("r", others.FAST_TRANSFORMERS, 0.1)]  # in units of another call
+    (found,) = report._best_peers(rows).values()
+    assert found == {"ours": 1.0, report.FLOOR: 1.5, "softmax attention": 8.0, "plain PyTorch": 2.0}
 
 
 def test_targets() -> None:
@@ -390,7 +401,7 @@ def test_compare_tells_what_moved_beyond_the_spread(
         "when": "now",
         "commit": "",
         "device": "cpu",
-        "machine": _measure.machine(),
+        "machine": timing.machine(),
         "ceilings": CEILINGS.to_json(),
     }
     before = head | {"rows": [a_row(1.0, 0.05), a_row(1.0, 0.05, "peer"), a_row(1.0, 0.01, "gone")]}
@@ -433,10 +444,15 @@ def test_the_command_leaves_a_table_and_json(
     printed = capsys.readouterr().out
     assert "outer (1, 2, 256)" in printed
     assert f"{fla}: runs on a GPU only" in printed
-    assert "Against the best plain PyTorch, 4 shapes and directions" in printed
+    assert "Against the floor, and the best of each kind of peer" in printed
+    assert "of 4 shapes and directions" in printed
+    assert "figures held" not in printed
     assert list(contents["seconds_by_question"]) == ["length"]
     assert command.main(["show", str(path)]) == 0
     assert capsys.readouterr().out.strip() in printed
+    monkeypatch.setattr(targets, "targets", lambda rows: [targets.Target("a figure", 1.0, 2.0)])
+    assert command.main(["--targets", "show", str(path)]) == 0
+    assert "0 of 1 figures held" in capsys.readouterr().out
     pytest.importorskip("matplotlib")
     assert command.main(["plot", str(path)]) == 0
     assert all(Path(line).stat().st_size > 1000 for line in capsys.readouterr().out.split())

@@ -1,6 +1,7 @@
 """What setup.py finds and says: torch, nvcc, versions that don't fit, architectures. No compiler is run."""
 
 import os
+import re
 import runpy
 import shutil
 import stat
@@ -127,6 +128,15 @@ def test_build_info_has_the_facts():
 def test_version_is_the_package_s():
     text = (ROOT / "pyproject.toml").read_text()
     assert f'version = "{rebased_cuda.__version__}"' in text
+
+
+def test_every_folder_of_the_package_is_installed():
+    listed = next(
+        x for x in (ROOT / "pyproject.toml").read_text().splitlines() if x.startswith("packages = ")
+    )
+    folders = (x.parent for x in (ROOT / "rebased_cuda").rglob("__init__.py"))
+    expected = sorted(".".join(folder.relative_to(ROOT).parts) for folder in folders)
+    assert re.findall('"(.*?)"', listed) == expected
 
 
 def _import_error(folder: Path, *search: Path) -> str:

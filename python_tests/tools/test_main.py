@@ -12,8 +12,9 @@ from conftest import EMULATED
 
 import rebased_cuda
 from rebased_cuda import __main__ as main_module
-from rebased_cuda import _demo_checks, _demo_training, rebased_attention
-from rebased_cuda._demo_report import Report
+from rebased_cuda import rebased_attention
+from rebased_cuda.demo import checks, training
+from rebased_cuda.demo.report import Report
 
 pytestmark = [
     pytest.mark.skipif(EMULATED, reason="the main job runs on the backends that users have"),
@@ -74,7 +75,7 @@ def wrong_value(*arguments: Any, **options: Any) -> Any:
 
 
 def test_a_wrong_gradient_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(_demo_checks, "rebased_attention", wrong_gradient)
+    monkeypatch.setattr(checks, "rebased_attention", wrong_gradient)
     assert main_module.main(["--gradcheck-only", "--json", "--device", "cpu"]) == 1
     summary = json.loads(capsys.readouterr().out)
     assert not summary["passed"]
@@ -106,9 +107,9 @@ def test_an_exception_is_a_failure_with_a_name(
 def test_accuracy_finds_what_is_wrong(
     monkeypatch: pytest.MonkeyPatch, function: Any, failing: list[str]
 ) -> None:
-    monkeypatch.setattr(_demo_checks, "rebased_attention", function)
+    monkeypatch.setattr(checks, "rebased_attention", function)
     report = Report()
-    _demo_checks.accuracy(report, "cpu", "outer", seqlen=300)
+    checks.accuracy(report, "cpu", "outer", seqlen=300)
     assert len(report.checks) == 4
     assert failures(report) == [f"outer {name}" for name in failing]
 
@@ -118,10 +119,10 @@ def test_a_step_that_forgets_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         state = rebased_cuda.RebasedState(*(x.clone() for x in arguments[3]))
         return rebased_cuda.rebased_attention_step(*arguments[:3], state, *arguments[4:], **options)
 
-    monkeypatch.setattr(_demo_checks, "rebased_attention_step", forgetful)
+    monkeypatch.setattr(checks, "rebased_attention_step", forgetful)
     report = Report()
-    _demo_checks.accuracy(report, "cpu", "square", seqlen=300)
-    assert failures(report) == [f"square prefill of {300 - _demo_checks.DECODED}, then 64 steps, float32"]
+    checks.accuracy(report, "cpu", "square", seqlen=300)
+    assert failures(report) == [f"square prefill of {300 - checks.DECODED}, then 64 steps, float32"]
 
 
 def test_nan_fails() -> None:
@@ -132,11 +133,11 @@ def test_nan_fails() -> None:
 
 
 def test_training_that_learns_nothing_and_a_wrong_step_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = _demo_training.Hybrid.step
-    monkeypatch.setattr(_demo_training, "MINIMUM_STEPS", 1)
-    monkeypatch.setattr(_demo_training.Hybrid, "step", lambda *arguments: step(*arguments).roll(1, -1))
+    step = training.Hybrid.step
+    monkeypatch.setattr(training, "MINIMUM_STEPS", 1)
+    monkeypatch.setattr(training.Hybrid, "step", lambda *arguments: step(*arguments).roll(1, -1))
     report = Report()
-    _demo_training.training(report, "cpu", 0.0)
+    training.training(report, "cpu", 0.0)
     assert len(failures(report)) == len(report.checks) == 4
 
 

@@ -10,10 +10,10 @@
 
 namespace rebased::cpu::REBASED_ISA {
 
-template <class T, int64_t MostHeads = 2>
-struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
+template <class T>
+struct ElementwiseBackward : ElementwiseCall<T>, GradientTargets<T> {
   using Scratch = ElementwiseScratch<T>;
-  using Base = ElementwiseCall<T, MostHeads>;
+  using Base = ElementwiseCall<T>;
   using Base::sizes, Base::group, Base::width;
   const BackwardProblem& problem;
   int shared_columns = 0;  // of grad_v, that the worker of the queries makes where it shares
@@ -249,13 +249,9 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
       this->for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {
         key_chunk(item, own, row, with_keys, begin, end);
       });
-    if (with_keys) write_key_sums(first, count, scratch);
-  }
-  // What the keys' sweep leaves of each head: the gradients of gamma and beta and of the initial state.
-  template <class AnyScratch>
-  void write_key_sums(const Item& first, int64_t count, const AnyScratch& scratch) const {
+    if (!with_keys) return;
     const MutableState& initial = problem.grad_initial_state;
-    this->for_heads(first, count, scratch, [&](const Item& item, const AnyScratch& own) {
+    this->for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {
       move_affine(own, 1, key_affine_of(item));
       if (item.first && initial.kv)
         export_state(sizes, own.state, initial, item.sequence * problem.kv_heads + item.kv_head);

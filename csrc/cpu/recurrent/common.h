@@ -10,6 +10,8 @@
 
 namespace rebased::cpu::REBASED_ISA {
 
+constexpr int64_t kMostHeads = 2;  // heads that a worker walks side by side, at most
+
 template <class T>
 struct ElementwiseScratch {
   T *keys, *queries;       // phi: [token][width], [query head][token][width]
@@ -20,7 +22,6 @@ struct ElementwiseScratch {
   T* factors;              // [query head][token]: r or grad_y . y
   T *grad_tokens, *normalized, *sums, *grad_affine;  // backward only
   T *state, *turned;
-  static constexpr int64_t kMostHeads = 8;
   LongSums<T>* long_sums[kMostHeads];  // of each head's state, or of `turned` and the state's denominator
 
   // heads: how many are walked side by side, each with a state, affine and grad_affine of its own.
@@ -46,12 +47,11 @@ struct ElementwiseScratch {
   }
 };
 
-// MostHeads: that a worker walks side by side.
-template <class T, int64_t MostHeads>
+template <class T>
 struct ElementwiseCall : Call<T> {
-  static_assert(MostHeads <= ElementwiseScratch<T>::kMostHeads);
+  using Scratch = ElementwiseScratch<T>;
+  static constexpr int64_t kHeadsTogether = kMostHeads;
   using Call<T>::Call, Call<T>::base, Call<T>::sizes, Call<T>::statistics;
-  static constexpr int64_t kHeadsTogether = MostHeads;
   static constexpr int64_t kStateBytes = 20 << 10;  // most of a state, of which each head has its own
 
   // A head's row is a few cache lines. Where those of the other heads lie between it and its next row, heads
@@ -59,11 +59,11 @@ struct ElementwiseCall : Call<T> {
   int64_t all_heads() const {
     const bool rows_apart = base.v.head_stride < base.v.row_stride;
     const bool small = sizes.state_size * int64_t(sizeof(T)) <= kStateBytes;
-    return rows_apart && small ? smaller(kHeadsTogether, base.kv_heads) : 1;
+    return rows_apart && small ? smaller(kMostHeads, base.kv_heads) : 1;
   }
   int64_t heads_together(int threads) const { return this->schedule.heads_together(threads, all_heads()); }
   // body(item, scratch) for `count` heads from that of `first` on.
-  template <class Scratch, class Body>
+  template <class Body>
   void for_heads(const Item& first, int64_t count, const Scratch& scratch, const Body& body) const {
     for (int64_t n = 0; n < count; n++) {
       Scratch own = scratch;

@@ -7,10 +7,10 @@
 
 namespace rebased::cpu::REBASED_ISA {
 
-template <class T, int64_t MostHeads = 2>
-struct ElementwiseForward : ElementwiseCall<T, MostHeads> {
+template <class T>
+struct ElementwiseForward : ElementwiseCall<T> {
   using Scratch = ElementwiseScratch<T>;
-  using Base = ElementwiseCall<T, MostHeads>;
+  using Base = ElementwiseCall<T>;
   using Base::sizes, Base::group, Base::width;
   const ForwardProblem& problem;
 
@@ -89,9 +89,6 @@ struct ElementwiseForward : ElementwiseCall<T, MostHeads> {
     for (int64_t row = first.begin; row < first.end; row += sizes.chunk)
       this->for_heads(first, count, scratch,
                       [&](const Item& item, const Scratch& own) { run_chunk(item, own, row); });
-    write_states(first, count, scratch);
-  }
-  void write_states(const Item& first, int64_t count, const Scratch& scratch) const {
     const MutableState& target = problem.final_state;
     if (!first.last || !target.kv) return;
     this->for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {

@@ -1,6 +1,6 @@
 // The one inner loop of the elementwise maps: a state of F x head_dim walked token by token,
-//   state += rows(token) lanes(token)^T, for each update;   sums(token) (+)= rows(token)^T state, for each
-//   query
+//   for each update   state += rows(token) lanes(token)^T
+//   for each query    sums(token) (+)= rows(token)^T state
 // where `rows` are scalars and `lanes` vectors. A tile of the state stays in registers for a whole chunk, so
 // that the only loads are the operands: 2 F head_dim multiply-adds a token and query, no scores, no
 // transposes. A state lies either way round: lanes are value columns (y, dv) or

@@ -13,12 +13,11 @@ constexpr int kProductRows = 2 * kTile;        // rows of one product
 static_assert(kProductRows == kLanes<float>);  // a block of tokens
 static_assert(kFeatureMultiple % kProductRows == 0);
 
-// The registers can be used while one lives. Halves: registers 6 and 7 are an a and a b of kTile / 2 pairs.
+// The registers can be used while one lives.
 struct AmxRegisters {
-  explicit AmxRegisters(bool halves = false) {
+  AmxRegisters() {
     alignas(64) uint8_t configuration[64] = {1};  // palette 1
     for (int i = 0; i < 8; i++) configuration[16 + 2 * i] = 64, configuration[48 + i] = kTile;
-    if (halves) configuration[16 + 2 * 6] = 32, configuration[48 + 7] = kTile / 2;
     // GCC takes the instruction to read eight bytes and may leave the others unwritten
     asm volatile("" ::"r"(configuration) : "memory");
     _tile_loadconfig(configuration);

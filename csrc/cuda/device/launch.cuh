@@ -1,13 +1,13 @@
-// The host's side of device.cuh, which includes this file: devices and launches.
+// The host's side of device.cuh, which includes this file: the limits of a device, and launches of kernels.
 #pragma once
 
 #include <map>
 #include <mutex>
 #include <utility>
 
-// LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, arguments...): queues the kernel on the stream (a
-// cudaStream_t as void*) and gives the error text, "" when all is well. Under emulation the kernel has run to
-// its end when this returns.
+// LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, arguments...) queues the kernel on the stream, a
+// cudaStream_t as void*, and returns an error text, which is empty when all is well. Under emulation the
+// kernel has run to its end when LAUNCH returns.
 #define LAUNCH(...) ::rebased::REBASED_BACKEND::launch_kernel(__VA_ARGS__)
 
 namespace rebased::REBASED_BACKEND {
@@ -15,7 +15,7 @@ namespace rebased::REBASED_BACKEND {
 struct DeviceAttributes {
   int multiprocessors;
   int compute_capability;       // 80 for 8.0
-  int shared_memory_per_block;  // bytes, opt-in maximum
+  int shared_memory_per_block;  // in bytes, the most that a kernel may ask for
 };
 
 #if defined(REBASED_EMULATED)
@@ -108,7 +108,7 @@ const char* launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
   config.dynamicSmemBytes = dynamic_shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  cudaGetLastError();  // told; the next launch is not to find it again
+  cudaGetLastError();  // forgets the error, so that the next launch does not find it again
   return error_text(error);
 }
 
@@ -120,7 +120,7 @@ struct Grid {
   Grid(int64_t x, int64_t y = 1, int64_t z = 1) : x(x), y(y), z(z) {}
 };
 
-// A chain of launches that stops at the first error.
+// A chain of launches, which stops at the first error.
 class Launches {
  public:
   explicit Launches(void* stream) : stream_(stream) {}

@@ -59,7 +59,8 @@ void add_gradient_regions(const Problem&, Sweep, bool delta_of_groups, Plan*);
 // The column groups' parts of the gradient of the initial state's sums.
 void add_initial_sums_region(const BackwardProblem&, Plan*);
 // Room for what rounding takes from the sums of blocks that may walk more than compensated_rows tokens:
-// `size` numbers for each block.
+// `size` numbers for each block. A block of one chunk must have no carries, as packed sequences that are so
+// short would share a slot.
 void add_carries(const Problem&, int64_t size, Plan*);
 
 // text.cpp: gives the plan back, having left its configuration to be taken where record_launches says so.

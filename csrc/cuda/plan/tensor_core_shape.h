@@ -13,8 +13,8 @@ using namespace fixed_shape;
 
 constexpr int chunk = 64;  // tokens
 
-// Segments up to which each block sums the states of those before it by itself: that saves a launch, and up
-// to six memory traffic.
+// Up to this many segments each block sums the states of the segments before its own by itself. That saves a
+// launch, and with up to six segments memory traffic as well.
 constexpr int summed_segments = 8;
 
 inline bool supports_features(const Problem& problem) {

@@ -1,4 +1,6 @@
 // What a plan's workspace holds, and where.
+#include <algorithm>
+
 #include "cuda/plan/parts.h"
 
 namespace rebased {
@@ -58,11 +60,16 @@ void add_initial_sums_region(const BackwardProblem& problem, Plan* plan) {
 }
 
 void add_carries(const Problem& problem, int64_t size, Plan* plan) {
+  const int64_t forced = plan_override().compensated_rows;
+  const int64_t least = std::max<int64_t>(forced ? forced : compensated_rows, plan->tiles.chunk);
+  while (int64_t{1} << plan->carry_rows_log2 < least) ++plan->carry_rows_log2;
   const int64_t chunks = divide_up(problem.seqlen, plan->tiles.chunk);
+  const int64_t longest = divide_up(chunks, plan->segments) * plan->tiles.chunk;
   const bool needed = accumulator_size(problem.dtype) == 4 && problem.num_sequences > 0 &&
-                      divide_up(chunks, plan->segments) * plan->tiles.chunk > compensated_rows;
+                      longest > int64_t{1} << plan->carry_rows_log2;
   const bool packed = problem.cu_seqlens != nullptr;
-  const int64_t sequences = carry_slot(packed, problem.seqlen, problem.num_sequences - 1) + 1;
+  const int64_t sequences =
+      carry_slot(packed, problem.seqlen, problem.num_sequences - 1, plan->carry_rows_log2) + 1;
   plan->carry_size = needed ? round_up(size, 4) : 0;
   add_region(needed, &plan->workspace.carries,
              sequences * problem.kv_heads * plan->segments * plan->column_groups * plan->carry_size * 4,

@@ -22,6 +22,7 @@ struct Call {
   int segments;
   // No states: every chunk looks at all others of its sequence that are in reach.
   bool quadratic;
+  int carry_rows_log2;
   int64_t carry_size;
   Workspace workspace;
 
@@ -34,7 +35,8 @@ struct Call {
 };
 template <class AnyProblem>
 Call<AnyProblem> make_call(const AnyProblem& problem, const Plan& plan) {
-  return {problem, plan.tiles, plan.segments, plan.path == Path::quadratic, plan.carry_size, plan.workspace};
+  return {problem,         plan.tiles,    plan.segments, plan.path == Path::quadratic, plan.carry_rows_log2,
+          plan.carry_size, plan.workspace};
 }
 
 DEVICE int64_t group_size(const Problem& problem) { return problem.heads / problem.kv_heads; }
@@ -82,9 +84,10 @@ struct Block {
   // where its segment is short.
   template <class A, class AnyProblem>
   DEVICE A* carries(const Call<AnyProblem>& call, int groups = 1, int group = 0) const {
-    if ((chunk_end - chunk_begin) * chunk_length <= compensated_rows) return nullptr;
+    if ((chunk_end - chunk_begin) * chunk_length <= int64_t{1} << call.carry_rows_log2) return nullptr;
     A* const first = call.template region<A>(call.workspace.carries);
-    const int64_t slot = carry_slot(call.problem.cu_seqlens != nullptr, first_row, sequence);
+    const int64_t slot =
+        carry_slot(call.problem.cu_seqlens != nullptr, first_row, sequence, call.carry_rows_log2);
     const int64_t number = (slot * call.problem.kv_heads + kv_head) * segments + segment;
     return first ? first + (number * groups + group) * call.carry_size : nullptr;
   }

@@ -1,4 +1,4 @@
-// delta, what the division contributes to the gradient of a row's scores.
+// delta of every row, by itself: what the division contributes to the gradient of the row's scores.
 #pragma once
 
 #include "cuda/shared/block.cuh"
@@ -6,8 +6,8 @@
 
 namespace rebased::REBASED_BACKEND {
 
-// delta (column groups, batch, heads, seqlen) = r sum_c grad_y y over the `columns` of each group; r null: 1.
-// Grid: blocks of rows, column groups. `count`: rows of (batch, heads, seqlen).
+// delta (column groups, batch, heads, seqlen) = r sum of grad_y y over the `columns` of each group, or delta
+// / r where r is null. Grid: blocks of rows, column groups. `count`: the rows of (batch, heads, seqlen).
 template <class E>
 KERNEL void LAUNCH_BOUNDS(row_threads, 1)
     row_deltas(ConstRows y, ConstRows grad_y, const Accumulator<E>* r, Accumulator<E>* delta, int64_t count,

@@ -25,8 +25,8 @@ struct Family<BackwardProblem> {
   Queue<BackwardProblem> grad_q;
   Queue<BackwardProblem> grad_kv;      // also the gradient of the initial state
   Queue<BackwardProblem> whole_state;  // that gradient alone, of these rows alone; null where there is none
-  // Whether delta is one of each column group, without the factor r, that grad_kv leaves for grad_q. Else it
-  // is the whole row's, with r, and there before both.
+  // Whether the workspace has delta / r of each column group, which grad_kv leaves there for grad_q. Else it
+  // has delta of whole rows, before both.
   bool delta_of_groups;
 };
 

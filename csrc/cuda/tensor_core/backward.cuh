@@ -23,7 +23,7 @@ inline BackwardBuffers make_buffers(const Call<BackwardProblem>& call) {
           initial_sums ? initial_sums : static_cast<float*>(call.problem.grad_initial_state.k)};
 }
 
-// The kernels of the sweeps, and the dynamic shared memory that they want.
+// The kernels of the sweeps, and how much dynamic shared memory each of them needs.
 template <class T, class S>
 struct Sweeps {
   static constexpr auto reverse_segment = &reverse_segment_kernel<T, S>;
@@ -59,7 +59,7 @@ Arguments<BackwardProblem> reverse_arguments(const Call<BackwardProblem>& call, 
   return {call, call.region<float>(call.workspace.reverse_states), scanned, all_segments};
 }
 
-// The segments' own sums of the reverse state, in the workspace.
+// Queues what leaves each segment's own sums of the reverse state in the workspace.
 template <class T, class S>
 void add_reverse_sums(const Call<BackwardProblem>& call, bool all_segments, Launches* launches) {
   launches->add(Sweeps<T, S>::reverse_segment, sweep_grid(call.problem, call.segments), S::threads,

@@ -11,18 +11,19 @@ namespace rebased::REBASED_BACKEND {
 
 namespace tensor_core {
 
+// The grid of a sweep: one block per (sequence, kv head, segment) and column group.
 inline Grid sweep_grid(const Problem& problem, int segments) {
   return Grid(problem.num_sequences * problem.kv_heads * segments, column_groups(problem));
 }
-// Of the kernels with a thread per float of a slot.
+// The grid of the kernels with one thread per float of a slot.
 template <class S>
 Grid slot_grid(const Problem& problem) {
   return Grid(problem.num_sequences * problem.kv_heads, divide_up(Slot<S>::size, scan_threads),
               column_groups(problem));
 }
 
-// Whether scan_kernel makes states to start from out of the segments' own. Where there are no slots there is
-// one segment, which starts from nothing.
+// Whether scan_kernel makes the states that segments start from out of the sums of each segment. Where there
+// are no slots there is one segment, which starts from an empty state.
 template <class S>
 bool needs_scan(int segments, const ConstState& start) {
   return S::wide || start.kv || segments > summed_segments;
@@ -37,7 +38,8 @@ void add_scan(const Call<AnyProblem>& call, const Region& region, const ConstSta
                 call.problem.head_dim, reverse);
 }
 
-// The public state of the slots' sums; every segment's has been made.
+// Queues what writes the public state that the slots of all segments add up to. All of them must have been
+// filled.
 template <class S, class AnyProblem>
 void add_slot_sums(const Call<AnyProblem>& call, const Region& slots, const MutableState& target,
                    bool gradient, Launches* launches) {
@@ -46,7 +48,7 @@ void add_slot_sums(const Call<AnyProblem>& call, const Region& slots, const Muta
                 static_cast<float*>(target.k), call.problem.head_dim, gradient);
 }
 
-// The segments' own sums of k and v, in the workspace.
+// Queues what leaves each segment's own sums of k and v in the workspace.
 template <class T, class S, class AnyProblem>
 void add_segment_sums(const Call<AnyProblem>& call, bool all_segments, Launches* launches) {
   const auto add = [&](void (*kernel)(Arguments<Problem>)) {
@@ -61,7 +63,7 @@ void add_segment_sums(const Call<AnyProblem>& call, bool all_segments, Launches*
   }
 }
 
-// Fills the slots for start_state.
+// Queues what fills the slots that start_state reads.
 template <class T, class S, class AnyProblem>
 void add_states(const Call<AnyProblem>& call, Launches* launches) {
   if (call.segments > 1) add_segment_sums<T, S>(call, false, launches);

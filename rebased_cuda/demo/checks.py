@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from ._demo_report import Report
-from ._measure import relative_error
-from .attention import rebased_attention, rebased_attention_step
-from .state import FEATURE_MAPS, RebasedState
+from .. import reference
+from ..attention import rebased_attention, rebased_attention_step
+from ..state import FEATURE_MAPS, RebasedState
+from .report import Report
+from .timing import relative_error
 
 HEADS, FEATURE_DIM, HEAD_DIM, SEQLEN = 12, 16, 64, 4096
 DECODED = 64  # the last tokens, one by one, after a prefill of the others

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._demo_report import Report
-from .layers import GatedShortConvolution, ReBasedAttention
-from .state import RebasedState
+from ..layers import GatedShortConvolution, ReBasedAttention
+from ..state import RebasedState
+from .report import Report
 
 WIDTH, HEADS, HEAD_DIM = 256, 4, 64
 BATCH, SEQLEN = 8, 512

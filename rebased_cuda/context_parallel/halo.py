@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._shards import Exchange
+from .exchange import Exchange
 
 
 class Halo(torch.autograd.Function):

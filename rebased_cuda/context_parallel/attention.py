@@ -1,37 +1,22 @@
-"""rebased_attention of a sequence that is sharded along N over processes (context parallelism).
+"""The op over the rows of one rank: what is sent, what is answered, and the gradients of both.
 
-Linear attention makes this cheap: what the rows of one rank mean to later ranks is one state. Forward: each
-rank computes the state that its rows add, one all_gather, each rank sums those before it in order and answers
-its rows from there. Backward the same the other way round, with the reverse state T = sum phi(q') r grad_y^T
-(and the denominator's part) of each rank's rows and the sum of those after it. A rank sends one state per
-direction, whatever N is.
-
-What hides the exchange: backward's goes on while the gradient of q is computed, which needs no reverse state.
-In forward the first rank answers its rows meanwhile. The others cannot: computing without the start state and
-adding its part later costs one more product with a state per row, far more than there is to hide. But what is
-sent is made of keys and values alone: `begin_exchange` sends it, and the queries are projected while it is on
-its way.
-
-`context_parallelize` does all that for a model's layers.
+The package's docstring says how it works.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from ._checks import Options, check_call
-from ._shards import Exchange, Group, Packing, State, add_states, check_shard_lengths, process_group
-from .autograd import Attention, AttentionBackward, ops
-from .layers import GatedShortConvolution, ReBasedAttention
-from .state import RebasedState
-
-__all__ = ["StateExchange", "begin_exchange", "context_parallel_rebased_attention", "context_parallelize"]
+from .._checks import GivenOptions, Options, check_bool, check_call
+from ..autograd import Attention, AttentionBackward, ops
+from ..state import RebasedState
+from .exchange import Exchange, Group, Packing, State, add_states, check_shard_lengths, process_group
 
 
 class _Call(NamedTuple):
@@ -168,7 +153,7 @@ class _AttentionBackward(AttentionBackward):
         def part(name: str, grad_end: Any, start: Any, bounds: Tensor | None, rows: int = q.shape[2]) -> Any:
             grad_y_, q_, k_, v_, y_, r_ = (x[:, :, :rows] for x in (grad_y, q, k, v, y, r))
             inputs = (q_, k_, v_, *parameters, *start, bounds, y_, r_)
-            return ops.backward_part(grad_y_, *grad_end, *inputs, *call.options, name)
+            return ops.backward(grad_y_, *grad_end, *inputs, *call.options, name)
 
         none, start = (None, None), (start_kv, start_k)
         bounds = cu_seqlens if call.crossing is None else call.crossing.head_rows
@@ -246,31 +231,6 @@ def context_parallel_rebased_attention(
 ) -> tuple[Tensor, RebasedState]: ...
 
 
-@overload
-def context_parallel_rebased_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gamma_q: Tensor | None = None,
-    beta_q: Tensor | None = None,
-    gamma_k: Tensor | None = None,
-    beta_k: Tensor | None = None,
-    *,
-    group: Group = None,
-    feature_map: str = "outer",
-    layer_norm: str | None = None,
-    scale: float | None = None,
-    eps: float = 1e-6,
-    layer_norm_eps: float = 1e-5,
-    normalize: bool = True,
-    initial_state: RebasedState | None = None,
-    return_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    shard_lengths: Sequence[int] | None = None,
-    exchange: StateExchange | None = None,
-) -> Tensor | tuple[Tensor, RebasedState]: ...
-
-
 def context_parallel_rebased_attention(
     q: Tensor,
     k: Tensor,
@@ -328,17 +288,9 @@ def context_parallel_rebased_attention(
     given = (k, v, gamma_k, beta_k, cu_seqlens)
     tensors, cu_seqlens, call = _checked(
         (q, k, v, gamma_q, beta_q, gamma_k, beta_k),
-        group,
-        cu_seqlens,
-        shard_lengths,
-        feature_map=feature_map,
-        layer_norm=layer_norm,
-        scale=scale,
-        eps=eps,
-        layer_norm_eps=layer_norm_eps,
-        normalize=normalize,
-        initial_state=initial_state,
-        return_state=return_state,
+        (feature_map, layer_norm, scale, eps, layer_norm_eps, normalize),
+        (initial_state, return_state, cu_seqlens),
+        (group, shard_lengths),
     )
     begun = None if exchange is None else _taken(exchange, given, call)
     if call.cu_seqlens is None and cu_seqlens is not None:  # no sequence: nothing to tell the others
@@ -352,20 +304,20 @@ def context_parallel_rebased_attention(
 
 def _checked(
     inputs: tuple[Any, ...],
-    group: Group,
-    cu_seqlens: Tensor | None,
-    shard_lengths: Sequence[int] | None,
-    **options: Any,
+    options: GivenOptions,
+    of_sequences: tuple[RebasedState | None, bool, Tensor | None],
+    of_processes: tuple[Group, Sequence[int] | None],
 ) -> tuple[list[Tensor | None], Tensor | None, _Call]:
     """The inputs, checked; cu_seqlens; the rest. With cu_seqlens of no sequence the call has none."""
-    tensors, cu_seqlens, checked = check_call(*inputs, cu_seqlens=cu_seqlens, **options)
-    group = process_group(group)
+    initial_state, return_state, cu_seqlens = of_sequences
+    tensors, cu_seqlens, checked = check_call(inputs, options, initial_state, cu_seqlens)
+    return_state = check_bool("return_state", return_state)
+    group, shard_lengths = process_group(of_processes[0]), of_processes[1]
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     offsets = check_shard_lengths(shard_lengths, ranks, rank, inputs[0].shape[2], cu_seqlens)
     packing = None
     if cu_seqlens is not None and cu_seqlens.shape[0] > 1:
         packing = Packing(cu_seqlens, offsets, rank)
-    return_state = bool(options["return_state"])  # check_call takes numpy's too
     return tensors, cu_seqlens, _Call(group, rank, ranks, packing, return_state, checked)
 
 
@@ -404,17 +356,9 @@ def begin_exchange(
         try:
             tensors, cu_seqlens, call = _checked(
                 (k, k, v, None, None, gamma_k, beta_k),
-                group,
-                cu_seqlens,
-                shard_lengths,
-                feature_map=feature_map,
-                layer_norm=layer_norm,
-                scale=None,
-                eps=0.0,
-                layer_norm_eps=layer_norm_eps,
-                normalize=True,
-                initial_state=None,
-                return_state=return_state,
+                (feature_map, layer_norm, None, 0.0, layer_norm_eps, True),
+                (None, return_state, cu_seqlens),
+                (group, shard_lengths),
             )
         except (ValueError, TypeError) as error:  # k stood for the queries that are not there yet
             raise type(error)(re.sub(r"\bq\b", "k", str(error)).replace("Hq", "Hkv")) from None
@@ -442,37 +386,3 @@ def _taken(begun: StateExchange, given: tuple[Any, ...], call: _Call) -> Exchang
         raise ValueError("exchange: was begun with other k, v, parameters or options than this call's")
     begun._taken = True
     return begun._exchange
-
-
-LayerModule = TypeVar("LayerModule", bound=nn.Module)
-
-
-def context_parallelize(module: LayerModule, group: Group = None) -> LayerModule:
-    """Makes every ReBasedAttention and GatedShortConvolution in `module` work on shards of sequences.
-
-    Their input is then this rank's rows (B, its N, hidden_size), rank 0 having the first ones. `forward` and
-    `prefill` go over the group; `step` stays as it is, on the state that prefill gives to every rank.
-    Parameters stay what they are: synchronise their gradients over the group, as for data parallelism.
-
-    A copy of the module (copy.deepcopy, torch.optim.swa_utils.AveragedModel) shares the group, and takes part
-    in its exchanges. torch.save of the module leaves the group out: a loaded one takes its input for whole
-    sequences, until this function gives it the group of the process that loaded it.
-
-    Args:
-        module: changed in place.
-        group: as in `context_parallel_rebased_attention`; None takes all processes.
-
-    Returns:
-        module.
-
-    Raises:
-        ValueError, TypeError: module is no nn.Module, or group is not as above; no layer is changed.
-        RuntimeError: torch.distributed is not initialised.
-    """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
-    group = process_group(group)
-    for layer in module.modules():
-        if isinstance(layer, (ReBasedAttention, GatedShortConvolution)):
-            layer.context_parallel_group = group
-    return module

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _baselines, reference
-from ._demo_checks import FEATURE_DIM, HEAD_DIM, HEADS, REFERENCE_CHUNK, SEQLEN, inputs
-from ._demo_report import Report
-from ._measure import available_memory, interleave, once, ratio, relative_error
-from .attention import rebased_attention
+from .. import reference
+from ..attention import rebased_attention
+from . import baselines
+from .checks import FEATURE_DIM, HEAD_DIM, HEADS, REFERENCE_CHUNK, SEQLEN, inputs
+from .report import Report
+from .timing import available_memory, interleave, once, ratio, relative_error
 
 ROUNDS = 7
 QUADRATIC_ROUNDS = 2  # of these, with the quadratic form: it takes seconds
@@ -56,7 +57,7 @@ def _quadratic_fits(device: str) -> bool:
 
 def _fastest_chunk(function: Function, tensors: list[Tensor], grad_y: Tensor, device: str) -> Function:
     """The chunked form with the chunk length that is fastest here, forward and backward."""
-    forms = [functools.partial(function, chunk=chunk) for chunk in _baselines.CHUNKS]
+    forms = [functools.partial(function, chunk=chunk) for chunk in baselines.CHUNKS]
 
     def seconds(form: Function) -> float:
         return min(once(functools.partial(_both, form, tensors, grad_y), device) for _ in range(2))
@@ -68,12 +69,12 @@ def _cases(report: Report, device: str, feature_map: str, grad_y: Tensor) -> dic
     """What is timed for one feature map, each checked against the float64 reference first."""
     tensors = _projections(device)
     functions: dict[str, Function] = {OURS: functools.partial(_ours, feature_map=feature_map)}
-    for name, form in zip(METHODS[1:3], (_baselines.chunked_loop, _baselines.chunked_cumsum), strict=True):
+    for name, form in zip(METHODS[1:3], (baselines.chunked_loop, baselines.chunked_cumsum), strict=True):
         report.progress(f"{feature_map}: {name}, choosing its chunk length")
         form = functools.partial(form, feature_map=feature_map)
         functions[name] = _fastest_chunk(form, tensors, grad_y, device)
     if _quadratic_fits(device):
-        functions[QUADRATIC] = functools.partial(_baselines.quadratic, feature_map=feature_map)
+        functions[QUADRATIC] = functools.partial(baselines.quadratic, feature_map=feature_map)
     else:
         report.say(f"  {QUADRATIC}: left out, too little free memory for its {SEQLEN} x {SEQLEN} matrices")
     report.progress(f"{feature_map}: checking what is timed")
@@ -134,7 +135,7 @@ def speed(report: Report, device: str) -> None:
     results: list[dict[str, Any]] = []
     for feature_map in ("outer", "square"):
         cases = _cases(report, device, feature_map, grad_y)
-        cases[SDPA] = (_baselines.softmax_attention, softmax)
+        cases[SDPA] = (baselines.softmax_attention, softmax)
         results += _time(report, device, cases, grad_y, feature_map)
     report.results["speed"] = results
     for feature_map in ("outer", "square"):
@@ -155,5 +156,5 @@ def speed(report: Report, device: str) -> None:
     report.say(
         "  LayerNorm, gamma, beta, feature map and division are counted on both sides; "
         f"{SDPA}: causal, head dim 64. Chunked PyTorch with its best chunk length of "
-        f"{', '.join(map(str, _baselines.CHUNKS))}."
+        f"{', '.join(map(str, baselines.CHUNKS))}."
     )

@@ -1,0 +1,159 @@
+"""What both layers share: the process group that context_parallelize gives them, and checks of inputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import DTYPES, fail, untraced
+from ..state import check_layout, check_memory
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class _SharedGroup:
+    """A process group as a layer holds it: a copy of the layer shares it, a pickle leaves it out."""
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SharedGroup:
+        return self
+
+    def __reduce__(self) -> tuple[type[_SharedGroup], tuple[None]]:
+        return _SharedGroup, (None,)
+
+
+class ContextParallelLayer(nn.Module):
+    """A layer that context_parallelize can give a process group."""
+
+    _shared_group = _SharedGroup(None)
+
+    @property
+    def context_parallel_group(self) -> ProcessGroup | None:
+        """Set by context_parallelize: the input is then this rank's rows of a sequence over the group.
+
+        copy.deepcopy gives a layer with the same group. A pickle, and so torch.save of a module, leaves the
+        group out, since it means nothing to another process: what is loaded takes its input for whole
+        sequences until context_parallelize is called for it.
+        """
+        return self._shared_group.group
+
+    @context_parallel_group.setter
+    def context_parallel_group(self, group: ProcessGroup | None) -> None:
+        self._shared_group = _SharedGroup(group)
+
+
+def refuse_mask(attention_mask: Tensor | None) -> None:
+    if attention_mask is not None:
+        raise ValueError(
+            "attention_mask: not supported under context parallelism, where a row's tokens lie on several "
+            "ranks; pad every row behind its tokens and leave the mask out, or pack them and call "
+            "context_parallel_rebased_attention with cu_seqlens"
+        )
+
+
+def refuse_gradients(layer: nn.Module, *tensors: Tensor) -> None:
+    if not torch.is_grad_enabled():  # first: to list the parameters takes as long as a Linear of one token
+        return
+    if any(x.requires_grad for x in (*tensors, *layer.parameters())):
+        raise RuntimeError(f"{type(layer).__name__}.step is for inference: call it under torch.no_grad().")
+
+
+def call(module: nn.Linear | nn.Conv1d, x: Tensor, name: str) -> Any:
+    """module(x), where an error that lies in x names it.
+
+    x and the weight are compared only after the call has failed: until then hooks may still bring them
+    together, as offloading and mixed precision do.
+    """
+    if x.is_meta and not module.weight.is_meta:  # which a Linear may take without a word
+        raise fail(name, f"the weights' device {module.weight.device}", x.device)
+    try:
+        return module(x)
+    except RuntimeError:
+        weight = module.weight
+        if weight.dtype in DTYPES and _multiplied_in(x) != _multiplied_in(weight):
+            raise TypeError(f"{name}: expected the weights' dtype {weight.dtype}, got {x.dtype}") from None
+        if not weight.is_meta and x.device != weight.device:
+            raise fail(name, f"the weights' device {weight.device}", x.device) from None
+        raise
+
+
+def _multiplied_in(x: Tensor) -> torch.dtype:
+    """The dtype in which products take x: its own, or autocast's."""
+    device = x.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def check_shape(name: str, x: Tensor, shape: tuple[int | str, ...]) -> None:
+    """A dense tensor; sizes given as a number must be met, those given as a letter may be any."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    check_layout(name, x)  # before its shape, which a nested tensor has not
+    if not untraced(fits, x, shape):
+        raise fail(name, f"shape ({', '.join(str(size) for size in shape)})", tuple(x.shape))
+    check_memory(name, x)
+
+
+def fits(x: Tensor, shape: tuple[int | str, ...]) -> bool:
+    return x.dim() == len(shape) and all(
+        isinstance(size, str) or size == given for size, given in zip(shape, x.shape, strict=True)
+    )
+
+
+def check_input(name: str, x: Tensor, shape: tuple[int | str, ...]) -> None:
+    check_shape(name, x, shape)
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected dtype float32, float64, float16 or bfloat16, got {x.dtype}")
+
+
+def check_writable(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """That writing to x does what it says, and nothing to `other` (of the same dtype and device)."""
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name}: was made under torch.inference_mode() and cannot be updated outside it; clone it first"
+        )
+    if x.numel() == 0 or x.is_meta:
+        return
+    spread = 0  # of the elements along the dimensions with smaller strides
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= spread:
+            given = f"shape {tuple(x.shape)} with strides {x.stride()}"
+            raise fail(name, "elements apart in memory, since it is updated in place", given)
+        spread += stride * (size - 1)
+    if type(x) is Tensor and type(other) is Tensor and _share_memory(x, other):  # a subclass may have none
+        raise ValueError(f"{name}: expected memory apart from {other_name}'s, since it is updated in place")
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether an element of x is one of y; both of the same dtype, neither empty."""
+
+    def end(x: Tensor) -> int:
+        last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
+        return x.data_ptr() + (last + 1) * x.element_size()
+
+    def addresses(x: Tensor) -> Tensor:
+        result = torch.tensor(x.data_ptr(), device="cpu")
+        for stride, size in zip(x.stride(), x.shape, strict=True):
+            steps = torch.arange(size, device="cpu") * (stride * x.element_size())
+            result = result.unsqueeze(-1) + steps
+        return result
+
+    if x.data_ptr() >= end(y) or y.data_ptr() >= end(x):  # as good as always
+        return False
+    return bool(torch.isin(addresses(x), addresses(y)).any())
+
+
+def token_mask(attention_mask: Tensor, name: str, x: Tensor) -> Tensor:
+    """The mask as bool (B, N): True for tokens."""
+    check_shape("attention_mask", attention_mask, tuple(x.shape[:2]))
+    if attention_mask.device != x.device:
+        raise fail("attention_mask", f"{name}'s device {x.device}", attention_mask.device)
+    if attention_mask.is_floating_point() or attention_mask.is_complex():
+        raise TypeError(f"attention_mask: expected bool or an integer dtype, got {attention_mask.dtype}")
+    return attention_mask != 0
