@@ -221,7 +221,7 @@ def _shortened(text: str, example: dict[str, Any]) -> tuple[dict[str, Any], dict
 
 
 def _row_work(example: dict[str, Any]) -> int:
-    """As work_of in csrc/op/configurations.cpp counts it."""
+    """As work_of in csrc/cuda/plan/configurations.cpp counts it."""
     feature_dim, head_dim = example["feature_dim"], example["head_dim"]
     state = max(num_features(example["feature_map"], feature_dim) * head_dim, 256)
     return example["heads"] * (state + 64 * (feature_dim + head_dim))

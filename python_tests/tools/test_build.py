@@ -13,7 +13,7 @@ import pytest
 import setuptools
 
 import rebased_cuda
-from rebased_cuda import _load
+from rebased_cuda import testing
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source folder")
@@ -170,7 +170,7 @@ def test_a_source_folder_that_hides_the_installed_package_says_so(tmp_path):
 
 def test_a_source_folder_that_was_never_built_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    said = _load._no_compiled_part(tmp_path / "rebased_cuda")
+    said = testing.no_compiled_part(tmp_path / "rebased_cuda")
     assert said.endswith(f"is source code without a compiled part: run `pip install -e .` in {tmp_path}.")
 
 
@@ -182,12 +182,13 @@ def test_a_compiled_part_for_another_python_says_so(monkeypatch, tmp_path):
         f"ImportError: {source} has a compiled part for another Python only (_C.cpython-32"
     )
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    assert _load._no_compiled_part(source).endswith(f": run `pip install -e .` in {tmp_path}.")
+    assert testing.no_compiled_part(source).endswith(f": run `pip install -e .` in {tmp_path}.")
 
 
 def test_a_compiled_part_that_does_not_load_says_why(tmp_path):
     source = _copy_of_the_package(tmp_path, "_C.*")
-    (source / Path(_load._C.__file__).name).touch()
+    compiled = next(Path(rebased_cuda.__file__).parent.glob("_C.*"))
+    (source / compiled.name).touch()
     said = _import_error(tmp_path)
     assert said.startswith("ImportError: rebased_cuda's compiled part does not load under torch")
     assert "file too short" in said

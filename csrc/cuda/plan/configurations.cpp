@@ -1,3 +1,5 @@
+// The search for every launch configuration that a plan can choose: sizes at which the plan's choices change
+// are tried, and for each configuration the cheapest call is kept that fills a chunk.
 #include "cuda/plan/configurations.h"
 
 #include <algorithm>
