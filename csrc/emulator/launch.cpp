@@ -152,6 +152,9 @@ class Grid {
   std::string error_;
 };
 
+// How many launches of this OS thread a LaunchCounter has counted, or -1 where launches run.
+thread_local int counted_launches = -1;
+
 // Runs a call of the host and returns the text of what the call throws, empty when it throws nothing.
 template <class Call>
 const char* error_text(Call call) {
@@ -175,6 +178,10 @@ const char* launch(const Launch& launch, void (*body)(const void* context), cons
   const Unchecked unchecked;
   const char* const error = error_text([&] {
     check_size(launch);
+    if (counted_launches >= 0) {
+      ++counted_launches;
+      return;
+    }
 #if defined(REBASED_EMULATOR_TRACE)
     trace_launch(launch.kernel);
 #endif
@@ -184,6 +191,10 @@ const char* launch(const Launch& launch, void (*body)(const void* context), cons
   acquire(end_variable);
   return error;
 }
+
+LaunchCounter::LaunchCounter() { counted_launches = 0; }
+LaunchCounter::~LaunchCounter() { counted_launches = -1; }
+int LaunchCounter::count() const { return counted_launches; }
 
 void fail(const char* format, ...) {
   char buffer[1024];

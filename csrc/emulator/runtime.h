@@ -77,6 +77,15 @@ struct Launch {
 // launch from this OS thread.
 const char* launch(const Launch& launch, void (*body)(const void* context), const void* context);
 
+// While one lives, launches by its OS thread are checked and counted, and do not run. For tests.
+class LaunchCounter {
+ public:
+  LaunchCounter();
+  ~LaunchCounter();
+  LaunchCounter(const LaunchCounter&) = delete;
+  int count() const;
+};
+
 // ---- shared memory ----
 
 void* static_shared_memory(const void* declaration, size_t bytes);

@@ -29,23 +29,22 @@ void step(const StepProblem&, const Parallel&);
 
 // The limits of the device that a launch is planned for.
 struct Device {
-  int index;
   int multiprocessors;
   int compute_capability;           // 80 for 8.0
   int64_t shared_memory_per_block;  // bytes, opt-in maximum
 };
 
+struct Plan;  // cuda/plan/plan.h
+
 // The CUDA kernels, as nvcc compiles them (namespace cuda) and as the emulator runs them on the CPU
-// (namespace emulated). Functions return an error text, empty when all went well. The stream is a
-// cudaStream_t.
-#define REBASED_DECLARE_KERNELS                                              \
-  const char* query_device(int index, Device* device);                       \
-  int64_t workspace_bytes(const ForwardProblem&, const Device&);             \
-  int64_t workspace_bytes(const BackwardProblem&, const Device&);            \
-  int64_t workspace_bytes(const StepProblem&, const Device&);                \
-  const char* forward(const ForwardProblem&, const Device&, void* stream);   \
-  const char* backward(const BackwardProblem&, const Device&, void* stream); \
-  const char* step(const StepProblem&, const Device&, void* stream);
+// (namespace emulated). A call comes with the plan that was made for it: its workspace has the plan's
+// workspace.bytes. The device of the call is the calling thread's current one. Functions return an error
+// text, empty when all went well. The stream is a cudaStream_t.
+#define REBASED_DECLARE_KERNELS                                       \
+  const char* query_device(int index, Device* device);                \
+  const char* run(const ForwardProblem&, const Plan&, void* stream);  \
+  const char* run(const BackwardProblem&, const Plan&, void* stream); \
+  const char* run(const StepProblem&, const Plan&, void* stream);
 
 namespace cuda {
 REBASED_DECLARE_KERNELS

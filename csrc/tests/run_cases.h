@@ -26,7 +26,7 @@ inline std::set<std::string> kernels_of(const Case& c) {
   if (c.norm == LayerNorm::token) result.insert(instance + " token");
   if (!c.cu_seqlens.empty()) result.insert(instance + " packed");
   if (c.states) result.insert(instance + " states");
-  if (c.seqlen > compensated_rows) result.insert(instance + " compensated");
+  if (c.plan.compensated_rows) result.insert(instance + " compensated");
   return result;
 }
 

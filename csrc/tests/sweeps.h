@@ -111,10 +111,11 @@ struct Run {
   }
 
   template <class AnyProblem>
-  void call(AnyProblem p, const Device& device, const char* (*run)(const AnyProblem&, const Device&, void*)) {
-    Buffer workspace(BACKEND::workspace_bytes(p, device));
+  void call(AnyProblem p, const Device& device) {
+    const Plan plan = make_plan(p, device);
+    Buffer workspace(plan.workspace.bytes);
     p.workspace = workspace.data();
-    const char* const error = run(p, device, nullptr);
+    const char* const error = BACKEND::run(p, plan, nullptr);
     if (*error) fail(c.name(), error);
 #if !defined(REBASED_EMULATED)
     check(cudaDeviceSynchronize());
@@ -151,8 +152,8 @@ struct Run {
     if (c.states) forward.final_state = {final_kv.data(), final_k.data()};
     forward.y = y.rows<MutableRows>();
     forward.r = r.data();
-    if (!in_parts) expect_path(plan_forward(forward, device));
-    call(forward, device, BACKEND::forward);
+    if (!in_parts) expect_path(make_plan(forward, device));
+    call(forward, device);
 
     auto backward = problem<BackwardProblem>();
     backward.initial_state = forward.initial_state;
@@ -169,27 +170,27 @@ struct Run {
     backward.grad_key_affine = {c.gamma ? grad_gamma_k.data() : nullptr,
                                 c.beta ? grad_beta_k.data() : nullptr};
     if (!in_parts) {
-      expect_path(plan_backward(backward, device));
-      call(backward, device, BACKEND::backward);
+      expect_path(make_plan(backward, device));
+      call(backward, device);
       for (Tensor* result : results()) result->download();
       return;
     }
     BackwardProblem part = backward;
     part.part = BackwardPart::queries;
     part.grad_k = part.grad_v = MutableRows{}, part.grad_key_affine = {}, part.grad_initial_state = {};
-    call(part, device, BACKEND::backward);
+    call(part, device);
     part = backward;
     part.part = BackwardPart::keys;
     part.grad_q = MutableRows{}, part.grad_query_affine = {};
-    call(part, device, BACKEND::backward);
+    call(part, device);
     if (c.states) {
       part.part = BackwardPart::reverse_state;
       part.grad_k = part.grad_v = MutableRows{}, part.grad_key_affine = {};
       part.initial_state = part.grad_final_state = ConstState{};
-      call(part, device, BACKEND::backward);
+      call(part, device);
       forward.state_only = true;
       forward.initial_state = ConstState{}, forward.y = MutableRows{}, forward.r = nullptr;
-      call(forward, device, BACKEND::forward);
+      call(forward, device);
     }
     for (Tensor* result : results()) result->download();
     const auto add = [&](Tensor& sum, const Tensor& given) {
@@ -333,7 +334,7 @@ inline void check_step(Case c, const Device& device, std::mt19937& random) {
   step.num_slots = slots;
   step.state_index = static_cast<const int64_t*>(indices.data());
   step.y = run.y.rows<MutableRows>();
-  run.call(step, device, BACKEND::step);
+  run.call(step, device);
   for (Tensor* result : {&run.y, &pool_kv, &pool_k}) result->download();
 
   Run expected(c);

@@ -6,7 +6,8 @@
 #include <memory>
 #include <vector>
 
-#include "cuda/float32/backward_launch.cuh"
+#include "cuda/float32/launch.cuh"
+#include "cuda/launch/sequence.cuh"
 #include "emulator/tracer.h"
 #include "op/backend.h"
 
@@ -76,7 +77,7 @@ void add_workspace(AnyProblem* problem, const Plan& plan, Memory* memory) {
   }
 }
 
-Device traced_device() { return {0, 132, 90, 227 << 10}; }
+Device traced_device() { return {132, 90, 227 << 10}; }
 
 template <FeatureMap map>
 const char* trace_forward() {
@@ -84,10 +85,10 @@ const char* trace_forward() {
   auto problem = make_problem<ForwardProblem>(map, &memory);
   problem.y = memory.rows<MutableRows>("y", head_dim);
   problem.r = memory.array("r", tokens);
-  const Plan plan = plan_forward(problem, traced_device());
+  const Plan plan = make_plan(problem, traced_device());
   if (*plan.error) return plan.error;
   add_workspace(&problem, plan, &memory);
-  return launch_float32<map>(problem, plan, nullptr);
+  return run_sequence<float>(problem, plan, float32_family<map>(problem), nullptr);
 }
 
 template <FeatureMap map>
@@ -103,10 +104,10 @@ const char* trace_backward() {
   float* const affine = memory.array("grad gamma, beta", 4 * feature_dim);
   problem.grad_query_affine = {affine, affine + feature_dim};
   problem.grad_key_affine = {affine + 2 * feature_dim, affine + 3 * feature_dim};
-  const Plan plan = plan_backward(problem, traced_device());
+  const Plan plan = make_plan(problem, traced_device());
   if (*plan.error) return plan.error;
   add_workspace(&problem, plan, &memory);
-  return launch_float32<map>(problem, plan, nullptr);
+  return run_sequence<float>(problem, plan, float32_family<map>(problem), nullptr);
 }
 
 void report(const char* sweep, const char* map_name, const char* (*run)()) {

@@ -46,7 +46,7 @@ def test_many_random_draws(dtype, device, one_thread):
 
 @needs_kernels
 @pytest.mark.sweep
-@pytest.mark.timeout(1800)  # minutes of one core
+@pytest.mark.timeout(1800)  # four minutes of one core
 def test_every_launch_configuration_is_met(kernel_device, one_thread):
     """A draw that was compared with the reference took each.
 

@@ -1,4 +1,8 @@
-"""What one call costs from Python where there is nothing to compute: one token, one head, batch 1."""
+"""What one call costs from Python where there is nothing to compute: one token, one head, batch 1.
+
+The measure is what torch itself takes for any such function: a `torch.autograd.Function` that saves as many
+tensors as the op has inputs and returns empty ones (`trivial Function`), and for a step torch's layer_norm.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,58 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
+from rebased_cuda import rebased_attention
+from rebased_cuda.autograd import ops
+
 from ..harness import DIRECTIONS, OURS, Method, Prepared, Row, Shape, measure
-from ..op import STEP, Call
+from ..op import STEP, Call, runner
 from . import decoding
 from .run import Run
 
-SECONDS = (2.0, 2.0)
+SECONDS = (4.0, 4.0)
 SHAPE = Shape(1, 1, 1, "square")
+ONE_THREAD = Shape(1, 1, 1, "square", threads=1)
+TRIVIAL, OPERATOR = "trivial Function", f"{OURS}, the operator alone"
+OPTIONS = ("square", "token", 0.25, 1e-6, 1e-5, True)
+
+
+class Trivial(torch.autograd.Function):
+    """As many tensors in, saved and out as the op has, and nothing computed."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return torch.empty_like(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
 
 
 def _call(run: Callable[[], Any]) -> Prepared:
     return Prepared(run, lambda: 0.0, 0.0)
+
+
+def _inputs(device: str) -> tuple[Tensor, ...]:
+    """q, k, v and the four affine vectors."""
+    sizes = ((1, 1, 1, 16), (1, 1, 1, 16), (1, 1, 1, 64), *[(16,)] * 4)
+    return tuple(torch.randn(size, device=device, requires_grad=True) for size in sizes)
+
+
+def _prepare(function: Callable[..., Tensor], direction: str, device: str) -> Prepared:
+    return _call(runner(function, _inputs(device), ONE_THREAD, direction, device))
+
+
+def _prepare_operator(direction: str, device: str) -> Prepared:
+    """forward, or for a forward + backward the backward alone."""
+    inputs = (*(x.detach() for x in _inputs(device)), None, None, None)
+    if direction == DIRECTIONS[0]:
+        return _call(lambda: ops.forward.default(*inputs, *OPTIONS, False))
+    y, r, *_ = ops.forward.default(*inputs, *OPTIONS, False)
+    return _call(lambda: ops.backward.default(y, None, None, *inputs, y, r, *OPTIONS))
 
 
 def _layer_norm(device: str) -> Prepared:
@@ -37,7 +80,7 @@ def calls(run: Run) -> list[Call]:
 
 
 def rows(run: Run) -> Iterator[Row]:
-    """Of the host alone: on a GPU nothing waits for the kernels. torch's layer_norm is what any op costs."""
+    """Of the host alone: on a GPU nothing waits for the kernels."""
     step = functools.partial(decoding.prepare_ours, SHAPE, run.device)
     norm = functools.partial(_layer_norm, run.device)
     yield from measure(
@@ -48,5 +91,12 @@ def rows(run: Run) -> Iterator[Row]:
         run.budget / 2,
         tell=run.tell,
     )
+    attention = functools.partial(rebased_attention, feature_map="square", layer_norm="token")
     for direction in DIRECTIONS:
-        yield from measure("overhead", direction, [run.method(OURS, SHAPE, direction)], "cpu", run.budget / 2)
+        prepared = {
+            TRIVIAL: functools.partial(_prepare, Trivial.apply, direction, run.device),
+            OURS: functools.partial(_prepare, attention, direction, run.device),
+            OPERATOR: functools.partial(_prepare_operator, direction, run.device),
+        }
+        methods = [Method(name, ONE_THREAD, prepare) for name, prepare in prepared.items()]
+        yield from measure("overhead", direction, methods, "cpu", run.budget)

@@ -1,6 +1,7 @@
-// Forward of one item of the elementwise maps: token by token, S += phi(k) v^T, z += phi(k), then
-// y = phi(q) S / (phi(q) z + eps), a chunk at a time. The division is made in phi(q), so that the recurrence
-// writes y itself.
+// Forward of one item of the elementwise maps, token by token and a chunk of tokens at a time:
+//   S += phi(k) v^T,  z += phi(k),  then  y = phi(q) S / (phi(q) z + eps)
+// The division is made in phi(q), so that the recurrence writes y itself. It includes recurrent/common.h
+// alone.
 #pragma once
 
 #include "cpu/recurrent/common.h"
@@ -16,15 +17,13 @@ struct ElementwiseForward : ElementwiseCall<T> {
 
   ElementwiseForward(const ForwardProblem& p, int threads, Arena& arena, bool needs_state, int64_t parts)
       : Base(p, threads, arena, needs_state, parts), problem(p) {}
-  Scratch scratch(Arena& arena) const {
-    return Scratch(sizes, this->all_groups(), arena, false, this->all_heads());
-  }
+  Scratch scratch(Arena& arena) const { return Scratch(sizes, group(), arena, false, this->all_heads()); }
 
   void local_state(const Item& item, const Scratch& scratch, T* state) const {
     this->add_keys(item, scratch, state);
   }
 
-  // r of every query of the chunk, and phi(q) times it; z takes the chunk's keys in.
+  // Makes r of every query of the chunk and multiplies phi(q) by it; z takes in the chunk's keys.
   void divide(const Scratch& scratch, const Item& item, int64_t row, int tokens) const {
     const ForwardProblem& p = problem;
     T* z = scratch.state + sizes.state_kv;
@@ -78,9 +77,9 @@ struct ElementwiseForward : ElementwiseCall<T> {
                        sizes.value_columns, sizes.chunk);
   }
 
-  // `count` heads from that of `first` on; start_state(item, state) brings the state before an item.
+  // Runs `count` heads from that of `first` on. start_state(item, state) brings the state before an item.
   template <class Start>
-  void run_heads(const Item& first, int64_t count, const Scratch& scratch, const Start& start_state) const {
+  void run(const Item& first, int64_t count, const Scratch& scratch, const Start& start_state) const {
     this->for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {
       start_state(item, own.state);
       own.long_sums[0]->start(sizes, item.end - item.begin, own.state);

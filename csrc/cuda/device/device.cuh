@@ -591,4 +591,4 @@ PRIMITIVE void store_shared(void* address, Vector value REBASED_SITE) {
 
 }  // namespace rebased::REBASED_BACKEND
 
-#include "cuda/device/launch.cuh"  // LAUNCH, set_device, device_attributes
+#include "cuda/device/launch.cuh"  // LAUNCH, Launches, device_attributes

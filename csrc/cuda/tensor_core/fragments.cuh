@@ -16,10 +16,12 @@
 #pragma once
 
 #include "cuda/device/device.cuh"
-#include "cuda/tensor_core/interface.h"
+#include "cuda/plan/tensor_core_shape.h"
 #include "op/feature_map.h"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
+
+using namespace rebased::tensor_core;
 
 constexpr int tile = 16;               // tokens, features or columns of one fragment
 constexpr int warps = columns / tile;  // registers let three blocks of 4 warps run, but one block of 8

@@ -3,9 +3,22 @@
 // finished tiles.
 #pragma once
 
+#include "cuda/shared/affine.cuh"
+#include "cuda/shared/column_groups.cuh"
+#include "cuda/shared/row_norm.cuh"
 #include "cuda/tensor_core/fragments.cuh"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
+
+// What a sweep needs to know of its call beyond the problem.
+struct Launch {
+  int segments;                   // runs of chunks of a sequence that different blocks walk
+  const int64_t* bounds;          // clamped cu_seqlens on the device, or null
+  const float* query_statistics;  // "token" LayerNorm: (batch, seqlen, 2), mean and 1 / deviation; or null
+  const float* key_statistics;
+  void* workspace;    // of the call
+  bool all_segments;  // whether the last segment's own state is wanted too (in reverse the first's)
+};
 
 // What a kernel is given. The problem's constants are doubles; here they are floats, since converting them
 // would cost instructions in every chunk.
@@ -18,9 +31,15 @@ struct Arguments {
   float* slots;    // the slots of segments' states in the workspace, or null
   bool scanned;    // whether the slots hold the states to start from, or each segment's own sums
 
-  Arguments(const AnyProblem& problem, const Launch& launch, float* slots, bool scanned)
-      : problem(problem),
-        launch(launch),
+  template <class GivenProblem>
+  Arguments(const Call<GivenProblem>& call, float* slots, bool scanned, bool all_segments = false)
+      : problem(call.problem),
+        launch{call.segments,
+               call.template region<const int64_t>(call.workspace.bounds),
+               call.template region<const float>(call.workspace.query_statistics),
+               call.template region<const float>(call.workspace.key_statistics),
+               call.problem.workspace,
+               all_segments},
         scale(static_cast<float>(problem.scale)),
         eps(static_cast<float>(problem.eps)),
         layer_norm_eps(static_cast<float>(problem.layer_norm_eps)),
@@ -45,8 +64,6 @@ struct Span {
   int64_t slot;   // the number of this block's slot in the workspace
   int rows, segment, first_column;
 };
-
-DEVICE int first_column() { return columns * static_cast<int>(blockIdx.y); }
 
 DEVICE Span find_span(const Problem& problem, const Launch& launch) {
   Span span;
@@ -106,19 +123,11 @@ struct Origins {
 // 1, 2 d). For the polynomial maps the parameters of the query heads are multiplied by the scale.
 template <class S, class AnyProblem>
 DEVICE void load_affine(float* affine, const Arguments<AnyProblem>& arguments, int64_t kv_head) {
-  const Problem& problem = arguments.problem;
-  const int group_size = arguments.group_size;
-  for (int i = static_cast<int>(threadIdx.x); i < (group_size + 1) * S::affine_size; i += S::threads) {
-    const int head = i / S::affine_size, feature = i % S::feature_dim;
-    const bool is_beta = i % S::affine_size >= S::feature_dim, is_key = head == group_size;
-    const Affine& source = is_key ? problem.key_affine : problem.query_affine;
-    const int64_t row = is_key ? kv_head : kv_head * group_size + head;
-    const float* values = static_cast<const float*>(is_beta ? source.beta : source.gamma);
-    const int64_t stride = is_beta ? source.beta_head_stride : source.gamma_head_stride;
-    const float value = values ? values[row * stride + feature] : (is_beta ? 0.0f : 1.0f);
-    const bool scaled = !is_key && is_polynomial(problem.feature_map);
-    affine[i] = scaled ? value * arguments.scale : value;
-  }
+  rebased::REBASED_BACKEND::load_affine<S::feature_dim, S::threads>(
+      affine, arguments.problem, kv_head, arguments.group_size, [&](float value, bool is_key) {
+        const bool scaled = !is_key && is_polynomial(arguments.problem.feature_map);
+        return scaled ? value * arguments.scale : value;
+      });
 }
 
 // Rows of q and k on their way into feature tiles. Each of the first four warps copies the rows that its own
@@ -160,18 +169,6 @@ DEVICE void unpack_unit(float (&x)[dim], int which, const uint4& unit) {
     x[8 * which + 2 * i] = pair.x;
     x[8 * which + 2 * i + 1] = pair.y;
   }
-}
-
-// Mean and 1 / standard deviation.
-template <int dim>
-DEVICE float2 row_statistics(const float (&x)[dim], LayerNorm layer_norm, float2 given, float epsilon) {
-  if (layer_norm == LayerNorm::none) return {0.0f, 1.0f};
-  if (layer_norm == LayerNorm::token) return given;
-  float mean = 0, variance = 0;
-  UNROLL for (int i = 0; i < dim; ++i) mean += x[i];
-  mean *= 1.0f / dim;
-  UNROLL for (int i = 0; i < dim; ++i) variance += (x[i] - mean) * (x[i] - mean);
-  return {mean, reciprocal_sqrt(variance * (1.0f / dim) + epsilon)};
 }
 
 // What a feature tile holds in the place of x: the maps with one slab are applied here, in float.

@@ -140,6 +140,7 @@ struct Slot {
   static constexpr int sum_tiles = S::units * (S::wide ? 2 : 1);
   static constexpr int kv = 0, k = kv + S::tiles * S::threads * 4, linear = k + sum_tiles * 32 * 4,
                        count = linear + (S::taylor ? 32 * 4 : 0), size = count + 16;
+  static_assert(size == slot_floats(S::map, S::feature_dim), "the plan has sized the workspace by this");
 };
 
 DEVICE void add(float (&sums)[4], const float4& value) {

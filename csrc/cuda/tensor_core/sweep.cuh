@@ -54,30 +54,6 @@ DEVICE void copy_floats(float* target, const float* source, int first, int end) 
   copy_async<4>(target + i, present ? source + first + i : source, present ? 4 : 0);
 }
 
-// delta of all rows, where no reverse sweep leaves it: a warp per row and column group, 0 where rows are not
-// normalised. grid (blocks of rows, column groups)
-constexpr int delta_rows = 8;  // of a block
-
-template <class T>
-KERNEL void LAUNCH_BOUNDS(32 * delta_rows, 1)
-    row_delta_kernel(ConstRows y, ConstRows grad_y, float* delta, int64_t rows, int64_t heads, int64_t seqlen,
-                     int64_t head_dim, bool normalize) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * delta_rows + threadIdx.x / 32;
-  if (index >= rows) return;
-  const int64_t row = index % seqlen, head = index / seqlen % heads, batch = index / seqlen / heads;
-  const auto at = [&](const ConstRows& x, int64_t column) {
-    const int64_t offset = batch * x.batch_stride + head * x.head_stride + row * x.row_stride + column;
-    return convert<float>(static_cast<const T*>(x.data)[offset]);
-  };
-  const int64_t first = columns * blockIdx.y, end = minimum(first + columns, head_dim);
-  float sum = 0;
-  for (int64_t column = first + threadIdx.x % 32; normalize && column < end; column += 32) {
-    sum += at(y, column) * at(grad_y, column);
-  }
-  UNROLL for (int distance = 1; distance < 32; distance *= 2) sum += shuffle_xor(sum, distance);
-  if (threadIdx.x % 32 == 0) delta[blockIdx.y * rows + index] = sum;
-}
-
 // How many blocks per multiprocessor the registers must suffice for, in the kernels that hold a state and the
 // gradient of a tile.
 template <class S>
