@@ -18,7 +18,7 @@ def _has_compiled_part(folder: Path) -> bool:
     return any((folder / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES)
 
 
-def no_compiled_part(here: Path) -> str:
+def _no_compiled_part(here: Path) -> str:
     """Why the package folder `here` has no compiled part for this Python, and what to do: one sentence."""
     for_others = ", ".join(sorted(x.name for x in here.glob("_C.*")))
     what = f"{here} has a compiled part for another Python only ({for_others})"
@@ -33,7 +33,7 @@ def no_compiled_part(here: Path) -> str:
 
 
 if not _has_compiled_part(_HERE := Path(__file__).resolve().parent):
-    raise ImportError(no_compiled_part(_HERE))
+    raise ImportError(_no_compiled_part(_HERE))
 try:
     from . import _C  # type: ignore[attr-defined]
 except ImportError as error:

@@ -1,14 +1,11 @@
 """For tests and benchmarks: how the CUDA kernels would be launched, forced to be, and were.
 
 `plan` answers on any machine, with or without a GPU. What the others set holds for the whole process.
-`no_compiled_part` is the sentence that an import says where the compiled part is missing.
 """
 
 from . import _C  # type: ignore[attr-defined]
-from ._load import no_compiled_part
 
 __all__ = [
-    "no_compiled_part",
     "plan",
     "reachable_configurations",
     "record_launches",
