@@ -27,9 +27,8 @@ struct Reach {
   }
 };
 
-// scores[other][row] = sim(row, other) where `other` is in reach of `row`, and 0 elsewhere. With `gradient`
-// also score_gradients[other][row] = sim'(u) times the product of the two tokens' values, to which the
-// product of their `extra` numbers is added: c_ij, where the extra numbers are -delta and 1.
+// scores[other][row] = sim(row, other) where `other` is in reach of `row`, else 0; and with `gradient`
+// score_gradients[other][row] = (their values' product + their extras' product) d sim / d u.
 template <bool gradient, class A>
 DEVICE void score_tiles(const Tiles<A>& tiles, const Reach& reach, bool keep_scores) {
   const GeneralTiles& plan = tiles.plan;

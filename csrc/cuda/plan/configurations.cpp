@@ -1,5 +1,4 @@
-// The search for every launch configuration that a plan can choose: sizes at which the plan's choices change
-// are tried, and for each configuration the cheapest call is kept that fills a chunk.
+// The launch configurations that the plan can choose: every shape of the contract is asked for its plan.
 #include "cuda/plan/configurations.h"
 
 #include <algorithm>
