@@ -9,8 +9,7 @@
 #include <new>
 
 #if !defined(__x86_64__)
-#error \
-    "The emulator switches stacks in x86-64 assembly; on other machines build without it (REBASED_EMULATOR=0)."
+#error "The emulator switches stacks in x86-64 assembly; elsewhere build without it (REBASED_EMULATOR=0)."
 #endif
 
 __asm__(

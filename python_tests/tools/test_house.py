@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="needs the source folder")
 
 CPP = (".h", ".cuh", ".cpp", ".cu")
-MAX_LINES = 400
+MAX_LINES, MAX_COLUMNS = 400, 110
 LONG_FILES = {
     "csrc/cuda/device/device.cuh"
 }  # every primitive of the hardware, side by side with the emulator's
@@ -159,6 +159,18 @@ def long_files(root: Path) -> list[str]:
         for file, count in counts.items()
         if count > MAX_LINES and file not in LONG_FILES
     ]
+
+
+def long_lines(root: Path) -> list[str]:
+    """clang-format holds code to 110 columns but leaves comments as they are, for their tables' sake."""
+    lines = ((file, n, line) for file in _under(root, "csrc", CPP) for n, line in _numbered(root, file))
+    return [
+        f"{file}:{number} has {len(line)} columns" for file, number, line in lines if len(line) > MAX_COLUMNS
+    ]
+
+
+def _numbered(root: Path, file: str) -> Iterator[tuple[int, str]]:
+    return enumerate((root / file).read_text().splitlines(), 1)
 
 
 def files_that_do_not_say_what_they_are_for(root: Path) -> list[str]:
@@ -427,6 +439,7 @@ RULES = [
     rows_without_a_folder,
     include_circles,
     long_files,
+    long_lines,
     files_that_do_not_say_what_they_are_for,
     private_imports,
     import_circles,
@@ -526,6 +539,12 @@ PLANTED = [
         {"csrc/op/problem.h": "\n" * 401},
         "csrc/op/problem.h has 401 lines",
         {"csrc/op/problem.h": "\n" * 400},
+    ),
+    (
+        long_lines,
+        {"csrc/op/problem.h": f"int a;\n//{'-' * 109}\n"},
+        "csrc/op/problem.h:2 has 111 columns",
+        {"csrc/op/problem.h": f"int a;\n//{'-' * 108}\n"},
     ),
     (
         files_that_do_not_say_what_they_are_for,

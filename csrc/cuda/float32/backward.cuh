@@ -1,10 +1,11 @@
 // Backward of the float32 path: two sweeps of 128-thread blocks, cut as in the forward, in chunks of 32.
 //
-// With g^ = r grad y, delta = g^ . y and c_ij = g^_i . v_j - delta_i for j <= i:
+// With ghat = r grad y, delta = ghat . y and c_ij = ghat_i . v_j - delta_i for j <= i:
 //   grad_q_kernel   walks forward with S and z:  grad q'_i = sum_{j <= i} c_ij sim'(u_ij) k'_j
-//                                                            + J(q'_i)^T (S g^_i - delta_i z)
-//   grad_kv_kernel  walks back with T = sum over later i of phi(q'_i) g^_i^T and M = -sum delta_i phi(q'_i):
-//                   grad v_j = sum_{i >= j} sim(i, j) g^_i + phi(k'_j) T
+//                                                            + J(q'_i)^T (S ghat_i - delta_i z)
+//   grad_kv_kernel  walks back with T, the sum over later i of phi(q'_i) ghat_i^T, and M, the sum of
+//                   -delta_i phi(q'_i):
+//                   grad v_j = sum_{i >= j} sim(i, j) ghat_i + phi(k'_j) T
 //                   grad k'_j = sum_{i >= j} c_ij sim'(u_ij) q'_i + J(k'_j)^T (T v_j + M)
 // where J applies the derivative of the features. S, T and the sums carry the query side's weights and stay
 // in shared memory. Each block owns the rows that it writes; of heads wider than 64 columns each column group

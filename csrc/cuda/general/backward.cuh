@@ -1,13 +1,16 @@
 // Backward of the general path: two kernels, each with one block per (sequence, kv head, segment).
 //
-// With g = r grad_y, delta = g . y and c_ij = g_i . v_j - delta_i for j <= i, and x' the scaled q' or k':
-//   general_grad_q   walks forward with S and z:   grad q' = (c * dsim/du) k' + J(q') (S g - delta z)
-//   general_grad_kv  walks back with T = sum over later i of phi(q'_i) g_i^T and M = -sum delta_i phi(q'_i):
-//                    grad v = sim^T g + phi(k') T,  grad k' = (c * dsim/du)^T q' + J(k') (T v + M)
-// where J applies the derivative of the features, weights on the side that reads a state. Each block owns the
-// rows that it writes. The gradient of the initial state is T, M at the sequence's start.
+// With ghat = r grad y, delta = ghat . y and c_ij = ghat_i . v_j - delta_i for j <= i:
+//   general_grad_q   walks forward with S and z:
+//                    grad q' = (c * sim') k' + J(q')^T (S ghat - delta z)
+//   general_grad_kv  walks back with T, the sum over later i of phi(q'_i) ghat_i^T, and M, the sum of
+//                    -delta_i phi(q'_i):
+//                    grad v  = sim^T ghat + phi(k') T
+//                    grad k' = (c * sim')^T q' + J(k')^T (T v + M)
+// J is the derivative of the features. The side that reads a state applies the weights of the features. Each
+// block owns the rows that it writes. The gradient of the initial state is T, M at the start of the sequence.
 //
-// Quadratic: no states; a chunk's gradients are summed over all chunks that its rows reach.
+// The quadratic path has no states: the gradients of a chunk are summed over all chunks that its rows reach.
 #pragma once
 
 #include "cuda/general/gradients.cuh"

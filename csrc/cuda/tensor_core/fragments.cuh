@@ -1,16 +1,16 @@
 // Tiles of the tensor-core path, and how a warp reads them as fragments of mma.m16n8k16.
 //
-// A block is four warps and walks a sequence in chunks of 64 tokens. Warp w owns the value columns 16 w .. 16
-// w + 15. Lane l of a warp has g = l / 4 and t = l % 4; device.cuh has the layout of a fragment by these two.
-// Four kinds of tile lie in shared memory:
+// A block is four warps and walks a sequence in chunks of 64 tokens. Warp w owns the value columns 16 w to
+// 16 w + 15. Lane l of a warp has g = l / 4 and t = l % 4; device.cuh has the layout of a fragment by these
+// two. Four kinds of tile lie in shared memory:
 //   feature tile  (d features and some repeated ones, 64 tokens), stride 72: q' or k' transposed. Rows from d
 //                 on repeat rows 0, 1 and so on. A lane may address any row in an ldmatrix, so that a
 //                 fragment rotated by e features, x_((i + e) mod d), is loaded like any other, from e rows
 //                 further down.
-//   row tile      (64 or 128 rows, d features): rows of q and k as they are in memory value tile    (64
-//   tokens, 64 columns): v or grad y, with the 16-byte units of a row permuted by token mod 8 state tile
-//   (64 columns, features), stride an odd number of 16-byte units, in backward alone: a state rounded
-//                 to the element type
+//   row tile      (64 or 128 rows, d features): rows of q and k as they are in memory
+//   value tile    (64 tokens, 64 columns): v or grad y; 16-byte units of a row are permuted by token mod 8
+//   state tile    (64 columns, features), stride an odd number of 16-byte units, in backward alone: a state
+//                 rounded to the element type
 // The strides and the permutation make eight lanes of an ldmatrix touch all 32 banks. In this folder the
 // template parameter T is the element type, bfloat16_t.
 #pragma once
