@@ -28,7 +28,7 @@ struct Reach {
 };
 
 // scores[other][row] = sim(row, other) where `other` is in reach of `row`, else 0; and with `gradient`
-// score_gradients[other][row] = (value_row . value_other + extra_row extra_other) d sim / d u.
+// score_gradients[other][row] = (their values' product + their extras' product) d sim / d u.
 template <bool gradient, class A>
 DEVICE void score_tiles(const Tiles<A>& tiles, const Reach& reach, bool keep_scores) {
   const GeneralTiles& plan = tiles.plan;

@@ -1,3 +1,4 @@
+// The launch configurations that the plan can choose: every shape of the contract is asked for its plan.
 #include "cuda/plan/configurations.h"
 
 #include <algorithm>
