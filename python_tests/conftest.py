@@ -21,6 +21,7 @@ collect_ignore = (
         "experiments/test_attention_maps.py",
         "tools/test_benchmarks.py",
         "tools/test_build.py",
+        "tools/test_house.py",
         "cuda/test_emulator.py",
         "cuda/test_kernel_reports.py",
         "experiments/test_learning.py",

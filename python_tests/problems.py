@@ -130,11 +130,9 @@ def rounds_operands(problem: Problem) -> bool:
     built = build_info()
     if problem.device == "cuda" or built["cpu_backend"] == "emulated":
         return True
-    on_amx = built["cpu_instruction_set"] == "avx512_amx" and -(-problem.head_dim // 16) % 2 == 0
-    if problem.dtype != torch.bfloat16 or problem.feature_map in ("elu", "identity"):
+    if problem.dtype != torch.bfloat16 or problem.feature_map not in ("outer", "taylor"):
         return False
-    if problem.feature_map == "square":
-        return on_amx and problem.feature_dim <= 16
+    on_amx = built["cpu_instruction_set"] == "avx512_amx" and -(-problem.head_dim // 16) % 2 == 0
     return on_amx or built["cpu_instruction_set"] == "avx512_bf16"
 
 

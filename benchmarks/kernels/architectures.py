@@ -47,10 +47,12 @@ def compile_object(source: Path, architectures: list[int], folder: Path) -> tupl
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.architectures", description=__doc__)
     parser.add_argument("--architectures", type=int, nargs="+", default=list(ARCHITECTURES))
-    parser.add_argument("--instances", default="*", help="only files whose name matches")
+    parser.add_argument(
+        "--instances", nargs="+", default=["*"], metavar="PATTERN", help="only files whose name matches"
+    )
     options = parser.parse_args(arguments)
 
-    sources = instances(options.instances)
+    sources = [source for pattern in options.instances for source in instances(pattern)]
     before = os.getloadavg()[0]
     begin = time.monotonic()
     failed = 0

@@ -1,10 +1,10 @@
-// The dynamic shared memory that launch_backward (cuda/tensor_core/backward.cuh) and launch_float32
-// (cuda/float32/launch.cuh, float32/backward_launch.cuh) ask for: ptxas cannot know. Lines out: bytes,
-// kernel. The grouped kernels' is for 4 query heads per kv head, the float32 path's for one.
+// The dynamic shared memory that tensor_core_family (cuda/tensor_core/launch.cuh, backward.cuh) and
+// float32_family (cuda/float32/launch.cuh) ask for: ptxas cannot know. Lines out: bytes, kernel. The grouped
+// kernels' is for 4 query heads per kv head, the float32 path's for one.
 #include <cstdio>
 
-#include "cuda/tensor_core/backward.cuh"
 #include "cuda/plan/float32_shape.h"
+#include "cuda/tensor_core/backward.cuh"
 
 namespace rebased::cuda::tensor_core {
 

@@ -24,10 +24,11 @@ from rebased_cuda.state import num_features
 from .ceilings import Ceilings
 from .op import DIRECTIONS, OURS, Flush, Shape
 
-ROUNDS = (3, 15)  # fewest and most
-QUICK = 5e-3  # seconds: what is shorter is called once more before its repetitions are chosen
-# Rounds that do not count, for runs of at most so many seconds: PeakMemory handed the heap's pages back, and
-# to get them again costs a short run more than its work.
+ROUNDS = (3, 15)  # how many times every method is measured, at least and at most
+# A call that takes less than QUICK seconds is timed once more, warm, before the number of calls is chosen.
+QUICK = 5e-3
+# Runs of at most UNCOUNTED_SECONDS are repeated UNCOUNTED times before any counts. PeakMemory has handed the
+# heap's pages back to the system, and getting them again would cost a short run more than its work.
 UNCOUNTED, UNCOUNTED_SECONDS = 2, 0.3
 
 

@@ -1,5 +1,7 @@
 // Where the work of an operator goes: the native CPU backend, the CUDA kernels, or in a test build the CUDA
-// kernels emulated on the CPU. Each has the backend's functions as members, over one call's resources.
+// kernels emulated on the CPU. Each has the backend's functions as members, over one call's resources, and
+// what a call is planned with, which is made once and handed on: plan(problem), then the bytes of workspace,
+// then run.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -11,6 +13,7 @@
 
 #include "bindings/cuda_stream.h"
 #include "bindings/tensors.h"
+#include "cuda/plan/plan.h"
 #include "op/backend.h"
 
 namespace rebased {
@@ -18,22 +21,9 @@ namespace rebased {
 class NativeBackend {
  public:
   explicit NativeBackend(const Tensor&) {}
-  template <class AnyProblem>
-  int64_t workspace_bytes(const AnyProblem& problem) const {
-    return cpu::workspace_bytes(problem, parallel(problem).threads);
-  }
-  void run(const ForwardProblem& problem) const { cpu::forward(problem, parallel(problem)); }
-  void run(const BackwardProblem& problem) const { cpu::backward(problem, parallel(problem)); }
-  void run(const StepProblem& problem) const { cpu::step(problem, parallel(problem)); }
-  static constexpr bool on_host = true;
-
- private:
-  // Waking a thread takes about as long as this many operations of the forward's products with a state.
-  static constexpr double kOperationsPerThread = 4e6;
-
   // A step looks at the size of its state itself.
-  Parallel parallel(const StepProblem&) const { return parallel_; }
-  Parallel parallel(const Problem& p) const {
+  Parallel plan(const StepProblem&) const { return parallel_; }
+  Parallel plan(const Problem& p) const {
     const double tokens = static_cast<double>(p.batch) * static_cast<double>(p.heads * p.seqlen);
     const double operations =
         4 * tokens * static_cast<double>(num_features(p.feature_map, p.feature_dim) * p.head_dim);
@@ -42,6 +32,19 @@ class NativeBackend {
       few.threads = 1 + static_cast<int>(operations / kOperationsPerThread);
     return few;
   }
+  template <class AnyProblem>
+  static int64_t workspace_bytes(const AnyProblem& problem, const Parallel& plan) {
+    return cpu::workspace_bytes(problem, plan.threads);
+  }
+  void run(const ForwardProblem& problem, const Parallel& plan) const { cpu::forward(problem, plan); }
+  void run(const BackwardProblem& problem, const Parallel& plan) const { cpu::backward(problem, plan); }
+  void run(const StepProblem& problem, const Parallel& plan) const { cpu::step(problem, plan); }
+  static constexpr bool on_host = true;
+
+ private:
+  // Waking a thread takes about as long as this many operations of the forward's products with a state.
+  static constexpr double kOperationsPerThread = 4e6;
+
   using Body = void (*)(int64_t, int64_t, void*);
   static void parallel_for(int64_t count, Body body, void* context) {
     torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
@@ -67,16 +70,14 @@ class EmulatedBackend {
  public:
   explicit EmulatedBackend(const Tensor&) { require_success(emulated::query_device(0, &device_)); }
   template <class AnyProblem>
-  int64_t workspace_bytes(const AnyProblem& problem) const {
-    return emulated::workspace_bytes(problem, device_);
+  Plan plan(const AnyProblem& problem) const {
+    return make_plan(problem, device_);
   }
-  void run(const ForwardProblem& problem) const {
-    require_success(emulated::forward(problem, device_, nullptr));
+  static int64_t workspace_bytes(const Problem&, const Plan& plan) { return plan.workspace.bytes; }
+  template <class AnyProblem>
+  void run(const AnyProblem& problem, const Plan& plan) const {
+    require_success(emulated::run(problem, plan, nullptr));
   }
-  void run(const BackwardProblem& problem) const {
-    require_success(emulated::backward(problem, device_, nullptr));
-  }
-  void run(const StepProblem& problem) const { require_success(emulated::step(problem, device_, nullptr)); }
   static constexpr bool on_host = true;
 
  private:
@@ -92,14 +93,14 @@ class CudaBackend {
     require_success(cuda::query_device(q.get_device_index(), &device_));
   }
   template <class AnyProblem>
-  int64_t workspace_bytes(const AnyProblem& problem) const {
-    return cuda::workspace_bytes(problem, device_);
+  Plan plan(const AnyProblem& problem) const {
+    return make_plan(problem, device_);
   }
-  void run(const ForwardProblem& problem) const { require_success(cuda::forward(problem, device_, stream_)); }
-  void run(const BackwardProblem& problem) const {
-    require_success(cuda::backward(problem, device_, stream_));
+  static int64_t workspace_bytes(const Problem&, const Plan& plan) { return plan.workspace.bytes; }
+  template <class AnyProblem>
+  void run(const AnyProblem& problem, const Plan& plan) const {
+    require_success(cuda::run(problem, plan, stream_));
   }
-  void run(const StepProblem& problem) const { require_success(cuda::step(problem, device_, stream_)); }
   static constexpr bool on_host = false;
 
  private:

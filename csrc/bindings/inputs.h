@@ -173,20 +173,23 @@ constexpr int64_t kStackWorkspace = 32 << 10;
 
 template <class Backend, class AnyProblem>
 void run(const Backend& backend, AnyProblem& problem, const Tensor& like) {
-  const int64_t bytes = backend.workspace_bytes(problem);
+  const auto plan = backend.plan(problem);
+  const int64_t bytes = backend.workspace_bytes(problem, plan);
   if (Backend::on_host && bytes <= kStackWorkspace) {
     alignas(64) char workspace[kStackWorkspace];
 #if defined(REBASED_EMULATOR)
     std::memset(workspace, 255, sizeof workspace);  // poison, see tensors.h
 #endif
     problem.workspace = workspace;
-    backend.run(problem);
+    backend.run(problem, plan);
     return;
   }
-  if (bytes == 0) return backend.run(problem);
-  const Tensor workspace = empty(like, {bytes}, ScalarType::Byte);
-  problem.workspace = workspace.mutable_data_ptr();
-  backend.run(problem);
+  OptionalTensor workspace;
+  if (bytes > 0) {
+    workspace = empty(like, {bytes}, ScalarType::Byte);
+    problem.workspace = workspace->mutable_data_ptr();
+  }
+  backend.run(problem, plan);
 }
 
 }  // namespace rebased

@@ -55,9 +55,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    OptionalTensor beta_q, OptionalTensor gamma_k, OptionalTensor beta_k,
                                    OptionalTensor cu_seqlens, std::string feature_map, std::string layer_norm,
                                    double scale, double eps, double layer_norm_eps, bool normalize) {
-  Outputs outputs = run_forward<Backend>(
-      q, k, v, {gamma_q, beta_q, gamma_k, beta_k}, kNone, kNone, cu_seqlens,
-      {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, false, false);
+  Outputs outputs =
+      run_forward<Backend>(q, k, v, {gamma_q, beta_q, gamma_k, beta_k}, kNone, kNone, cu_seqlens,
+                           {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, false, false);
   return {std::move(outputs.y), std::move(outputs.r)};
 }
 
@@ -183,10 +183,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     OptionalTensor beta_q, OptionalTensor gamma_k, OptionalTensor beta_k, OptionalTensor cu_seqlens,
     const Tensor& y, const Tensor& r, std::string feature_map, std::string layer_norm, double scale,
     double eps, double layer_norm_eps, bool normalize) {
-  Gradients g = run_backward<Backend>(grad_y, kNone, kNone, q, k, v, {gamma_q, beta_q, gamma_k, beta_k},
-                                      kNone, kNone, cu_seqlens, y, r,
-                                      {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize},
-                                      BackwardPart::all, false);
+  Gradients g = run_backward<Backend>(
+      grad_y, kNone, kNone, q, k, v, {gamma_q, beta_q, gamma_k, beta_k}, kNone, kNone, cu_seqlens, y, r,
+      {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, BackwardPart::all, false);
   return {std::move(g.q),      std::move(g.k),       std::move(g.v),     std::move(g.gamma_q),
           std::move(g.beta_q), std::move(g.gamma_k), std::move(g.beta_k)};
 }

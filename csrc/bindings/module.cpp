@@ -9,6 +9,9 @@
 #include "cuda/plan/configurations.h"
 #include "cuda/plan/plan.h"
 #include "op/backend.h"
+#if defined(REBASED_EMULATOR)
+#include "emulator/runtime.h"
+#endif
 
 namespace py = pybind11;
 
@@ -72,6 +75,17 @@ AnyProblem shaped(int64_t batch, int64_t heads, int64_t kv_heads, int64_t seqlen
   return p;
 }
 
+#if defined(REBASED_EMULATOR)
+// How many kernels a call of this plan launches; none of them runs. 0 where there is no such plan.
+template <class AnyProblem>
+int count_launches(AnyProblem problem, const rebased::Plan& plan) {
+  alignas(64) static char present[64];
+  problem.workspace = present;
+  const rebased::emulator::LaunchCounter counter;
+  return *rebased::emulated::run(problem, plan, nullptr) ? 0 : counter.count();
+}
+#endif
+
 py::dict plan(const std::string& direction, int64_t batch, int64_t heads, int64_t kv_heads, int64_t seqlen,
               int64_t feature_dim, int64_t head_dim, const std::string& dtype, const std::string& feature_map,
               const std::string& layer_norm, int64_t sequences, bool state, int multiprocessors,
@@ -92,40 +106,54 @@ py::dict plan(const std::string& direction, int64_t batch, int64_t heads, int64_
   if (heads % kv_heads || feature_dim > 128 || head_dim > 256) {
     throw std::invalid_argument("heads, feature_dim, head_dim: not sizes that the op takes");
   }
-  static char present[1];
-  const rebased::Device device{0, multiprocessors, 90, shared_memory_per_block};
+  alignas(16) static char present[16];
+  const rebased::Device device{multiprocessors, 90, shared_memory_per_block};
   const auto problem = [&](auto kind) {
     return shaped<decltype(kind)>(batch, heads, kv_heads, seqlen, feature_dim, head_dim, dtype, feature_map,
                                   layer_norm, sequences);
   };
   rebased::Plan chosen;
+  [[maybe_unused]] int launches = 0;
+  const auto plan_call = [&](const auto& p) {
+    chosen = rebased::make_plan(p, device);
+#if defined(REBASED_EMULATOR)
+    launches = count_launches(p, chosen);
+#endif
+  };
   if (direction == "forward") {
     auto p = problem(rebased::ForwardProblem{});
+    p.y.data = p.r = present;
     if (state) p.final_state = {present, present};
-    chosen = rebased::plan_forward(p, device);
+    plan_call(p);
   } else if (direction == "backward") {
     auto p = problem(rebased::BackwardProblem{});
     if (state) p.grad_final_state = {present, present};
-    chosen = rebased::plan_backward(p, device);
+    p.grad_q.data = p.grad_k.data = p.grad_v.data = present;
+    p.grad_query_affine = p.grad_key_affine = {present, present};
+    plan_call(p);
   } else if (direction == "step") {
-    chosen = rebased::plan_step(problem(rebased::StepProblem{}), device);
+    plan_call(problem(rebased::StepProblem{}));
   } else {
     throw std::invalid_argument("direction: must be forward, backward or step, got " + direction);
   }
   py::dict result;
   result["path"] = rebased::path_name(chosen.path);
   result["error"] = chosen.error;
+#if defined(REBASED_EMULATOR)
+  result["launches"] = launches;
+#endif
   for (const auto& [name, value] : rebased::plan_entries(chosen)) result[name.c_str()] = value;
   return result;
 }
 
 void set_plan_override(const std::string& path, int chunk, int segments, int state_in_shared,
-                       int multiprocessors, int64_t shared_memory_per_block) {
+                       int multiprocessors, int64_t shared_memory_per_block, int compensated_rows) {
   rebased::PlanOverride forced;
   forced.force_path = !path.empty();
   if (forced.force_path) forced.path = parse<rebased::Path>("path", path, path_names);
   forced.chunk = chunk, forced.segments = segments, forced.state_in_shared = state_in_shared;
   forced.multiprocessors = multiprocessors, forced.shared_memory_per_block = shared_memory_per_block;
+  forced.compensated_rows = compensated_rows;
   rebased::set_plan_override(forced);
 }
 
@@ -170,7 +198,7 @@ PYBIND11_MODULE(_C, module) {
              "For tests: what every later plan of the CUDA kernels takes instead of its own choice.",
              py::kw_only(), py::arg("path") = "", py::arg("chunk") = 0, py::arg("segments") = 0,
              py::arg("state_in_shared") = -1, py::arg("multiprocessors") = 0,
-             py::arg("shared_memory_per_block") = 0);
+             py::arg("shared_memory_per_block") = 0, py::arg("compensated_rows") = 0);
   module.def("record_launches", &rebased::record_launches,
              "For tests: whether every later plan leaves its launch configuration to be taken.",
              py::arg("on"));

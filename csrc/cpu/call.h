@@ -1,23 +1,23 @@
 // What forward and backward share: the part of the workspace that all workers see, the passes before and
-// between the items, and the packing of a chunk.
+// between the items, and the packing of a chunk. It includes simd/ and tokens/, and no code of one direction.
 //
 // A sequence that is cut into segments takes three passes: the state that each segment adds, from zero; the
-// running sums of these in order (from the initial state); then the items, each from its own start state.
+// running sums of these in order, from the initial state; then the items, each from its own start state.
 #pragma once
 
 #include "cpu/tokens/features.h"
 
 namespace rebased::cpu::REBASED_ISA {
 
-// Where the sweeps of a backward leave the gradients of q and k (LayerNorm::token ends them in a later pass)
-// and of gamma and beta.
+// Where the sweeps of a backward leave the gradients of q and k, which LayerNorm::token takes on in a later
+// pass, and those of gamma and beta.
 template <class T>
 struct GradientTargets {
   MutableRows query_target, key_target;
-  bool accumulator_target;       // those are in T, not in the problem's dtype
+  bool accumulator_target;       // both targets are in T, not in the problem's dtype
   T *query_affine, *key_affine;  // [item][query head of the group or 1][2][feature_dim]
-  T* shared_key_affine;          // the same, of keys that the worker of the queries took
-  bool share_keys = false;       // whether it takes some
+  T* shared_key_affine;          // what the worker of the queries adds to key_affine for keys that it takes
+  bool share_keys = false;       // whether the worker of the queries takes some of the keys
 
   GradientTargets(const BackwardProblem& p, Arena& arena) : query_target(p.grad_q), key_target(p.grad_k) {
     accumulator_target = p.layer_norm == LayerNorm::token && !is_accumulator<T>(p.dtype);
@@ -30,31 +30,73 @@ struct GradientTargets {
   }
 };
 
-// Tokens of a chunk. Scores cost chunk * (feature_dim + head_dim) a token and the states' products the same
-// whatever the chunk, so the shortest chunk that amortises reading and writing a state is best: AMX makes the
-// products cheap beside that. The quadratic form, which large feature_dim uses, packs keys once per chunk of
-// queries. The recurrence of the elementwise maps only wants its chunk to stay in the first cache; their
-// chunk on AMX is one block.
+// Tokens of a chunk. Scores cost chunk * (feature_dim + head_dim) a token, and a state's products cost the
+// same whatever the chunk is, so the shortest chunk that amortises reading and writing a state is best. With
+// AMX that is longer, since its products are cheap beside that traffic. The quadratic form, which a large
+// feature_dim takes, packs keys once per chunk of queries. The recurrence of the elementwise maps only wants
+// its chunk to stay in the first cache.
 template <class T>
 inline int chunk_length(const Problem& p) {
 #if defined(__AMX_BF16__)
-  constexpr int elementwise = 32, chunk = 64;
+  constexpr int chunk = 64;
 #else
-  constexpr int elementwise = 64, chunk = 32;
+  constexpr int chunk = 32;
 #endif
-  return is_elementwise(p) ? elementwise : p.feature_dim <= 32 ? chunk : 128;
+  return is_elementwise(p) ? 64 : p.feature_dim <= 32 ? chunk : 128;
 }
+
+// A chunk of keys meets block b of queries: calls body(Constant<vectors>, Constant<masked>, key) for each
+// tile of kRows keys that these queries may see. `diagonal` says that the chunk is their own. A tile of one
+// vector is the second of the block's two, since the first sees none of its keys.
+template <class T, class Body>
+REBASED_INLINE void for_seen_keys(int b, int key_rows, bool diagonal, const Body& body) {
+  const int end = diagonal ? smaller(key_rows, (b + 1) * kLanes<T>) : key_rows;
+  for (int j = 0; j < end; j += kRows) {
+    const int first = j - b * kLanes<T>;  // the tile's first key, counted from lane 0's own
+    if (!diagonal || first + kRows <= 0)
+      body(Constant<kVectors>{}, Constant<0>{}, j);
+    else if (first < kWidth<T>)
+      body(Constant<kVectors>{}, Constant<1>{}, j);
+    else
+      body(Constant<1>{}, Constant<1>{}, j);
+  }
+}
+
+// The workspace of a call begins with what all workers share.
+template <class AnyProblem>
+inline Arena workspace_of(const AnyProblem& p, const Parallel* parallel) {
+  return {parallel ? static_cast<char*>(p.workspace) : nullptr};
+}
+// After it lies a scratch of each worker, which take(arena) makes.
+template <class Take>
+class Scratches {
+ public:
+  Scratches(const Arena& shared, const Take& take) : take_(take), base_(shared.base), shared_(shared.used) {
+    Arena one{nullptr};
+    take(one);
+    bytes_ = one.used;
+  }
+  int64_t workspace_bytes(int64_t workers) const { return shared_ + workers * bytes_; }
+  auto operator()(int64_t worker) const {
+    Arena own{base_, workspace_bytes(worker)};
+    return take_(own);
+  }
+
+ private:
+  const Take take_;
+  char* base_;
+  int64_t shared_, bytes_;
+};
 
 template <class T>
 struct Call {
-  static constexpr int64_t kHeadsTogether = 1;  // most heads that a worker walks side by side
   const Problem& base;
   Sizes<T> sizes;
   Schedule<T> schedule;
   FeaturePair<T>* pairs;
-  T* statistics;  // mean, rstd of q, mean, rstd of k, each (batch, seqlen); null unless LayerNorm::token
+  T* statistics;  // mean and rstd of q, then of k, each (batch, seqlen); null unless LayerNorm::token
 
-  // With an arena of null base only the arena's size counts.
+  // With an arena whose base is null only the arena's size counts.
   Call(const Problem& p, int threads, Arena& arena, bool needs_state, int64_t parts)
       : base(p), sizes(p, chunk_length<T>(p)) {
     schedule.sequences = arena.take<Sequence>(p.num_sequences);
@@ -65,17 +107,26 @@ struct Call {
     if (pairs) fill_feature_pairs(p, sizes, pairs);
   }
 
-  int64_t heads_together(int) const { return 1; }
+  int64_t heads_together(int /*threads*/) const { return 1; }  // how many a worker walks side by side
+  int64_t group() const { return base.kv_heads ? base.heads / base.kv_heads : 0; }
+  int64_t token_block() const { return int64_t(sizes.feature_rows) * kLanes<T>; }
+  Tokens<T> key_tokens(const Item& item) const {
+    return head_tokens<T>(base, sizes, false, statistics, item.batch, item.kv_head);
+  }
+  Tokens<T> query_tokens(const Item& item, int64_t head) const {
+    return head_tokens<T>(base, sizes, true, statistics, item.batch, head);
+  }
+  static void clear(T* target, int64_t count) { __builtin_memset(target, 0, count * sizeof(T)); }
 
   T* take_states(Arena& arena, int64_t most_items) const {
     const bool cut = most_items > base.num_sequences * base.kv_heads;
     return cut ? arena.take<T>(most_items * sizes.state_size) : nullptr;
   }
 
-  // The packing of a chunk also queues the rows that the sweep packs next.
+  // Packs tokens of a chunk, and queues the rows that the sweep packs next. H and inv: as in pack_block.
   void pack_tokens(const Tokens<T>& t, int64_t row, int rows, const Ahead& ahead, T* X, T* H = nullptr,
                    T* inv = nullptr) const {
-    const int64_t block = int64_t(sizes.feature_rows) * kLanes<T>;
+    const int64_t block = token_block();
     for (int b = 0; b * kLanes<T> < rows; b++)
       pack_block<T>(t, row + b * kLanes<T>, smaller(rows - b * kLanes<T>, kLanes<T>), X + b * block,
                     H ? H + b * block : nullptr, inv ? inv + b * kLanes<T> : nullptr);
@@ -100,8 +151,9 @@ struct Call {
                      width * bytes);
   }
 
-  static constexpr int64_t kRowsOfItem = 256;  // tokens of one item of the passes over whole tokens
+  static constexpr int64_t kRowsOfItem = 256;  // tokens of an item in the passes over whole tokens
 
+  // LayerNorm::token: mean and rstd of every token, over all its heads.
   void compute_statistics(const Parallel& parallel, bool of_queries = true, bool of_keys = true) const {
     if (!statistics) return;
     const Problem& p = base;
@@ -120,31 +172,47 @@ struct Call {
     });
   }
 
-  // states: what each segment added. Becomes the state before each segment (after it, when reversed), the
-  // given one included.
+  // The state that segment n of a sequence added, counted from its last one when reversed.
+  T* segment_state(T* states, const Sequence& sequence, int64_t kv_head, int64_t n, bool reversed) const {
+    const int64_t segment = reversed ? sequence.segments - 1 - n : n;
+    return states + ((sequence.first_segment + segment) * base.kv_heads + kv_head) * sizes.state_size;
+  }
+  // On entry `states` holds what each segment added; on return it holds the state before each segment, or
+  // after it when reversed, the given state included.
   void sum_states(const Parallel& parallel, T* states, const ConstState& given, bool reversed) const {
     const Problem& p = base;
     for_items(parallel, p.num_sequences * p.kv_heads, [&](int64_t item, int) {
       const Sequence& sequence = schedule.sequences[item / p.kv_heads];
-      const int64_t head = item % p.kv_heads, size = sizes.state_size;
+      const int64_t size = sizes.state_size;
       if (sequence.quadratic || sequence.segments == 1) return;
-      const auto segment_state = [&](int64_t n) {
-        const int64_t segment = reversed ? sequence.segments - 1 - n : n;
-        return states + ((sequence.first_segment + segment) * p.kv_heads + head) * size;
+      const auto state_of = [&](int64_t n) {
+        return segment_state(states, sequence, item % p.kv_heads, n, reversed);
       };
       // shift by one segment, from the far end, then sum up
       for (int64_t n = sequence.segments - 1; n > 0; n--)
-        __builtin_memcpy(segment_state(n), segment_state(n - 1), size * sizeof(T));
-      import_state(sizes, given, item, segment_state(0));
+        __builtin_memcpy(state_of(n), state_of(n - 1), size * sizeof(T));
+      import_state(sizes, given, item, state_of(0));
       for (int64_t n = 1; n < sequence.segments; n++) {
-        const T* before = segment_state(n - 1);
-        T* state = segment_state(n);
+        const T* before = state_of(n - 1);
+        T* state = state_of(n);
         for (int64_t i = 0; i < size; i++) state[i] += before[i];
       }
     });
   }
 
-  // Rows of a packed batch that belong to no sequence.
+  // Brings an item's start state: the given one for the first item on the way, else what sum_states made of
+  // its segment. Returns whether it is zero. The quadratic form has none.
+  bool take_start_state(const Item& item, bool first, const ConstState& given, const T* states,
+                        T* state) const {
+    if (item.quadratic) return true;
+    if (first)
+      import_state(sizes, given, item.sequence * base.kv_heads + item.kv_head, state);
+    else
+      __builtin_memcpy(state, states + item.number * sizes.state_size, sizes.state_size * sizeof(T));
+    return first && !given.kv;
+  }
+
+  // Zeroes the rows of a packed batch that belong to no sequence.
   void zero_unowned_rows(const MutableRows& rows, int64_t heads, int64_t width) const {
     const Problem& p = base;
     if (!schedule.packed || !rows.data) return;

@@ -1,4 +1,5 @@
-// The backend's entry points: the instruction set of this process and the accumulation type of the problem.
+// The backend's entry points: they choose the instruction set of this process and the accumulation type of
+// the problem. It is compiled without an instruction set's flags and includes no kernel.
 #include <cstdlib>
 #include <cstring>
 #if defined(__linux__) && defined(__x86_64__)
@@ -22,7 +23,7 @@ const char* name(InstructionSet set) {
 
 #if defined(__x86_64__)
 // Whether this process may use the AMX tiles. Linux hands out their large state on request only, and signal
-// stacks must then have room for it: so the first call that takes them asks, not the import.
+// stacks must then have room for it, so it is the first call with AMX that asks, not the import.
 bool amx_is_granted() {
 #if defined(__linux__)
   constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -36,7 +37,7 @@ bool amx_is_granted() {
 InstructionSet avx512_products() {
   if (!__builtin_cpu_supports("avx512bf16")) return InstructionSet::avx512;
 #if defined(__linux__)
-  unsigned a, b, c, d = 0;  // by hand: compilers learned the names of these features late
+  unsigned a, b, c, d = 0;  // compilers learned the names of these features late
   constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & amx_bf16) && (d & amx_tile))
     return InstructionSet::avx512_amx;
@@ -45,8 +46,8 @@ InstructionSet avx512_products() {
 }
 #endif
 
-// The best for this processor, or what the environment variable REBASED_CPU_ISA names, if the processor has
-// it.
+// The best instruction set of this processor, or the one that the environment variable REBASED_CPU_ISA names,
+// if the processor has it.
 InstructionSet detect() {
   InstructionSet best = InstructionSet::portable;
 #if defined(__x86_64__)
@@ -63,7 +64,8 @@ InstructionSet detect() {
       if (!std::strcmp(wanted, name(static_cast<InstructionSet>(i)))) return static_cast<InstructionSet>(i);
   }
 #if defined(__x86_64__)
-  // Intel's vdpbf16ps does a pair at half the rate of two multiply-adds: without AMX float32 is faster there.
+  // Intel's vdpbf16ps takes a pair at half the rate of two multiply-adds, so float32 is faster there without
+  // AMX.
   if (best == InstructionSet::avx512_bf16 && __builtin_cpu_is("intel")) return InstructionSet::avx512;
 #endif
   return best;
@@ -75,16 +77,11 @@ InstructionSet chosen() {
 }
 
 #if defined(__x86_64__)
-// The instruction set of bfloat16 products: a step is one token, and AMX takes values that fill whole panels
-// of 32 columns. Where phi is elementwise only AMX is faster than float32; it takes features that fill a
-// vector at most, and `square` alone: gradients through rounded features of `elu` are off by up to 1%, and
-// sums of both signs, those of `identity`, would lose the digits that rounding leaves.
+// The instruction set of a problem's products. Those of bfloat16 operands are made for bfloat16 inputs of the
+// polynomial maps: the elementwise maps run a recurrence in float32. AMX takes values that fill whole panels
+// of 32 columns.
 InstructionSet products(const Problem& problem) {
-  if (problem.dtype != Dtype::bfloat16) return InstructionSet::avx512;
-  if (!is_polynomial(problem.feature_map) &&
-      (chosen() != InstructionSet::avx512_amx || problem.feature_map != FeatureMap::square ||
-       problem.feature_dim > 16))
-    return InstructionSet::avx512;
+  if (problem.dtype != Dtype::bfloat16 || !is_polynomial(problem.feature_map)) return InstructionSet::avx512;
   if (chosen() != InstructionSet::avx512_amx) return chosen();
   const bool whole_panels = (problem.head_dim + 15) / 16 % 2 == 0;
   return whole_panels && amx_is_granted() ? InstructionSet::avx512_amx : InstructionSet::avx512;

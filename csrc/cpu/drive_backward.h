@@ -1,4 +1,5 @@
-// Backward of a whole problem: workspace, passes, items, and the sums over items.
+// Backward of a whole problem: workspace, passes, items, and the sums over items. It includes both kinds of
+// items, chunked/ and recurrent/, and instances/ alone includes it.
 #pragma once
 
 #include "cpu/chunked/backward_sweeps.h"
@@ -7,8 +8,8 @@
 
 namespace rebased::cpu::REBASED_ISA {
 
-// gamma and beta gradients: sums the items' rows in order. rows: [item][per_item][2][feature_dim], the head
-// of a row is kv_head * per_item + its place.
+// The gradients of gamma and beta: sums the items' rows in order. rows: [item][per_item][2][feature_dim],
+// where the head of a row is kv_head * per_item + its place within the item.
 template <class T>
 inline void sum_affine(const Sizes<T>& s, const T* rows, int64_t items, int64_t kv_heads, int64_t per_item,
                        const Affine& affine, const AffineGradient& gradient) {
@@ -28,6 +29,7 @@ inline void sum_affine(const Sizes<T>& s, const T* rows, int64_t items, int64_t 
   }
 }
 
+// The end of LayerNorm::token's backward, which needs all heads of a token.
 template <class T, class BackwardCall>
 inline void finish_token_gradients(const BackwardCall& call, const Parallel& parallel) {
   const BackwardProblem& p = call.problem;
@@ -56,34 +58,25 @@ inline void finish_token_gradients(const BackwardCall& call, const Parallel& par
   });
 }
 
-// With parallel null only counts the workspace's bytes.
+// Returns the workspace's bytes where `parallel` is null, else 0.
 template <class T, class BackwardCall>
 inline int64_t run_backward_as(const BackwardProblem& p, int threads, const Parallel* parallel) {
   if (p.part == BackwardPart::reverse_state) return run_reverse_state<T, BackwardCall>(p, threads, parallel);
-  Arena arena{parallel ? static_cast<char*>(p.workspace) : nullptr};
+  Arena arena = workspace_of(p, parallel);
   const bool needs_state = p.initial_state.kv || p.grad_final_state.kv || p.grad_initial_state.kv;
   const int64_t parts = p.part == BackwardPart::all ? 2 : 1;
   BackwardCall call(p, threads, arena, needs_state, parts);
   const Sizes<T>& s = call.sizes;
   const Schedule<T>& schedule = call.schedule;
-  const int64_t group = p.kv_heads ? p.heads / p.kv_heads : 0;
   const int64_t most_items = Schedule<T>::bound(p, s, threads, parts) * p.kv_heads;
   T* key_states = call.take_states(arena, most_items);
   T* query_states = call.take_states(arena, most_items);
-  call.query_affine = arena.take<T>(most_items * group * 2 * s.feature_dim);
+  call.query_affine = arena.take<T>(most_items * call.group() * 2 * s.feature_dim);
   const int64_t key_affine_size = most_items * 2 * s.feature_dim;
   call.key_affine = arena.take<T>(key_affine_size), call.shared_key_affine = arena.take<T>(key_affine_size);
-  const int64_t shared = arena.used;
-  {
-    call.scratch(arena);
-  }
-  const int64_t scratch_bytes = arena.used - shared;
-  if (!parallel) return shared + threads * scratch_bytes;
+  const Scratches scratches(arena, [&](Arena& own) { return call.scratch(own); });
+  if (!parallel) return scratches.workspace_bytes(threads);
 
-  const auto scratch_of = [&](int worker) {
-    Arena own{arena.base, shared + worker * scratch_bytes};
-    return call.scratch(own);
-  };
   const auto item_of = [&](int64_t number) {  // part 0: of keys, 1: of queries
     Item item = schedule.item(number);
     if (!p.wants_keys()) item.part = 1;
@@ -95,9 +88,9 @@ inline int64_t run_backward_as(const BackwardProblem& p, int threads, const Para
       const Item item = item_of(number);
       if (item.quadratic) return;
       if (item.part == 0 && !item.first)
-        call.local_query_state(item, scratch_of(worker), query_states + item.number * s.state_size);
+        call.local_query_state(item, scratches(worker), query_states + item.number * s.state_size);
       if (item.part == 1 && !item.last)
-        call.local_key_state(item, scratch_of(worker), key_states + item.number * s.state_size);
+        call.local_key_state(item, scratches(worker), key_states + item.number * s.state_size);
     });
     if (p.wants_queries()) call.sum_states(*parallel, key_states, p.initial_state, false);
     if (p.wants_keys()) call.sum_states(*parallel, query_states, p.grad_final_state, true);
@@ -107,26 +100,14 @@ inline int64_t run_backward_as(const BackwardProblem& p, int threads, const Para
   for_items(*parallel, schedule.items() / together, [&](int64_t number, int worker) {
     Item first = schedule.run_of_heads(number, together);
     if (!p.wants_keys()) first.part = 1;
-    const typename BackwardCall::Scratch scratch = scratch_of(worker);
-    // the state before an item's queries, or after its keys; returns whether it is zero
-    const auto start_state = [&](const Item& item, bool queries, T* state) {
-      const bool outermost = queries ? item.first : item.last;
-      const ConstState& given = queries ? p.initial_state : p.grad_final_state;
-      const T* states = queries ? key_states : query_states;
-      if (item.quadratic) {
-      } else if (outermost) {
-        import_state(s, given, item.sequence * p.kv_heads + item.kv_head, state);
-      } else {
-        __builtin_memcpy(state, states + item.number * s.state_size, s.state_size * sizeof(T));
-      }
-      return outermost && !given.kv;
-    };
-    if constexpr (BackwardCall::kHeadsTogether > 1)
-      call.run_heads(first, together, scratch, start_state);
-    else
-      call.run(first, scratch, [&](bool queries) { return start_state(first, queries, scratch.state); });
+    // the state before an item's queries, or after its keys
+    call.run(first, together, scratches(worker), [&](const Item& item, bool queries, T* state) {
+      return queries ? call.take_start_state(item, item.first, p.initial_state, key_states, state)
+                     : call.take_start_state(item, item.last, p.grad_final_state, query_states, state);
+    });
   });
-  sum_affine(s, call.query_affine, schedule.heads(), p.kv_heads, group, p.query_affine, p.grad_query_affine);
+  sum_affine(s, call.query_affine, schedule.heads(), p.kv_heads, call.group(), p.query_affine,
+             p.grad_query_affine);
   for (int64_t i = 0; i < schedule.heads() * 2 * s.feature_dim && p.wants_keys(); i++)
     call.key_affine[i] += call.shared_key_affine[i];
   sum_affine(s, call.key_affine, schedule.heads(), p.kv_heads, 1, p.key_affine, p.grad_key_affine);

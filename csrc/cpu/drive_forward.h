@@ -1,14 +1,15 @@
-// Forward of a whole problem: workspace, passes, items.
+// Forward of a whole problem: workspace, passes, items. It includes both kinds of items, chunked/ and
+// recurrent/, and instances/ alone includes it.
 #pragma once
 
-#include "cpu/chunked/forward.h"
+#include "cpu/chunked/forward_sweep.h"
 #include "cpu/drive_state.h"
 #include "cpu/recurrent/forward.h"
 
 namespace rebased::cpu::REBASED_ISA {
 
-// Parts that the value columns are split into: no more than the threads need, whole panels, and only where
-// one sequence and head each would leave threads idle for a whole sweep with a state.
+// Parts that the value columns are split into: whole panels, no more of them than the threads need, and only
+// where items of one sequence and head would leave threads idle for a whole sweep with a state.
 template <class T>
 inline int64_t column_parts(const ForwardProblem& p, int threads, bool needs_state) {
   const Sizes<T> s(p, chunk_length<T>(p));
@@ -19,28 +20,20 @@ inline int64_t column_parts(const ForwardProblem& p, int threads, bool needs_sta
   return quadratic || missing > panels ? 1 : missing;
 }
 
-// With parallel null only counts the workspace's bytes.
+// Returns the workspace's bytes where `parallel` is null, else 0.
 template <class T, class ForwardCall>
 inline int64_t run_forward_as(const ForwardProblem& p, int threads, const Parallel* parallel) {
   if (p.state_only) return run_forward_state<T, ForwardCall>(p, threads, parallel);
-  Arena arena{parallel ? static_cast<char*>(p.workspace) : nullptr};
+  Arena arena = workspace_of(p, parallel);
   const bool needs_state = p.initial_state.kv || p.final_state.kv;
   const int64_t parts = column_parts<T>(p, threads, needs_state);
   const ForwardCall call(p, threads, arena, needs_state, parts);
   const Sizes<T>& s = call.sizes;
   const Schedule<T>& schedule = call.schedule;
   T* states = call.take_states(arena, Schedule<T>::bound(p, s, threads, parts) * p.kv_heads);
-  const int64_t shared = arena.used;
-  {
-    call.scratch(arena);
-  }
-  const int64_t scratch_bytes = arena.used - shared;
-  if (!parallel) return shared + threads * scratch_bytes;
+  const Scratches scratches(arena, [&](Arena& own) { return call.scratch(own); });
+  if (!parallel) return scratches.workspace_bytes(threads);
 
-  const auto scratch_of = [&](int worker) {
-    Arena own{arena.base, shared + worker * scratch_bytes};
-    return call.scratch(own);
-  };
   call.zero_unowned_rows(p.y, p.heads, p.head_dim);
   if (schedule.packed)
     for (int64_t i = 0; i < p.heads; i++)
@@ -51,7 +44,7 @@ inline int64_t run_forward_as(const ForwardProblem& p, int threads, const Parall
     for_items(*parallel, schedule.items(), [&](int64_t number, int worker) {
       const Item item = schedule.item(number);
       if (!item.quadratic && !item.last)
-        call.local_state(item, scratch_of(worker), states + item.number * s.state_size);
+        call.local_state(item, scratches(worker), states + item.number * s.state_size);
     });
     call.sum_states(*parallel, states, p.initial_state, false);
   }
@@ -62,23 +55,11 @@ inline int64_t run_forward_as(const ForwardProblem& p, int threads, const Parall
   const int64_t together = call.heads_together(threads);
   for_items(*parallel, schedule.items() / together, [&](int64_t number, int worker) {
     const Item first = schedule.run_of_heads(number, together);
-    const typename ForwardCall::Scratch scratch = scratch_of(worker);
     ForwardCall own = call;
     own.sizes.set_columns(part_begin(first.part), part_begin(first.part + 1));
-    // the state before an item; returns whether it is zero
-    const auto start_state = [&](const Item& item, T* state) {
-      if (item.quadratic) return false;
-      if (item.first) {
-        import_state(own.sizes, p.initial_state, item.sequence * p.kv_heads + item.kv_head, state);
-        return !p.initial_state.kv;
-      }
-      __builtin_memcpy(state, states + item.number * s.state_size, s.state_size * sizeof(T));
-      return false;
-    };
-    if constexpr (ForwardCall::kHeadsTogether > 1)
-      own.run_heads(first, together, scratch, start_state);
-    else
-      own.run(first, scratch, start_state(first, scratch.state));
+    own.run(first, together, scratches(worker), [&](const Item& item, T* state) {
+      return own.take_start_state(item, item.first, p.initial_state, states, state);
+    });
   });
   return 0;
 }
@@ -86,7 +67,7 @@ inline int64_t run_forward_as(const ForwardProblem& p, int threads, const Parall
 template <class T>
 inline int64_t run_forward(const ForwardProblem& p, int threads, const Parallel* parallel) {
   return is_elementwise(p) ? run_forward_as<T, ElementwiseForward<T>>(p, threads, parallel)
-                           : run_forward_as<T, ForwardCall<T>>(p, threads, parallel);
+                           : run_forward_as<T, ForwardSweep<T>>(p, threads, parallel);
 }
 
 }  // namespace rebased::cpu::REBASED_ISA

@@ -1,24 +1,26 @@
-// One token per sequence: y = (phi(q') S + sim v) / (phi(q') z + sim + eps) with the state before the token
-// and sim of the token itself, then S += phi(k') v^T, z += phi(k').
+// Step of a whole problem, one token per sequence, with the state before the token and the token's own sim:
+//   y = (phi(q') S + sim v) / (phi(q') z + sim + eps),  then  S += phi(k') v^T,  z += phi(k')
+// It shares call.h and tokens/ with the other drivers, and no item. instances/ alone includes it.
 //
-// The same as querying the new state, but the token's own sim is a square, not a sum of signed features,
-// which loses digits where q'.k' is near 0: first tokens have nothing else. The state is read once and
-// written once, row by row, each row queried while it is in registers. A head's
-// features (F of k', F of each query head) lie in the worker's scratch.
+// That equals querying the new state, but the token's own sim is a square here and not a sum of signed
+// features, which loses digits where q'.k' is near 0; a first token has no other sim. The state is read once
+// and written once, row by row, and each row is queried while it is in registers. A head's features (F of k'
+// and F of each query head) lie in the worker's scratch.
 #pragma once
 
+#include "cpu/call.h"
 #include "cpu/tokens/token_rows.h"
 
 namespace rebased::cpu::REBASED_ISA {
 
 template <class T>
 struct StepScratch {
-  T *query, *key;     // q' and k', twice over, so that rotations are contiguous; whole vectors may be read
+  T *query, *key;     // q' and k', each twice over, so that rotations are contiguous; read by whole vectors
   T* key_features;    // [feature]
   T* query_features;  // [query head of the group][feature], weighted
   T* own;             // [query head]: sim of the token itself
   T* sums;            // [query head][value_columns]
-  T* values;          // v, then y, of one head
+  T* values;          // v of one head
   int64_t features;   // rounded up to whole vectors, zero past F
 
   StepScratch(const StepProblem& p, const Sizes<T>& s, int64_t group, Arena& arena);
@@ -42,7 +44,7 @@ struct Moments {
   T mean, rstd;
 };
 
-// Of `heads` heads from `first` on together.
+// The moments of `heads` heads from `first` on together.
 template <class T, class E>
 inline Moments<T> moments(const E* first, int64_t heads, int64_t head_stride, int d, T eps) {
   const T count = T(heads * d);
@@ -57,7 +59,7 @@ inline Moments<T> moments(const E* first, int64_t heads, int64_t head_stride, in
     }
   return {mean, 1 / square_root(broadcast<T>(horizontal_sum<T>(squares) / count + eps))[0]};
 }
-// Of a token's q or k over all its heads, for LayerNorm::token.
+// The moments of a token's q or k over all its heads, for LayerNorm::token.
 template <class T, class E>
 inline Moments<T> token_moments(const StepProblem& p, bool query, int64_t batch) {
   const ConstRows& rows = query ? p.q : p.k;
@@ -66,8 +68,8 @@ inline Moments<T> token_moments(const StepProblem& p, bool query, int64_t batch)
                     query ? p.heads : p.kv_heads, rows.head_stride, int(p.feature_dim), T(p.layer_norm_eps));
 }
 
-// q' or k' of one head of one sequence, scale included, repeated to 2 d entries. token: its moments over all
-// heads.
+// x: q' or k' of one head of one sequence, scale included, repeated to 2 d entries. token: the token's
+// moments over all heads.
 template <class T, class E>
 inline void prepare_token(const StepProblem& p, const Sizes<T>& s, bool query, int64_t batch, int64_t head,
                           Moments<T> token, T* x) {
@@ -90,7 +92,7 @@ inline void prepare_token(const StepProblem& p, const Sizes<T>& s, bool query, i
   for (int e = 0; e < d; e++) x[d + e] = x[e];
 }
 
-// phi in the public order, with the query's weights where asked for; x as prepare_token leaves it.
+// phi in the order of a public state, with the query's weights where asked for; x as prepare_token leaves it.
 template <class T>
 inline void token_features(const StepProblem& p, const Sizes<T>& s, bool weighted, const T* x, T* features,
                            int64_t padded) {
@@ -237,30 +239,26 @@ inline void step_head(const StepProblem& p, const Sizes<T>& s, const StepScratch
   for (int f = 0; f < s.features; f++) denominators[f] += scratch.key_features[f];
 }
 
-// With parallel null only counts the workspace's bytes.
+// Returns the workspace's bytes where `parallel` is null, else 0.
 template <class T>
 inline int64_t run_step(const StepProblem& p, int threads, const Parallel* parallel) {
-  Arena arena{parallel ? static_cast<char*>(p.workspace) : nullptr};
+  Arena arena = workspace_of(p, parallel);
   const Sizes<T> s(p, 1);
   const int64_t group = p.kv_heads ? p.heads / p.kv_heads : 0;
-  {
-    StepScratch<T> sample(p, s, group, arena);
-  }
-  const int64_t scratch_bytes = arena.used;
+  const Scratches scratches(arena, [&](Arena& own) { return StepScratch<T>(p, s, group, own); });
 
   // a second thread pays from about this much state on: waking it takes as long as 500 KB in the cache
   constexpr int64_t bytes_per_thread = 512 << 10;
   const int64_t useful =
       p.batch * p.kv_heads * s.features * s.head_dim * int64_t(sizeof(T)) / bytes_per_thread;
   const int workers = int(larger<int64_t>(1, smaller<int64_t>(threads, useful)));
-  if (!parallel) return workers * scratch_bytes;
+  if (!parallel) return scratches.workspace_bytes(workers);
   // an item is a sequence, so that its LayerNorm is made once, or one of its heads where sequences are few
   const bool whole = workers == 1 || p.batch >= 4 * workers;
   const int64_t parts = whole ? 1 : p.kv_heads, heads = p.kv_heads / larger<int64_t>(parts, 1);
   const Parallel few{workers, parallel->run};
   for_items(few, p.batch * parts, [&](int64_t item, int worker) {
-    Arena own{arena.base, worker * scratch_bytes};
-    const StepScratch<T> scratch(p, s, group, own);
+    const StepScratch<T> scratch = scratches(worker);
     const int64_t batch = item / parts, first = item % parts * heads;
     with_element<T>(p.dtype, [&](auto element) {
       using E = typename decltype(element)::type;

@@ -1,5 +1,5 @@
-// The entry points that each instruction set's translation units define. Only declarations: this header is
-// compiled with every set of flags.
+// The entry points that the translation units of each instruction set define, which dispatch.cpp chooses
+// from. It includes op/ alone and has declarations only, since it is compiled with every set of flags.
 #pragma once
 
 #include "op/backend.h"
@@ -19,7 +19,7 @@ REBASED_DECLARE_ENTRIES(portable)
 #if defined(__x86_64__)
 REBASED_DECLARE_ENTRIES(avx2)
 REBASED_DECLARE_ENTRIES(avx512)
-REBASED_DECLARE_ENTRIES(avx512_bf16)  // of these two are defined: forward_float and backward_float
+REBASED_DECLARE_ENTRIES(avx512_bf16)  // this one and the next define forward_float and backward_float
 REBASED_DECLARE_ENTRIES(avx512_amx)
 #endif
 #undef REBASED_DECLARE_ENTRIES

@@ -1,8 +1,11 @@
 // What one call works with: sizes padded to whole tiles, the table of features, the items of work and the
-// carving of the workspace. Shapes of the buffers, B a block of kLanes tokens:
-//   tokens    [block][feature_rows][kLanes]   q' or k' transposed: lanes are tokens
-//   values    [panel][rows][kLanes]           v, y or their gradients: lanes are columns
-//   state     [panel][feature_pad][kLanes], then [feature_pad] for the denominator
+// carving of the workspace. It includes simd/ and op/ alone.
+//
+// The shapes of buffers; a block is kLanes tokens, a panel kLanes columns, and the last panel is kWidth
+// columns where that is enough:
+//   tokens    [block][feature_rows][kLanes]                        q' or k' transposed: lanes are tokens
+//   values    [panel][rows][kLanes]                                v, y or their gradients: lanes are columns
+//   state     [panel][feature_pad][kLanes], then [feature_pad]     S or T, then its denominator
 #pragma once
 
 #include "cpu/simd/elements.h"
@@ -14,31 +17,31 @@ namespace rebased::cpu::REBASED_ISA {
 
 constexpr int kSlab = 160;  // most features that are laid out at once for a block
 constexpr int kLargestChunk = 128;
-constexpr int64_t kLongRows = 16384;  // items of more are summed as long_sums.h says
+constexpr int64_t kLongRows = 16384;  // items of more rows than these are summed as long_sums.h says
 
 // Feature f of the polynomial maps is X[first] X[second]: rows of a token block, which holds, after the
 // feature_dim rows of q' or k', a row of ones (`taylor`'s lower degrees) and a row of zeros (padding).
 template <class T>
 struct FeaturePair {
   int32_t first, second;
-  T weight;  // of the query side; scale is already in q'
+  T weight;  // which phi(q') carries and phi(k') does not; scale is already in q'
 };
 
-// phi works on each entry alone: no scores, no chunks, recurrence.h.
+// Whether phi works on each entry alone: those maps are a recurrence (recurrent/), without scores.
 inline bool is_elementwise(const Problem& p) { return !is_polynomial(p.feature_map); }
 
 template <class T>
 struct Sizes {
   int feature_dim, feature_rows;  // d; d + 2 rounded up to whole tiles
   int head_dim, value_columns;    // dv; rounded up to whole vectors
-  int features, feature_pad;      // F; rounded up to whole tiles
-  int slab;                       // features of a block laid out at once
+  int features, feature_pad;      // F; rounded up to whole products
+  int slab;                       // features of a block that are laid out at once
   int chunk, blocks;              // tokens of a chunk, kLanes-blocks of it
   bool polynomial;
   bool has_long_rows;                 // whether an item can have more than kLongRows
   T a0, a1, a2;                       // sim = a0 + a1 u + a2 u^2
-  int64_t state_kv, state_size;       // elements of the numerator's state, and of both
-  int first_column = 0, all_columns;  // of the head's values: where these begin, and how many there are
+  int64_t state_kv, state_size;       // elements of the numerator's state, and of both states
+  int first_column = 0, all_columns;  // of the head's values: where head_dim begins, and how many there are
 
   explicit Sizes(const Problem& p, int chunk_limit) {
     feature_dim = int(p.feature_dim), head_dim = int(p.head_dim);
@@ -49,8 +52,8 @@ struct Sizes {
     const bool taylor = p.feature_map == FeatureMap::taylor;
     features =
         !polynomial ? feature_dim : feature_dim * (feature_dim + 1) / 2 + (taylor ? 1 + feature_dim : 0);
-    feature_pad = int(round_up(features, polynomial ? kFeatureMultiple : larger(kRows, kWidth<T>)));
-    slab = feature_pad <= kSlab ? feature_pad : kSlab / kFeatureMultiple * kFeatureMultiple;
+    feature_pad = int(round_up(features, polynomial ? kProductRows : larger(kRows, kWidth<T>)));
+    slab = feature_pad <= kSlab ? feature_pad : kSlab / kProductRows * kProductRows;
     a0 = taylor ? 1 : 0, a1 = taylor ? 1 : 0, a2 = taylor ? T(0.5) : T(1);
     const int64_t longest = round_up(larger<int64_t>(p.seqlen, 1), kLanes<T>);
     chunk = int(smaller<int64_t>(round_up(chunk_limit, kLanes<T>), longest));
@@ -71,11 +74,11 @@ struct Sizes {
   }
 };
 
-// Calls body(Constant<NV>, column) for each panel of values; a panel's offset is column * rows.
 template <int N>
 struct Constant {
   static constexpr int value = N;
 };
+// Calls body(Constant<NV>, column) for each panel of values; a panel's offset is column * rows.
 template <class T, class Body>
 REBASED_INLINE void for_panels(int value_columns, const Body& body) {
   int column = 0;
@@ -110,7 +113,7 @@ struct Arena {
   }
 };
 
-// A sequence's rows and its segments; segments of all sequences are numbered through.
+// A sequence's rows and its segments. The segments of all sequences are numbered through.
 struct Sequence {
   int64_t begin, end;
   int64_t first_segment, segments, segment_length;
@@ -118,17 +121,17 @@ struct Sequence {
 };
 
 // One item of work: a segment of a sequence, for one kv head and its group of query heads, and one part of
-// what is to be done for it.
+// what is to be done there.
 struct Item {
   int64_t sequence, batch, kv_head, segment, part;
-  int64_t number;  // over segments and kv heads
+  int64_t number;  // counts segments and kv heads, not parts
   int64_t sequence_begin, sequence_end, begin, end;
   bool quadratic, first, last;
 };
 
-// Parts: independent pieces that an item falls into at little extra cost, so that few heads keep the threads
-// busy: the value columns in forward, the two sweeps in backward. Only what is still missing then is cut into
-// segments: with states, that repeats half of the work.
+// Parts are independent pieces that an item falls into at little extra cost, so that few heads keep the
+// threads busy: the value columns in forward, the two sweeps in backward. Only what is still missing then is
+// cut into segments, since with states that repeats half of the work.
 template <class T>
 struct Schedule {
   Sequence* sequences;
@@ -140,7 +143,8 @@ struct Schedule {
     const int64_t chunks = (p.seqlen + s.chunk - 1) / s.chunk;
     return p.num_sequences * larger<int64_t>(1, smaller(wanted(p, threads, parts, true), chunks));
   }
-  // Segments per sequence. Those of the quadratic form cost nothing but are uneven: four for each thread.
+  // Segments per sequence. Segments of the quadratic form cost nothing but are uneven, so each thread gets
+  // four.
   static int64_t wanted(const Problem& p, int threads, int64_t parts, bool quadratic) {
     const int64_t items = larger<int64_t>(1, p.num_sequences * p.kv_heads * parts);
     const int64_t enough = threads == 1 ? 1 : (quadratic ? 4 : 1) * threads;
@@ -196,8 +200,8 @@ struct Schedule {
   }
   bool cut() const { return total_segments > num_sequences; }
 
-  // How many heads of a segment one worker takes side by side, `most` at most: two such runs a thread or
-  // more, so that none waits for long for one that is slow. The n-th head of a run is next_head(first, n).
+  // How many heads of a segment one worker takes side by side, at most `most`. Each thread has two such runs
+  // or more, so that none waits long for a slow one. The n-th head of a run is next_head(first, n).
   int64_t heads_together(int threads, int64_t most) const {
     int64_t together = smaller(most, kv_heads);
     while (together > 1 && (kv_heads % together || (threads > 1 && items() / together < 2 * threads)))
@@ -213,8 +217,8 @@ struct Schedule {
   }
 };
 
-// Runs body(item, worker) for every item; the workers take the next item as they get free, so which worker
-// runs an item is left to chance, but no result depends on it.
+// Runs body(item, worker) for every item. Workers take the next item as they get free, so chance decides
+// which worker runs an item, but no result depends on it.
 template <class Body>
 inline void for_items(const Parallel& parallel, int64_t items, const Body& body) {
   struct Context {

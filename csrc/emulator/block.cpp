@@ -1,3 +1,5 @@
+// The schedule of a block: which CUDA thread runs next, what happens at barriers and collectives, and errors
+// that name the threads that wait.
 #include "emulator/block.h"
 
 #include <cstdarg>
@@ -46,7 +48,8 @@ inline uint64_t Block::random() {  // xorshift
   return random_state_ >> 8;
 }
 
-// A set bit of `bits` (not 0): the first after `after`, cyclically, in the order of the schedule.
+// One of the set bits of `bits`, which is not 0: the first behind the bit `after`, cyclically, in the
+// schedule's order.
 inline unsigned Block::pick_bit(unsigned bits, unsigned after) {
   switch (order_.kind) {
     case Order::Kind::forward: {
@@ -65,7 +68,7 @@ inline unsigned Block::pick_bit(unsigned bits, unsigned after) {
 }
 
 inline CudaThread& Block::pick() {
-  // A warp goes on until all its lanes wait; a random schedule leaves it earlier now and then.
+  // A warp goes on until all its lanes wait. A random schedule leaves the warp earlier now and then.
   const bool stay = ready_warps_ >> warp_ & 1 && (order_.kind != Order::Kind::seeded || random() % 4);
   if (!stay) {
     warp_ = pick_bit(ready_warps_, warp_);
@@ -94,7 +97,7 @@ void Block::yield() {
   if (failed()) return leave();
   if (!ready_warps_) {
     if (!live_) return leave();
-    if (at_barrier_ != count_ || barrier_diverged_) {  // strictly: also when the others have returned
+    if (at_barrier_ != count_ || barrier_diverged_) {  // even where the others have returned
       report_deadlock();
       return leave();
     }
@@ -116,7 +119,7 @@ inline void Block::make_waiting(CudaThread& thread, const char* what, Site site)
   if (!warps_[warp].ready) ready_warps_ &= ~(1u << warp);
 }
 
-// The next pick takes the schedule's first thread.
+// Makes the next pick take the schedule's first thread.
 void Block::start_turn() { warp_ = lane_ = order_.kind == Order::Kind::forward ? 31 : 0; }
 
 // ---- barriers and collectives ----
@@ -166,7 +169,7 @@ void Block::collective(Operation operation, const char* name, unsigned mask, voi
          file_name(pending->site.file), pending->site.line);
   }
 
-  // Only the barrier orders memory; a shuffle or an mma does not.
+  // Only a barrier orders memory; a shuffle or an mma does not.
   char& variable = *pending->order_variable;
   if (!operation) release(variable);
   warp.operands[lane] = operand;
@@ -203,7 +206,7 @@ std::string Block::waiting_threads() const {
     };
     report += a.finished ? std::string("\n  returned: threads")
                          : text("\n  at %s (%s:%d): threads", a.what, file_name(a.site.file), a.site.line);
-    for (unsigned i = first; i < count_;) {  // runs of threads alike
+    for (unsigned i = first; i < count_;) {  // one line for each run of threads in the same place
       unsigned end = i;
       for (; end < count_ && alike(end); ++end) reported[end] = true;
       if (end > i) report += end > i + 1 ? text(" %u-%u", i, end - 1) : text(" %u", i);
@@ -294,7 +297,7 @@ void Block::run(const Launch& launch, size_t shared_memory_limit, Order order, v
   try {
     shared_.reset(launch.dynamic_shared_bytes, shared_memory_limit);
     current_block = this;
-    switch_to(pick());  // comes back when all have returned, or on an error
+    switch_to(pick());  // comes back when all threads have returned, or on an error
     current_block = nullptr;
     for (unsigned warp = 0; warp < warps_.size(); ++warp) note_convergence(warp);
     if (!failed()) shared_.check_gaps();

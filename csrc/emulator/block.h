@@ -1,5 +1,6 @@
-// One block of CUDA threads on one OS thread: each CUDA thread is a fiber, and the block decides which of
-// them runs next, whenever one waits.
+// One block of CUDA threads on one OS thread. Each CUDA thread is a fiber, and whenever a fiber waits the
+// block decides which one runs next. The runtime's own files include this header; kernels see runtime.h
+// alone.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +15,7 @@
 
 namespace rebased::emulator {
 
-// Which of the ready CUDA threads runs next: forward by index, in reverse, or at random from a seed.
+// Which of the ready CUDA threads runs next: the next by index, the one before, or one at random from a seed.
 struct Order {
   enum class Kind { forward, reverse, seeded } kind = Kind::forward;
   uint64_t seed = 0;
@@ -33,15 +34,15 @@ struct CudaThread {
   uint3 index{0, 0, 0};
   unsigned linear = 0;
   bool finished = true;
-  Site site{};               // where it waits or waited last,
-  const char* what = "";     // and for what
-  unsigned barriers = 0;     // block barriers passed
-  std::vector<Copy> copies;  // in order; those before copies_done have happened
+  Site site{};               // where the thread waits, or waited last
+  const char* what = "";     // what it waits for, or waited for last
+  unsigned barriers = 0;     // how many barriers of the block it has passed
+  std::vector<Copy> copies;  // in the order of their start; the first copies_done of them have happened
   size_t copies_done = 0;
   unsigned copy_groups = 0;  // committed
 };
 
-// A collective that some lanes have come to.
+// A collective of a warp that some of its lanes have come to.
 struct Collective {
   unsigned mask, arrived;
   Operation operation;
@@ -51,8 +52,8 @@ struct Collective {
 };
 
 struct Warp {
-  unsigned lanes;  // that exist
-  unsigned ready;  // may run
+  unsigned lanes;  // mask of the lanes that exist
+  unsigned ready;  // mask of the lanes that may run
   Collective pending[4];
   void* operands[32];
   char order_variables[8];  // successive barriers take turns, see Block::barrier_variables_
@@ -61,11 +62,11 @@ struct Warp {
 
 class Block {
  public:
-  // Runs one block to its end; throws what went wrong.
+  // Runs one block to its end. Throws what went wrong.
   void run(const Launch& launch, size_t shared_memory_limit, Order order, void (*body)(const void*),
            const void* context, uint64_t block_index);
 
-  // What the running CUDA thread asks for:
+  // What the running CUDA thread asks the block for:
   void barrier(Site site);
   void collective(Operation operation, const char* name, unsigned mask, void* operand, Site site);
   CudaThread& current() { return *current_; }
@@ -82,7 +83,7 @@ class Block {
   void report_deadlock();
   std::string waiting_threads() const;
 
-  // Goes on with the next CUDA thread that is ready; at the block's end, or on an error, with run().
+  // Goes on with the next CUDA thread that is ready. At the block's end, and on an error, goes back to run().
   void yield();
   CudaThread& pick();
   void switch_to(CudaThread& thread);
@@ -94,7 +95,7 @@ class Block {
   unsigned pick_bit(unsigned bits, unsigned after);
   uint64_t random();
 
-  std::vector<std::unique_ptr<CudaThread>> threads_;  // of the largest block so far
+  std::vector<std::unique_ptr<CudaThread>> threads_;  // as many as the largest block so far had
   std::vector<Warp> warps_;
   SharedMemory shared_;
   Fiber os_thread_;
@@ -111,8 +112,9 @@ class Block {
   const void* context_ = nullptr;
   char error_[2048] = {};
 
-  // ThreadSanitizer's: a thread may already release for the next barrier while another has yet to acquire for
-  // this one, hence two variables that take turns. The same between successive blocks in this arena.
+  // What ThreadSanitizer takes for the barriers. A thread may release for the next barrier while another
+  // thread has yet to acquire for this one, hence two variables that take turns. Successive blocks in this
+  // arena, too.
   char barrier_variables_[2] = {};
   char block_variables_[2] = {};
   unsigned turn_ = 0;
@@ -120,7 +122,8 @@ class Block {
 
 inline thread_local Block* current_block = nullptr;
 
-// Released by the host before a launch, acquired by its threads; and the other way round at the end.
+// The host releases this variable before a launch and the launch's threads acquire it. At the end of the
+// launch the threads release it and the host acquires it.
 extern char launch_variable, end_variable;
 
 }  // namespace rebased::emulator

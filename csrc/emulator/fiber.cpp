@@ -1,3 +1,5 @@
+// The switch of stacks in x86-64 assembly, the memory of the stacks, and what the sanitizers are told of a
+// switch.
 #include "emulator/fiber.h"
 
 #include <pthread.h>
@@ -56,7 +58,7 @@ void Fiber::start(void (*entry)(), unsigned colour) {
     void* const memory = mmap(nullptr, fiber_stack_size + page, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
-    mprotect(memory, page, PROT_NONE);  // an overflow faults
+    mprotect(memory, page, PROT_NONE);  // so that an overflow of the stack faults
     stack_ = static_cast<char*>(memory) + page;
     stack_size_ = fiber_stack_size;
     owns_stack_ = true;
@@ -65,8 +67,9 @@ void Fiber::start(void (*entry)(), unsigned colour) {
 #if defined(REBASED_EMULATOR_THREAD)
   if (!thread_) thread_ = __tsan_create_fiber(0);
 #endif
-  // As if the fiber had been switched away from at entry's first instruction: six registers, the return
-  // address, and a null for a caller, which leaves the stack pointer at 8 modulo 16 as the ABI has it.
+  // The stack looks as if the fiber had been switched away from at the first instruction of entry(): six
+  // registers, the return address, and a null for a caller. The stack pointer is then 8 modulo 16, as the ABI
+  // has it.
   const auto top = reinterpret_cast<void**>(stack_ + stack_size_ - 128 * (colour % 32));
   top[-1] = nullptr;
   top[-2] = reinterpret_cast<void*>(entry);
@@ -75,7 +78,7 @@ void Fiber::start(void (*entry)(), unsigned colour) {
 }
 
 void Fiber::adopt_os_thread() {
-#if defined(REBASED_EMULATOR_ADDRESS)  // only it asks for the bounds, which are slow to find
+#if defined(REBASED_EMULATOR_ADDRESS)  // AddressSanitizer alone asks for the bounds, which are slow to find
   pthread_attr_t attributes;
   void* stack = nullptr;
   pthread_getattr_np(pthread_self(), &attributes);
@@ -95,7 +98,7 @@ void Fiber::abandon() {
   if (owns_stack_ && thread_) {
     void* const current = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(thread_, 1);
-    __tsan_switch_to_fiber(current, 0);  // 0: what the fiber did comes before what follows
+    __tsan_switch_to_fiber(current, 0);  // 0: what the fiber did happened before what follows
     __tsan_destroy_fiber(thread_);
   }
   thread_ = nullptr;

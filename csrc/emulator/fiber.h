@@ -1,11 +1,13 @@
-// Fibers: threads of execution that take turns on one OS thread by an explicit switch of stacks.
+// Fibers: threads of execution that take turns on one OS thread by an explicit switch of stacks. block.cpp
+// runs one fiber per CUDA thread. Knows nothing of CUDA; it tells the sanitizers of every switch.
 #pragma once
 
 #include <cstddef>
 
 #include "emulator/sanitizer.h"
 
-// Saves the callee-saved registers and the stack pointer in *save, and goes on where `to` was saved.
+// Saves the callee-saved registers on the stack and the stack pointer in *save, then goes on with the stack
+// `to`.
 extern "C" void rebased_emulator_switch_stack(void** save, void* to);
 
 namespace rebased::emulator {
@@ -17,8 +19,8 @@ class Fiber {
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  // Makes the next switch to this fiber call entry() on a fresh stack; entry never returns. `colour` varies
-  // the offset of the stack's hot end, so that a warp's stacks do not fight for the same cache sets.
+  // Makes the next switch to this fiber call entry() on a fresh stack; entry() never returns. `colour` varies
+  // the offset of the stack's hot end, so that the stacks of a warp do not fight for the same cache sets.
   void start(void (*entry)(), unsigned colour);
   // Makes this fiber stand for the OS thread that calls.
   void adopt_os_thread();

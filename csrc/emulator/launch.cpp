@@ -1,7 +1,7 @@
-// Launches: the grid's blocks go to OS threads, the device's limits are enforced, errors become text.
+// Launches: hands the grid's blocks to OS threads, enforces the device's limits and turns errors into text.
 //
-// Read from the environment at every launch:
-//   REBASED_EMULATOR_THREADS        OS threads (default: one per core)
+// Every launch reads these variables of the environment:
+//   REBASED_EMULATOR_THREADS        number of OS threads (default: one per core)
 //   REBASED_EMULATOR_ORDER          forward (default), reverse, or a number that seeds a random schedule
 //   REBASED_EMULATOR_SHARED_MEMORY  KB of shared memory a block may have: 227 (default, sm_90), 163 (sm_80),
 //                                   99 (sm_86, sm_89, sm_120)
@@ -69,7 +69,7 @@ void check_size(const Launch& launch) {
   }
 }
 
-// Blocks, with their threads' stacks, are kept for the next launch.
+// Keeps blocks, with the stacks of their threads, for the next launch.
 class BlockPool {
  public:
   std::unique_ptr<Block> take() {
@@ -90,7 +90,8 @@ class BlockPool {
 };
 
 BlockPool& pool() {
-  static BlockPool* const pool = new BlockPool;  // never destroyed: a launch may come from another destructor
+  // Never destroyed, since the destructor of another static object may launch a kernel.
+  static BlockPool* const pool = new BlockPool;
   return *pool;
 }
 
@@ -114,13 +115,13 @@ class Grid {
   }
 
  private:
-  // Under ThreadSanitizer successive blocks of one OS thread run on different fibers, two sets by turns:
-  // otherwise it would take them for ordered, and miss their races.
+  // Under ThreadSanitizer successive blocks of one OS thread run on two sets of fibers by turns. On the same
+  // fibers it would take the blocks for ordered, and miss their races.
   static constexpr size_t sets = thread_sanitized ? 2 : 1;
 
   void work() {
     const Unchecked unchecked;
-    release(launch_variable);  // this OS thread's own data is ready for the CUDA threads on it
+    release(launch_variable);  // the data of this OS thread is ready for the CUDA threads that run on it
     std::unique_ptr<Block> set[sets];
     try {
       for (auto& block : set) {
@@ -151,7 +152,10 @@ class Grid {
   std::string error_;
 };
 
-// Runs a call of the host's and gives the text of what it throws.
+// How many launches of this OS thread a LaunchCounter has counted, or -1 where launches run.
+thread_local int counted_launches = -1;
+
+// Runs a call of the host and returns the text of what the call throws, empty when it throws nothing.
 template <class Call>
 const char* error_text(Call call) {
   thread_local std::string error;
@@ -174,6 +178,10 @@ const char* launch(const Launch& launch, void (*body)(const void* context), cons
   const Unchecked unchecked;
   const char* const error = error_text([&] {
     check_size(launch);
+    if (counted_launches >= 0) {
+      ++counted_launches;
+      return;
+    }
 #if defined(REBASED_EMULATOR_TRACE)
     trace_launch(launch.kernel);
 #endif
@@ -183,6 +191,10 @@ const char* launch(const Launch& launch, void (*body)(const void* context), cons
   acquire(end_variable);
   return error;
 }
+
+LaunchCounter::LaunchCounter() { counted_launches = 0; }
+LaunchCounter::~LaunchCounter() { counted_launches = -1; }
+int LaunchCounter::count() const { return counted_launches; }
 
 void fail(const char* format, ...) {
   char buffer[1024];

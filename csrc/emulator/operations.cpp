@@ -1,4 +1,5 @@
-// The primitives of cuda/device/device.cuh that need the other lanes of the warp, or the block.
+// The primitives of cuda/device/device.cuh for which a thread needs its block or the other lanes of its warp:
+// barriers, shared memory, shuffles, votes and asynchronous copies. tensor_cores.cpp has the matrix products.
 #include "emulator/block.h"
 #include "emulator/runtime.h"
 #include "emulator/sanitizer.h"
@@ -95,7 +96,7 @@ void copy_async_wait(unsigned groups_left) {
     const Copy& copy = thread.copies[thread.copies_done];
     if (copy.group + groups_left >= thread.copy_groups) return;
     ++thread.copies_done;
-    if (thread_sanitized) {  // the hardware may have written at any time since the start
+    if (thread_sanitized) {  // the hardware may have written at any time since the copy was started
       note_write(copy.shared, copy.bytes, copy.pc);
       if (copy.source_bytes) note_read(copy.global, copy.source_bytes, copy.pc);
     }

@@ -1,9 +1,10 @@
 // What cuda/device/device.cuh calls when a kernel is compiled for the CPU: CUDA's vocabulary (threadIdx,
-// dim3, float4) and the functions behind its primitives.
+// dim3, float4) and the functions behind the primitives of device.cuh. It is the only file of the emulator
+// that kernels see.
 //
-// Inline here is only what must be compiled with the kernel, under the kernel's sanitizer: its reads and
-// writes of global and shared memory. All else is in the runtime's own files, which are compiled without
-// sanitizers.
+// Only the kernel's reads and writes of global and shared memory are inline here, since they must be compiled
+// with the kernel, under its sanitizer. Everything else is in the runtime's own files, which are compiled
+// without sanitizers.
 #pragma once
 
 #include <cstddef>
@@ -32,9 +33,9 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 
-// Of the CUDA thread that runs on this OS thread. Not of the initial-exec model, though it is faster: the
-// static CUDA runtime in the same library has a page of thread-locals, too much for the static block of a
-// process.
+// The indices of the CUDA thread that runs on this OS thread. Thread-locals of the initial-exec model would
+// be faster, but the static CUDA runtime in the same library has a page of them, and together they do not fit
+// into the static block that a process has for libraries loaded later.
 inline thread_local uint3 threadIdx{0, 0, 0};
 inline thread_local uint3 blockIdx{0, 0, 0};
 inline thread_local dim3 blockDim{};
@@ -43,7 +44,8 @@ inline thread_local unsigned linear_thread_index = 0;
 
 inline int lane_index() { return static_cast<int>(linear_thread_index & 31); }
 
-// The line of a kernel that a primitive was called from; primitives take it as a default argument.
+// The line of a kernel that calls a primitive. Primitives take a Site as their last argument, by default
+// their caller's line.
 struct Site {
   const char* file;
   int line;
@@ -58,22 +60,31 @@ struct Site {
 
 // ---- launches ----
 
-// What the emulated device says of itself: an H100, so that launch plans take the paths they take there, or
-// with REBASED_EMULATOR_SHARED_MEMORY (in KB; 227 is the default) a device of that little.
+// What the emulated device says of itself. It is an H100, so that launch plans come out as they do there;
+// with REBASED_EMULATOR_SHARED_MEMORY (in KB, 227 by default) a block may have less shared memory.
 struct Limits {
   int multiprocessors, compute_capability;
   size_t shared_memory_per_block;
 };
-const char* limits(Limits* limits);  // gives an error text
+const char* limits(Limits* limits);  // returns an error text, empty when all is well
 
 struct Launch {
-  const void* kernel;  // its address, for the tracer
+  const void* kernel;  // the kernel's address, by which the tracer tells kernels apart
   dim3 grid, block;
   size_t dynamic_shared_bytes;
 };
-// Runs body(context) once for every CUDA thread. Gives the error text, valid until this OS thread's next
-// launch.
+// Runs body(context) once for every CUDA thread. Returns an error text, which stays valid until the next
+// launch from this OS thread.
 const char* launch(const Launch& launch, void (*body)(const void* context), const void* context);
+
+// While one lives, launches by its OS thread are checked and counted, and do not run. For tests.
+class LaunchCounter {
+ public:
+  LaunchCounter();
+  ~LaunchCounter();
+  LaunchCounter(const LaunchCounter&) = delete;
+  int count() const;
+};
 
 // ---- shared memory ----
 
@@ -85,8 +96,8 @@ void* dynamic_shared_memory();
 void block_barrier(Site site);
 void warp_barrier(unsigned mask, Site site);
 
-// A warp collective: every lane in mask brings its operand, the last to come runs the operation on all of
-// them (operands of lanes outside mask are stale) and wakes the others.
+// A warp collective: every lane in `mask` brings its operand. The last lane to come runs the operation on the
+// operands of all lanes, of which those outside the mask are stale, and wakes the others.
 using Operation = void (*)(void* const (&operands)[32], unsigned mask);
 void warp_collective(Operation operation, const char* name, unsigned mask, void* operand, Site site);
 
@@ -126,19 +137,20 @@ inline void mma(Operation operation, float (&d)[4], const uint32_t (&a)[4], uint
   warp_collective(operation, "mma", 0xffffffffu, &operands, site);
 }
 
-// `row` is what this lane addresses, one of the 8 * count rows.
+// `row` is the row that this lane addresses, one of the 8 * count rows.
 void ldmatrix(uint32_t* registers, int count, const void* row, bool transposed, Site site);
 uint32_t transpose_matrix(uint32_t matrix, Site site);
 
 // ---- memory ----
 
-// A copy happens at the wait that covers it; until then its destination is NaN.
+// A copy happens at the wait that covers it. Until then its destination holds NaN.
 void copy_async(void* shared, const void* global, unsigned bytes, unsigned source_bytes, Site site);
 void copy_async_commit();
 void copy_async_wait(unsigned groups_left);
 
 enum class Memory { global, shared };
-// Fails unless the address is aligned to its size and in that memory.
+// Fails unless the address is aligned to the size of the access and lies in the memory that it is said to lie
+// in.
 void check_address(const void* address, size_t bytes, Memory memory, const char* what, Site site);
 
 template <size_t bytes>
@@ -156,7 +168,7 @@ struct Word<16> {
   using Type = uint32_t __attribute__((vector_size(16), may_alias));
 };
 
-// One access of the kernel of 4, 8 or 16 bytes.
+// One access by the kernel, of 4, 8 or 16 bytes.
 template <class Vector>
 inline Vector load(const void* address, Memory memory, Site site) {
   using Bits = typename Word<sizeof(Vector)>::Type;

@@ -1,8 +1,9 @@
 // What the runtime tells the checker that the kernels are compiled for. The runtime itself is compiled
-// without -fsanitize; one of these macros says what the kernels have:
-//   REBASED_EMULATOR_ADDRESS  AddressSanitizer     REBASED_EMULATOR_THREAD  ThreadSanitizer
+// without -fsanitize. One of these macros says which checker the kernels have:
+//   REBASED_EMULATOR_ADDRESS  AddressSanitizer
+//   REBASED_EMULATOR_THREAD   ThreadSanitizer
 //   REBASED_EMULATOR_TRACE    the access tracer (tracer.cpp), which takes ThreadSanitizer's place
-// The sanitizers' functions are declared here because their headers want -fsanitize.
+// The sanitizers' functions are declared here because their own headers demand -fsanitize.
 #pragma once
 
 #include <cstddef>
@@ -53,7 +54,7 @@ inline void unpoison([[maybe_unused]] const void* begin, [[maybe_unused]] size_t
 #endif
 }
 
-// An edge of happens-before from every earlier release of the same variable to this acquire.
+// Tells ThreadSanitizer that every earlier release of the same variable happened before this acquire.
 inline void acquire([[maybe_unused]] char& variable) {
 #if defined(REBASED_EMULATOR_THREAD)
   __tsan_acquire(&variable);
@@ -65,16 +66,15 @@ inline void release([[maybe_unused]] char& variable) {
 #endif
 }
 
-// All lanes of a warp have come to the same place.
+// Tells the tracer that all lanes of a warp have come to the same place.
 inline void note_convergence([[maybe_unused]] unsigned warp) {
 #if defined(REBASED_EMULATOR_TRACE)
   trace_flush(warp);
 #endif
 }
 
-// While one lives, what this OS thread or fiber does to the runtime's own data is not reported:
-// ThreadSanitizer sees the runtime's calls into the C library, but not the atomics and switches that order
-// them.
+// While an object of this class lives, ThreadSanitizer reports nothing that this OS thread or fiber does: it
+// sees the runtime's calls into the C library, but not the atomics and switches that order them.
 class Unchecked {
  public:
 #if defined(REBASED_EMULATOR_THREAD)
@@ -94,7 +94,7 @@ class Unchecked {
   Unchecked& operator=(const Unchecked&) = delete;
 };
 
-// Accesses that the runtime makes on a kernel's behalf, at the kernel's instruction `pc`.
+// Report accesses that the runtime makes on a kernel's behalf, at the kernel's instruction `pc`.
 inline void note_read([[maybe_unused]] const void* address, [[maybe_unused]] size_t size,
                       [[maybe_unused]] const void* pc) {
 #if defined(REBASED_EMULATOR_ADDRESS)

@@ -1,3 +1,5 @@
+// Where the arrays of a block lie in its arena, and the check of the gaps between them at the end of the
+// block.
 #include "emulator/shared_memory.h"
 
 #include <sys/mman.h>
@@ -10,11 +12,11 @@
 namespace rebased::emulator {
 namespace {
 
-constexpr size_t static_limit = 48 << 10;  // CUDA's, on every device
+constexpr size_t static_limit = 48 << 10;  // CUDA's limit for static arrays, on every device
 
 using Fill = uint64_t __attribute__((vector_size(16), may_alias));
 
-// All ones: NaN as float, half and bfloat16. [begin, end) is 16-byte aligned.
+// Fills [begin, end), which is 16-byte aligned, with ones: NaN as float, half and bfloat16.
 void fill_nan(char* begin, char* end) {
   for (; begin < end; begin += 16) *reinterpret_cast<Fill*>(begin) = Fill{~0ull, ~0ull};
 }
@@ -51,7 +53,8 @@ void SharedMemory::reset(size_t dynamic_bytes, size_t limit) {
   allocate(nullptr, dynamic_bytes);
 }
 
-// Layout: gap, array, padding to 128, gap, array, ... ; padding and gaps are NaN as well.
+// The arena holds a gap, an array, padding to 128 bytes, a gap, an array and so on. Padding and gaps are NaN
+// too.
 void* SharedMemory::allocate(const void* declaration, size_t bytes) {
   total_ += bytes;
   if (declaration && total_ - arrays_[0].bytes > static_limit) {

@@ -1,4 +1,5 @@
 // The shared memory of one block: an arena whose arrays start as NaN and have guarded gaps between them.
+// block.cpp owns one arena per block.
 #pragma once
 
 #include <cstddef>
@@ -14,13 +15,13 @@ class SharedMemory {
   SharedMemory(const SharedMemory&) = delete;
   SharedMemory& operator=(const SharedMemory&) = delete;
 
-  // A new block: no arrays but the dynamic one.
+  // Begins a new block, which has no array yet but the dynamic one.
   void reset(size_t dynamic_bytes, size_t limit);
-  // The array of a declaration, the same for every thread that comes to it.
+  // The array that a SHARED_MEMORY declaration stands for, the same for every thread that comes to it.
   void* array(const void* declaration, size_t bytes);
   void* dynamic() const { return arrays_[0].begin; }
   bool contains(const void* address) const { return address >= arena_ && address < arena_ + arena_bytes; }
-  // Fails if anything was written into a gap, that is past the end of an array or before its begin.
+  // Fails if anything was written into a gap, which means past the end of an array or before its beginning.
   void check_gaps() const;
 
  private:

@@ -1,6 +1,6 @@
-// Twins of the tensor-core instructions; cuda/device/device.cuh has the fragments' layouts. Products are
-// exact, as on the device; sums are float32, rounded to nearest in order of k, where the device truncates in
-// an order of its own.
+// Twins of the tensor-core instructions; cuda/device/device.cuh has the layouts of the fragments. Products
+// are exact, as on the device. Sums are float32, rounded to nearest in the order of k, where the device
+// truncates in an order of its own.
 #include "emulator/block.h"
 #include "emulator/runtime.h"
 #include "emulator/sanitizer.h"
@@ -15,13 +15,13 @@ inline float bfloat16_to_float(uint32_t bits) { return bits_float(bits << 16); }
 inline float half_bits_to_float(uint32_t bits) { return half_to_float(static_cast<uint16_t>(bits)); }
 inline float tf32_to_float(uint32_t bits) {
   return bits_float(bits & 0xffffe000u);
-}  // the unit ignores 13 bits
+}  // the tensor core ignores the last 13 bits
 
 const MatrixOperands& operand_of(void* const (&operands)[32], int lane) {
   return *static_cast<const MatrixOperands*>(operands[lane]);
 }
 
-// d += a b for a (16, depth) and b (depth, 8), d in the lanes' registers.
+// d += a b for a (16, depth) and b (depth, 8); d lies in the registers of the lanes.
 template <int depth>
 void multiply(const float (&a)[16][depth], const Row (&b)[depth], void* const (&operands)[32]) {
   Row d[16];

@@ -1,3 +1,5 @@
+// Collects the accesses that the hooks of -fsanitize=thread report, and counts them warp by warp (tracer.h
+// says how).
 #include "emulator/tracer.h"
 
 #include <algorithm>
@@ -19,7 +21,7 @@ struct Access {
   AccessKind kind;
   uintptr_t address;
   unsigned size;
-  int buffer;  // index into Trace::buffers, of global accesses
+  int buffer;  // index into Trace::buffers where the access is to global memory
 };
 struct LaneAccess {
   unsigned lane;
@@ -33,7 +35,7 @@ struct Range {
 Trace counts;
 KernelTrace* launched = nullptr;
 std::vector<Range> ranges;
-std::vector<Access> logs[1024];  // of each thread of the block, since its warp was last counted
+std::vector<Access> logs[1024];  // the accesses of each thread of the block since its warp was last counted
 
 int buffer_at(uintptr_t address) {
   for (const Range& range : ranges) {
@@ -92,7 +94,7 @@ void count_warp_access(const std::vector<LaneAccess>& lanes) {
 }
 
 void count_warp(unsigned first_thread) {
-  // (instruction, buffer, how many times the lane had been there) -> the lanes that were
+  // (instruction, buffer, how many times the lane had come to it) -> the lanes that came to it so often
   std::map<std::tuple<AccessKind, int, unsigned>, std::vector<LaneAccess>> warp_accesses;
   for (unsigned lane = 0; lane < 32; ++lane) {
     std::map<std::pair<AccessKind, int>, unsigned> times;
@@ -134,7 +136,7 @@ void trace_access(const void* address, size_t size, bool write, const void* pc) 
   const auto at = reinterpret_cast<uintptr_t>(address);
   const bool shared = current_block->shared().contains(address);
   const int buffer = shared ? not_a_buffer : buffer_at(at);
-  if (!shared && buffer == not_a_buffer) return;  // a local variable, a kernel's parameter
+  if (!shared && buffer == not_a_buffer) return;  // a local variable or a parameter of the kernel
   logs[linear_thread_index].push_back({{pc, shared, write}, at, static_cast<unsigned>(size), buffer});
 }
 

@@ -1,4 +1,4 @@
-// What tracer.cpp counts and tracer_report.cpp prints.
+// The counts of the access tracer (tracer.h): tracer.cpp fills these structs, tracer_report.cpp prints them.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace rebased::emulator {
 
-// An instruction's accesses to one memory in one direction; copy_async has two.
+// The accesses of one instruction to one memory in one direction. copy_async counts as two instructions.
 struct AccessKind {
   const void* pc;
   bool shared, write;

@@ -1,4 +1,5 @@
-// Turns the tracer's counts by instruction into counts by source line, and prints them.
+// Turns the tracer's counts by instruction (tracer_counts.h) into counts by source line, and prints them.
+// Runs addr2line.
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <link.h>
@@ -24,7 +25,7 @@ struct Location {
   }
 };
 
-// The address within the program's file of what is loaded at `pc`.
+// The address, within the file of the program, of the instruction that is loaded at `pc`.
 uintptr_t file_address(const void* pc) {
   Dl_info info;
   link_map* map = nullptr;
@@ -32,8 +33,8 @@ uintptr_t file_address(const void* pc) {
   return reinterpret_cast<uintptr_t>(pc) - map->l_addr;
 }
 
-// A program's standard output, with a file as its standard input. No shell: the arguments are nobody's
-// commands.
+// The standard output of a program that reads a file as its standard input. The program is started without a
+// shell, so that no argument can be taken for a command.
 FILE* read_from(const char* const* arguments, const char* input) {
   int ends[2];
   if (pipe(ends) != 0) return nullptr;
@@ -53,8 +54,8 @@ FILE* read_from(const char* const* arguments, const char* input) {
   return nullptr;
 }
 
-// One run of addr2line for all addresses. Of an address's inlined frames the innermost counts that is a
-// kernel's, not one of device.cuh's primitives.
+// Finds the source lines of all addresses by one run of addr2line. Of the frames that are inlined at an
+// address the innermost one counts that belongs to a kernel and not to a primitive of device.cuh.
 std::map<uintptr_t, Location> locate(const std::vector<uintptr_t>& addresses) {
   char program[4096] = {}, list[] = "/tmp/rebased_trace_XXXXXX";
   std::map<uintptr_t, Location> found;
@@ -117,7 +118,7 @@ std::vector<KernelLines> lines_of_kernels() {
   std::vector<uintptr_t> addresses;
   const auto instruction = [](const void* pc) {
     return file_address(pc) - 1;
-  };  // pc is where the hook returns to
+  };  // the hook returns to pc, just behind the access
   for (const KernelTrace& kernel : trace().kernels) {
     addresses.push_back(file_address(kernel.kernel));
     for (const auto& entry : kernel.accesses) addresses.push_back(instruction(entry.first.pc));

@@ -1,9 +1,10 @@
-// What every backend implements: forward, backward and step of a Problem on raw pointers.
+// What every backend implements: forward, backward and step of a Problem on raw pointers. bindings/ and
+// tests/ call these functions; this file includes problem.h alone.
 //
-// Common contract: outputs are written whole (rows of no sequence get zeros), inputs are never modified,
-// results are the same bits on every call with the same Problem and the same resources, and a backend
-// allocates nothing: what it needs beyond registers and stack comes as Problem::workspace, of the size it
-// names beforehand.
+// All backends keep to one contract. Outputs are written whole, and rows of no sequence get zeros. Inputs are
+// never modified. Results are the same bits on every call with the same Problem and the same resources. A
+// backend allocates nothing: what it needs beyond registers and stack comes as the problem's workspace, of
+// the size that workspace_bytes names beforehand.
 #pragma once
 
 #include "op/problem.h"
@@ -17,7 +18,7 @@ struct Parallel {
 };
 
 namespace cpu {
-const char* instruction_set();  // a name of dispatch.cpp: what this process runs
+const char* instruction_set();  // the one that this process runs; dispatch.cpp has the names
 int64_t workspace_bytes(const ForwardProblem&, int threads);
 int64_t workspace_bytes(const BackwardProblem&, int threads);
 int64_t workspace_bytes(const StepProblem&, int threads);
@@ -28,22 +29,22 @@ void step(const StepProblem&, const Parallel&);
 
 // The limits of the device that a launch is planned for.
 struct Device {
-  int index;
   int multiprocessors;
   int compute_capability;           // 80 for 8.0
   int64_t shared_memory_per_block;  // bytes, opt-in maximum
 };
 
-// The CUDA kernels, as nvcc compiles them (cuda) and as the emulator runs them on the CPU (emulated).
-// Launchers return an error text, empty when all went well; the stream is a cudaStream_t.
-#define REBASED_DECLARE_KERNELS                                              \
-  const char* query_device(int index, Device* device);                       \
-  int64_t workspace_bytes(const ForwardProblem&, const Device&);             \
-  int64_t workspace_bytes(const BackwardProblem&, const Device&);            \
-  int64_t workspace_bytes(const StepProblem&, const Device&);                \
-  const char* forward(const ForwardProblem&, const Device&, void* stream);   \
-  const char* backward(const BackwardProblem&, const Device&, void* stream); \
-  const char* step(const StepProblem&, const Device&, void* stream);
+struct Plan;  // cuda/plan/plan.h
+
+// The CUDA kernels, as nvcc compiles them (namespace cuda) and as the emulator runs them on the CPU
+// (namespace emulated). A call comes with the plan that was made for it: its workspace has the plan's
+// workspace.bytes. The device of the call is the calling thread's current one. Functions return an error
+// text, empty when all went well. The stream is a cudaStream_t.
+#define REBASED_DECLARE_KERNELS                                       \
+  const char* query_device(int index, Device* device);                \
+  const char* run(const ForwardProblem&, const Plan&, void* stream);  \
+  const char* run(const BackwardProblem&, const Plan&, void* stream); \
+  const char* run(const StepProblem&, const Plan&, void* stream);
 
 namespace cuda {
 REBASED_DECLARE_KERNELS

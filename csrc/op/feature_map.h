@@ -1,16 +1,18 @@
-// The feature maps phi, their query-side weights and their derivatives, for host and device.
+// The feature maps phi, the weights of their features on the query side, and their derivatives. Host and
+// device code of every backend includes this file; it includes problem.h alone.
 //
-// Public feature order, the one in which states enter and leave every backend:
-//   outer   circulant: entry (e, i), e = 0..d/2, is x_i x_((i+e) mod d); for even d the last offset holds
-//   only
-//           its first d/2 entries, since the others repeat them: d(d+1)/2 entries
-//   taylor  1, then x (d entries), then the circulant entries
-//   square  x_i^2                elu   elu(x_i) + 1                identity   x_i
-// Key features carry no weight and no scale, so a state does not depend on `scale`; the query side carries
-// both: sim(q', k') = sum_f weight(f) phi_f(q') phi_f(k').
+// States enter and leave every backend in the public order of features:
+//   outer     circulant: entry (e, i) is x_i x_((i + e) mod d), with offsets e = 0..d/2. For even d the last
+//             offset has its first d/2 entries only, since the others repeat them. In all d(d + 1)/2 entries.
+//   taylor    the constant 1, then x (d entries), then the circulant entries
+//   square    x_i^2
+//   elu       elu(x_i) + 1
+//   identity  x_i
+// The features of keys carry no weight and no scale, so that a state does not depend on `scale`. The query
+// side carries both: sim(q', k') = sum_f weight(f) phi_f(q') phi_f(k').
 //
-// The maps `outer` and `taylor` are polynomials of u = scale q'.k': sim = a0 + a1 u + a2 u^2. Inside a chunk
-// backends square u rather than sum signed features, which loses digits where u is near 0.
+// The maps `outer` and `taylor` are polynomials of u = scale q'.k': sim = a0 + a1 u + a2 u^2. Within a chunk
+// the backends compute sim from u. A sum over signed features would lose digits where u is near 0.
 #pragma once
 
 #include <cmath>
@@ -53,8 +55,8 @@ REBASED_HOST_DEVICE constexpr int64_t circulant_begin(FeatureMap map, int64_t fe
   return map == FeatureMap::taylor ? 1 + feature_dim : 0;
 }
 
-// Circulant entry `entry` (from 0) is x_first x_second; its query-side weight without scale is 1 on the
-// diagonal (first == second) and 2 elsewhere, since only one of the two equal products is kept.
+// Circulant entry number `entry` (from 0) is x_first x_second. Its weight on the query side, without scale,
+// is 1 on the diagonal (first == second) and 2 elsewhere, where the entry stands for two equal products.
 struct CirculantEntry {
   int64_t first, second;
 };
@@ -73,7 +75,7 @@ REBASED_HOST_DEVICE inline T elu_feature_derivative(T x) {
   return x > T(0) ? T(1) : std::exp(x);
 }
 
-// phi_f(x), f in the public order; x is normalised and affine-transformed, of feature_dim entries.
+// Feature f, in the public order, of x: feature_dim numbers that LayerNorm and affine have been applied to.
 template <class T>
 REBASED_HOST_DEVICE inline T feature(FeatureMap map, int64_t f, const T* x, int64_t feature_dim) {
   if (map == FeatureMap::square) return x[f] * x[f];
@@ -87,7 +89,7 @@ REBASED_HOST_DEVICE inline T feature(FeatureMap map, int64_t f, const T* x, int6
   return f == 0 ? T(1) : x[f - 1];  // taylor
 }
 
-// The query side's weight of feature f, scale included.
+// The weight of feature f on the query side, scale included.
 REBASED_HOST_DEVICE inline double query_weight(FeatureMap map, int64_t f, int64_t feature_dim, double scale) {
   if (!is_polynomial(map)) return 1;
   const Polynomial a = polynomial(map);

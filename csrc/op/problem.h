@@ -1,21 +1,22 @@
-// What one call of the op is: sizes, strides, pointers and options, with no torch and no CUDA.
+// What one call of the op is: sizes, strides, pointers and options. Includes neither torch nor CUDA nor any
+// other file of csrc.
 //
-// Bindings fill a Problem from tensors; every backend reads nothing else. All strides are in elements, all
-// sizes and offsets are int64_t, so that tensors past 2^31 elements need no second code path.
+// Bindings fill a Problem from tensors, and a backend reads nothing but the Problem. All strides are in
+// elements. All sizes and offsets are int64_t, so that tensors past 2^31 elements need no second code path.
 #pragma once
 
 #include <cstdint>
 
 namespace rebased {
 
-// Of q, k, v, y and their gradients. Everything else (gamma, beta, states, r, sums, the division) is in the
-// accumulation type: double for float64, float for the other three.
+// The type of q, k, v, y and their gradients. Everything else (gamma, beta, states, r, sums, the division) is
+// in the accumulation type: double for float64, float for the other three dtypes.
 enum class Dtype { float32, float64, float16, bfloat16 };
 
-// phi; feature_map.h has the formulas.
+// The feature map phi; feature_map.h has the formulas.
 enum class FeatureMap { outer, square, taylor, elu, identity };
 
-// What one LayerNorm runs over: nothing, all heads' features of a token together, or each head's own.
+// What LayerNorm runs over: nothing, the features of all heads of a token together, or those of each head.
 enum class LayerNorm { none, token, head };
 
 inline int64_t element_size(Dtype dtype) {
@@ -32,8 +33,8 @@ struct RowsOf {
 using ConstRows = RowsOf<const void*>;
 using MutableRows = RowsOf<void*>;
 
-// gamma and beta of q or of k, in the accumulation type; null where absent (gamma 1, beta 0). Their shape is
-// (feature_dim) with head_stride 0, or (heads, feature_dim) with head_stride feature_dim.
+// gamma and beta of q or of k, in the accumulation type. A null pointer stands for gamma = 1 or beta = 0. The
+// shape is (feature_dim) with a head stride of 0, or (heads, feature_dim) with a head stride of feature_dim.
 struct Affine {
   const void* gamma;
   const void* beta;
@@ -44,8 +45,9 @@ struct AffineGradient {
   void* beta;
 };
 
-// kv (states, kv_heads, num_features, head_dim) and k (states, kv_heads, num_features), contiguous, in the
-// accumulation type and in the public feature order (feature_map.h). kv null: no state.
+// A state: kv (states, kv_heads, num_features, head_dim) is S, k (states, kv_heads, num_features) is z. Both
+// are contiguous, in the accumulation type and the public feature order (feature_map.h). Where kv is null
+// there is no state.
 template <class Pointer>
 struct StateOf {
   Pointer kv;
@@ -68,29 +70,31 @@ struct Problem {
   ConstRows v;  // (batch, kv_heads, seqlen, head_dim)
   Affine query_affine, key_affine;
 
-  // (num_sequences + 1) row numbers, or null: sequence s owns rows [cu_seqlens[s], cu_seqlens[s + 1]).
-  // Readers clamp them to 0 <= previous <= next <= seqlen; rows that belong to no sequence have y = 0.
+  // (num_sequences + 1) row numbers, or null: sequence s owns the rows [cu_seqlens[s], cu_seqlens[s + 1]). A
+  // backend clamps them to 0 <= previous <= next <= seqlen. Rows that belong to no sequence have y = 0.
   const int64_t* cu_seqlens;
 
   int64_t group_size() const { return heads / kv_heads; }  // query heads per kv head
 };
 
 struct ForwardProblem : Problem {
-  // Only final_state is asked for, of these rows alone: q, query_affine, initial_state, y and r are absent.
-  // What one process of several gives the others of its part of a sequence.
+  // Whether only final_state is asked for, the sum over these rows alone. Then q, query_affine,
+  // initial_state, y and r are absent. Processes that share a sequence exchange such states.
   bool state_only;
-  ConstState initial_state;  // of each sequence
+  ConstState initial_state;  // before the first row of each sequence
   MutableRows y;             // (batch, heads, seqlen, head_dim)
   void* r;                   // (batch, heads, seqlen): 1 / (sum_j sim(i, j) + eps), 1 when not normalize
-  MutableState final_state;  // of each sequence, null when not asked for
+  MutableState final_state;  // after the last row of each sequence; null when not asked for
   void* workspace;           // as many bytes as the backend asks for, 64-byte aligned
 };
 
-// What of the backward is asked for, so that processes can exchange states between its halves:
-//   queries        grad_q and grad_query_affine, which need initial_state only
-//   keys           grad_k, grad_v, grad_key_affine and grad_initial_state, which need grad_final_state only
-//   reverse_state  grad_initial_state of these rows alone, as if grad_final_state were zero; k, v and their
-//                  affine are only sizes
+// Which part of the backward is asked for. Processes that share a sequence exchange states between its
+// halves.
+//   queries        grad_q and grad_query_affine. Of the states this half reads initial_state only.
+//   keys           grad_k, grad_v, grad_key_affine and grad_initial_state. Of the states this half reads
+//                  grad_final_state only.
+//   reverse_state  grad_initial_state as these rows alone make it, as if grad_final_state were zero. Of k, v
+//                  and their affine only the sizes are read.
 enum class BackwardPart { all, queries, keys, reverse_state };
 
 struct BackwardProblem : Problem {
@@ -109,7 +113,7 @@ struct BackwardProblem : Problem {
   bool wants_keys() const { return part == BackwardPart::all || part == BackwardPart::keys; }
 };
 
-// One token per sequence: seqlen is 1, row strides mean nothing. y is the answer of the updated state.
+// One token per sequence: seqlen is 1, and row strides mean nothing. y is what the updated state answers.
 struct StepProblem : Problem {
   MutableState state;  // (num_slots, kv_heads, ...), updated in place
   int64_t num_slots;

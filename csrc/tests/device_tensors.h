@@ -1,5 +1,6 @@
-// Tensors for drivers: on the host as doubles, in the backend's memory in their dtype and with strides. The
-// macro BACKEND is the namespace of the kernels under test: emulated with -DREBASED_EMULATED, else cuda.
+// Tensors for the drivers of the CUDA kernels. On the host they are doubles, in the memory of the backend
+// they have their dtype and strides. The macro BACKEND is the namespace of the kernels under test: emulated
+// with -DREBASED_EMULATED, otherwise cuda. Includes no torch, and of the op only problem.h.
 #pragma once
 
 #include <cmath>
@@ -28,7 +29,7 @@ namespace rebased::tests {
   std::exit(2);
 }
 
-// ---- memory that kernels see: exactly as large as asked for, so that checkers notice a step outside ----
+// ---- memory that kernels see: exactly as large as asked for, so that checkers notice an access outside ----
 #if defined(REBASED_EMULATED)
 inline void* device_allocate(size_t bytes) {
   void* memory = nullptr;
@@ -57,7 +58,7 @@ inline void device_copy(void* to, const void* from, size_t bytes) {
 class Buffer {
  public:
   explicit Buffer(size_t bytes) : bytes_(bytes), memory_(device_allocate(bytes)) {
-    // what a kernel leaves unwritten is a NaN in every type
+    // all ones are a NaN in every type, so that a result which no kernel writes is seen
     const std::vector<char> unwritten(bytes, static_cast<char>(0xff));
     device_copy(memory_, unwritten.data(), bytes);
   }
@@ -72,7 +73,7 @@ class Buffer {
   void* memory_;
 };
 
-// ---- 16-bit floats on the host: `fraction` bits, exponents from `least` up ----
+// ---- 16-bit floats on the host, with `fraction` bits and exponents from `least` up ----
 struct SmallFloat {
   int fraction, least;
 };
@@ -84,23 +85,25 @@ inline uint16_t encode(double value, SmallFloat format) {
   int exponent = magnitude > 0 ? std::ilogb(magnitude) : format.least;
   exponent = exponent < format.least ? format.least : exponent;
   const int bias = 1 - format.least;
-  // a mantissa that rounds up to 2 carries into the exponent, a subnormal has exponent field 0
+  // a mantissa that rounds up to 2 carries into the exponent; the exponent field of a subnormal is 0
   const double mantissa = std::nearbyint(std::ldexp(magnitude, format.fraction - exponent));
   const int bits = ((exponent + bias - 1) << format.fraction) + static_cast<int>(mantissa);
   return static_cast<uint16_t>(bits | (std::signbit(value) ? 0x8000 : 0));
 }
 inline double decode(uint16_t bits, SmallFloat format) {
   const int field = (bits & 0x7fff) >> format.fraction, bias = 1 - format.least;
-  if (field == (1 << (15 - format.fraction)) - 1) return NAN;  // or infinite: no result should be
+  if (field == (1 << (15 - format.fraction)) - 1) return NAN;  // infinity too: no result should be infinite
   const double mantissa = (bits & ((1 << format.fraction) - 1)) + (field ? 1 << format.fraction : 0);
   const double magnitude = std::ldexp(mantissa, (field ? field - bias : format.least) - format.fraction);
   return bits & 0x8000 ? -magnitude : magnitude;
 }
 
-// A tensor (batch, heads, rows, width), on the host as doubles in that order, in device memory with strides.
+// A tensor (batch, heads, rows, width): doubles in that order on the host, elements with strides in device
+// memory.
 class Tensor {
  public:
-  // packed_heads: laid out (batch, rows, heads, width) with `padding` elements after each row's heads.
+  // With packed_heads the tensor lies in memory as (batch, rows, heads, width), with `padding` elements after
+  // the heads of each row.
   Tensor(Dtype dtype, int64_t batch, int64_t heads, int64_t rows, int64_t width, bool packed_heads = false,
          int64_t padding = 0)
       : dtype_(dtype), sizes_{batch, heads, rows, width} {
@@ -121,7 +124,7 @@ class Tensor {
   }
   void* data() const { return buffer_->data(); }
 
-  // Random values, rounded to the dtype.
+  // Fills the tensor with random values, rounded to its dtype.
   void randomize(std::mt19937& random, double mean, double deviation) {
     std::normal_distribution<double> normal(mean, deviation);
     for (double& value : values) value = normal(random);
@@ -143,7 +146,7 @@ class Tensor {
   double& at(int64_t batch, int64_t head, int64_t row, int64_t column) {
     return values[((batch * sizes_[1] + head) * sizes_[2] + row) * sizes_[3] + column];
   }
-  // rows [first, first + count) of one batch entry, (heads, count, width)
+  // The rows [first, first + count) of one batch entry, as (heads, count, width).
   Values slice(int64_t batch, int64_t first, int64_t count) {
     Values result;
     for (int64_t head = 0; head < sizes_[1]; ++head) {

@@ -1,5 +1,6 @@
-// The float32 path against scalar_reference.h: maps, LayerNorms, widths, segments, grouped heads, packed
-// sequences, states; forced, and as the plan's own choice. Arguments: see run_cases.
+// Checks the float32 path against scalar_reference.h: maps, LayerNorms, widths, segments, grouped heads,
+// packed sequences and states, where the path is forced and where the plan chooses it. run_cases.h says which
+// arguments the program takes.
 #include "tests/run_cases.h"
 
 namespace {
@@ -13,7 +14,7 @@ void add_cases(FeatureMap map, std::vector<Case>* all) {
   c.scale = 0.25, c.packed_heads = true;  // x.view(B, N, H, d).transpose(1, 2)
   struct Sizes {
     int64_t batch, kv_heads, group, seqlen, width;
-    int segments;  // 0: as the plan would have it
+    int segments;  // 0 leaves the number to the plan
   };
   const auto add = [&](LayerNorm norm, const Sizes& size, bool affine, bool states) {
     Case next = c;
@@ -37,13 +38,11 @@ void add_cases(FeatureMap map, std::vector<Case>* all) {
   add(none, {1, 1, 1, 97, 36, 2}, true, true);  // a width that is no multiple of 16
   add(head, {2, 2, 3, 130, 64, 2}, true, true)->shared_affine = true;
   add(head, {1, 1, 2, 200, 80, 2}, true, true)->cu_seqlens = {0, 70, 70, 73, 200};
-  // what the plan chooses by itself; rows before, between and after the sequences
+  // what the plan chooses by itself; packed, with rows before, between and after the sequences
   add(token, {2, 2, 2, 90, 32, 0}, true, true);
   add(token, {1, 3, 1, 150, 16, 0}, true, true)->cu_seqlens = {5, 80, 60, 140, 133};
-  add(head, {1, 1, 1, 1100, 16, 0}, true, true);                // in two segments
-  if (map == FeatureMap::outer || map == FeatureMap::square) {  // sums with carries
-    add(head, {1, 1, 1, compensated_rows + 70, 16, 1}, true, true);
-  }
+  add(head, {1, 1, 1, 1100, 16, 0}, true, true);                             // in two segments
+  add(head, {1, 1, 1, 330, 16, 1}, true, true)->plan.compensated_rows = 64;  // sums have carries
 }
 
 std::vector<Case> cases() {

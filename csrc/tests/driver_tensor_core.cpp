@@ -1,6 +1,6 @@
-// Every instance of the tensor-core path against scalar_reference.h: maps, feature dims, LayerNorms, widths,
-// segments, grouped heads, packed sequences, states; forced, and as the plan's own choice. Arguments: see
-// run_cases.
+// Checks every instance of the tensor-core path against scalar_reference.h: maps, feature dims, LayerNorms,
+// widths, segments, grouped heads, packed sequences and states, where the path is forced and where the plan
+// chooses it. run_cases.h says which arguments the program takes.
 #include "tests/run_cases.h"
 
 namespace {
@@ -11,11 +11,11 @@ using namespace rebased::tests;
 void add_cases(FeatureMap map, int64_t dim, std::vector<Case>* all) {
   Case c;
   c.map = map, c.dtype = Dtype::bfloat16, c.dim = dim, c.path = Path::tensor_core;
-  c.scale = 0.25, c.eps = 1;  // a first score far below eps would be all rounding of q' and k'
+  c.scale = 0.25, c.eps = 1;  // y of a first score far below eps would be all rounding of q' and k'
   c.packed_heads = true;      // x.view(B, N, H, d).transpose(1, 2)
   struct Sizes {
     int64_t batch, kv_heads, group, seqlen, width;
-    int segments;  // 0: as the plan would have it
+    int segments;  // 0 leaves the number to the plan
   };
   const auto add = [&](LayerNorm norm, const Sizes& size, bool affine, bool states) {
     Case next = c;
@@ -41,7 +41,7 @@ void add_cases(FeatureMap map, int64_t dim, std::vector<Case>* all) {
   add(head, {1, 1, 2, 200, 80, 2}, true, true)->cu_seqlens = {0, 70, 70, 73, 200};
   // large v beside small grad y
   add(head, {1, 1, 1, 320, 64, 2}, true, false)->value_size = 300;
-  // what the plan chooses by itself; rows before, between and after the sequences
+  // what the plan chooses by itself; packed, with rows before, between and after the sequences
   add(token, {2, 2, 2, 90, 32, 0}, true, true);
   add(token, {1, 3, 1, 150, 16, 0}, true, true)->cu_seqlens = {5, 80, 60, 140, 133};
   add(head, {1, 1, 1, 1100, 16, 0}, true, true);  // in two segments

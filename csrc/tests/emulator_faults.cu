@@ -1,6 +1,6 @@
 // Runs the kernel of emulator_faults.cuh with one fault planted, or a launch that breaks a limit.
 //   emulator_faults            lists the faults
-//   emulator_faults FAULT      prints "right", "wrong: ..." or "error: ...", if no sanitizer ends it before
+//   emulator_faults FAULT      prints "right", "wrong: ..." or "error: ...", or is ended by a sanitizer
 #include "tests/emulator_faults.cuh"
 
 #include <cstdio>
@@ -62,7 +62,7 @@ struct Data {
   }
 };
 
-// How many values differ from what the kernel should give.
+// How many values differ from those that the kernel should give.
 int count_wrong(const Data& data, bool with_totals) {
   int wrong = 0;
   for (int block = 0; block < blocks; ++block) {
@@ -116,7 +116,7 @@ void run(const std::string& name) {
   } else {
     printf("right\n");
   }
-  // whatever a launch came to, the next one is as good as new
+  // whatever became of a launch, the next launch must work
   Data fresh;
   if (*launch_fault("none", fresh) || count_wrong(fresh, true)) printf("and the launch after it failed\n");
 }

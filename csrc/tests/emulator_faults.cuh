@@ -1,8 +1,9 @@
-// A small kernel that uses what real ones use, and deliberate faults in it: do the checkers see them?
+// A small kernel that uses what real kernels use, and deliberate faults in it, to see whether the checkers
+// find them. Includes cuda/device/device.cuh alone.
 //
-// Every block walks its own rows in chunks of 64. y_i = sum_j q_i.k_j over the chunk's rows j, plus q_i.z
-// with z the sum of k over earlier chunks. Its inputs are small integers, so every sum is exact, in bfloat16
-// too.
+// Every block walks its own rows in chunks of 64: y_i = sum_j q_i.k_j over the rows j of the chunk, plus
+// q_i.z, where z is the sum of k over earlier chunks. The inputs are small integers, so that every sum is
+// exact, in bfloat16 too.
 #pragma once
 
 #include <stdexcept>
@@ -23,24 +24,24 @@ enum class Fault {
   write_past_shared,      // past the end of a shared array
   read_past_global,       // a row more than there are
   copy_past_global,       // the same by copy_async
-  divergent_barrier,      // one warp skips it
-  early_return,           // one warp returns before it
-  divergent_shuffle,      // half a warp, all lanes in the mask
+  divergent_barrier,      // one warp skips a barrier
+  early_return,           // one warp returns before a barrier
+  divergent_shuffle,      // half a warp calls it, with all lanes in the mask
   different_shuffles,     // two halves of a warp at different lines
   shuffle_outside_mask,   // reads a lane that is not in the mask
-  racing_blocks,          // all add to one place
+  racing_blocks,          // all blocks add to one place
   misaligned_vector,      // load_global of 16 bytes at 4 modulo 16
   misaligned_pointer,     // the same by a plain dereference
-  misaligned_matrix_row,  // ldmatrix
-  matrix_row_in_global,   // ldmatrix
+  misaligned_matrix_row,  // ldmatrix of a row that is not at 16 bytes
+  matrix_row_in_global,   // ldmatrix of a row in global memory
   shared_as_global,       // load_global from shared memory
   failed_assertion,
   thrown_exception,
 };
 
 constexpr int chunk = 64, width = 16, threads = 128;
-constexpr int stride = width + 8;                // of a tile's rows: 48 bytes apart, no bank conflicts
-constexpr int stage_floats = 2 * chunk * width;  // one chunk of q and of k
+constexpr int stride = width + 8;                // rows of a tile are 48 bytes apart: no bank conflicts
+constexpr int stage_floats = 2 * chunk * width;  // one chunk of q and one of k
 constexpr size_t dynamic_bytes = 2 * stage_floats * sizeof(float);
 
 template <Fault fault>
@@ -50,7 +51,7 @@ KERNEL LAUNCH_BOUNDS(threads, 1) void row_sums(const float* q, const float* k, f
   SHARED_MEMORY(bfloat16_t, k_tile, chunk * stride);
   SHARED_MEMORY(float, z, width);
   SHARED_MEMORY(float, neighbours, threads);
-  DYNAMIC_SHARED_MEMORY(float, stages);  // two of: q (chunk, width), k (chunk, width)
+  DYNAMIC_SHARED_MEMORY(float, stages);  // two stages, each of q (chunk, width) and k (chunk, width)
   const int thread = threadIdx.x, lane = thread & 31, warp = thread / 32;
   const int g = lane / 4;
   float* const past_z = z + width;
@@ -92,13 +93,13 @@ KERNEL LAUNCH_BOUNDS(threads, 1) void row_sums(const float* q, const float* k, f
     }
     if (fault != Fault::missing_block_barrier) sync_threads();
 
-    // a warp's 16 rows of q against all 64 of k
+    // the 16 rows of q of a warp meet all 64 rows of k
     const void* row = &q_tile[(16 * warp + lane % 16) * stride + lane / 16 * 8];
     if (fault == Fault::misaligned_matrix_row && lane == 5) row = &q_tile[16 * warp * stride + 1];
     if (fault == Fault::matrix_row_in_global && lane == 5) row = q;
     uint32_t a[4];
     ldmatrix(a, row);
-    float sums[2] = {};  // of rows g and g + 8
+    float sums[2] = {};  // of the rows g and g + 8, where g = lane / 4
     for (int j = 0; j < chunk; j += 8) {
       uint32_t b[2];
       ldmatrix(b, &k_tile[(j + lane % 8) * stride + lane / 8 % 2 * 8]);
@@ -133,7 +134,7 @@ KERNEL LAUNCH_BOUNDS(threads, 1) void row_sums(const float* q, const float* k, f
     if (fault != Fault::early_copy && (fault != Fault::divergent_barrier || warp != 3)) sync_threads();
   }
 
-  // the neighbour's number, by way of shared memory within a warp
+  // the number of the neighbouring lane, by way of shared memory within a warp
   neighbours[thread] = static_cast<float>(thread);
   if (fault != Fault::missing_warp_barrier) sync_warp();
   if (neighbours[thread ^ 1] != static_cast<float>(thread ^ 1)) y[0] = -1;
@@ -150,7 +151,7 @@ KERNEL LAUNCH_BOUNDS(threads, 1) void row_sums(const float* q, const float* k, f
   if (fault == Fault::misaligned_vector) extra = load_global<float4>(q + 1).x;
   if (fault == Fault::misaligned_pointer) extra = reinterpret_cast<const float4*>(q + 1)->x;
   if (fault == Fault::shared_as_global) extra = load_global<float4>(stages).x;
-  if (extra != extra) y[0] = extra;  // so that the faulty loads are not dropped
+  if (extra != extra) y[0] = extra;  // so that the compiler does not drop the faulty loads
 
   if (thread < width) {
     if (fault == Fault::racing_blocks) {

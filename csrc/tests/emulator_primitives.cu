@@ -1,6 +1,7 @@
-// Every primitive of cuda/device/device.cuh against its definition, written down a second time: conversions
-// and packed arithmetic against rounding in double, fragments against the PTX manual's formulas. Runs on the
-// emulator, and on a GPU, where it shows that the emulator's reading of the manual is the hardware's:
+// Checks every primitive of cuda/device/device.cuh against its definition, written down a second time:
+// conversions and packed arithmetic against rounding in double, fragments against the formulas of the PTX
+// manual. Runs on the emulator, and on a GPU, where it shows that the hardware reads the manual as the
+// emulator does:
 //   nvcc -std=c++17 -Icsrc -arch=native csrc/tests/emulator_primitives.cu -o primitives && ./primitives
 // Prints what is wrong and exits with 1, or prints "right".
 #include <cmath>
@@ -8,100 +9,12 @@
 #include <cstdlib>
 #include <vector>
 
-#include "cuda/device/device.cuh"
+#include "tests/primitive_checks.cuh"
 
 namespace rebased::REBASED_BACKEND {
 namespace {
 
-int failures = 0;
-
-void expect(bool condition, const char* what, double got = 0, double wanted = 0) {
-  if (condition) return;
-  if (++failures <= 20) printf("%s: got %.9g, wanted %.9g\n", what, got, wanted);
-}
-
-// Memory that both the host and the kernel can reach.
-template <class T>
-class Array {
- public:
-  explicit Array(size_t count, T value = T{}) : count_(count) {
-#if defined(REBASED_EMULATED)
-    values_ = new T[count];
-#else
-    const cudaError_t error = cudaMallocManaged(&values_, count * sizeof(T));
-    if (error) {
-      printf("%s\n", error_text(error));
-      exit(1);
-    }
-#endif
-    for (size_t i = 0; i < count; ++i) values_[i] = value;
-  }
-  Array(const Array&) = delete;
-  Array& operator=(const Array&) = delete;
-  ~Array() {
-#if defined(REBASED_EMULATED)
-    delete[] values_;
-#else
-    cudaFree(values_);
-#endif
-  }
-  T* data() { return values_; }
-  T& operator[](size_t i) { return values_[i]; }
-  size_t size() const { return count_; }
-
- private:
-  T* values_;
-  size_t count_;
-};
-
-// Runs a kernel and waits for it.
-template <class... Parameters, class... Arguments>
-void run(void (*kernel)(Parameters...), dim3 grid, dim3 block, const Arguments&... arguments) {
-  const char* error = LAUNCH(kernel, grid, block, 0, nullptr, arguments...);
-#if !defined(REBASED_EMULATED)
-  if (!*error) error = error_text(cudaDeviceSynchronize());
-#endif
-  if (*error) {
-    ++failures;
-    printf("%s\n", error);
-  }
-}
-
-int random_number(int count) {  // 0 <= result < count
-  static uint64_t state = 1;
-  state = state * 6364136223846793005ull + 1442695040888963407ull;
-  return static_cast<int>((state >> 33) % count);
-}
-
 // ---- numbers ----
-
-struct Format {
-  int mantissa_bits, min_exponent, max_exponent;
-};
-template <class T>
-constexpr Format format_of = is_bfloat16<T> ? Format{7, -126, 127} : Format{10, -14, 15};
-
-// To the nearest number of the format, ties to even, in double.
-double rounded(double value, Format format) {
-  if (value == 0 || !std::isfinite(value)) return value;
-  const int exponent = std::max(std::ilogb(value), format.min_exponent);
-  const double unit = std::ldexp(1.0, exponent - format.mantissa_bits);
-  const double result = std::nearbyint(value / unit) * unit;
-  const double limit = std::ldexp(1.0, format.max_exponent + 1);
-  return std::fabs(result) < limit ? result : std::copysign(INFINITY, value);
-}
-
-double decoded(uint32_t bits, Format format) {
-  const int exponent_bits = 15 - format.mantissa_bits;
-  const uint32_t mantissa = bits & ((1u << format.mantissa_bits) - 1);
-  const int exponent = bits >> format.mantissa_bits & ((1u << exponent_bits) - 1);
-  const double sign = bits & 0x8000u ? -1 : 1;
-  if (exponent == (1 << exponent_bits) - 1) return mantissa ? NAN : sign * INFINITY;
-  const double unit = std::ldexp(1.0, std::max(exponent, 1) + format.min_exponent - 1 - format.mantissa_bits);
-  return sign * unit * (mantissa + (exponent ? 1u << format.mantissa_bits : 0u));
-}
-
-bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
 
 template <class T>
 KERNEL void widen(float* out) {
@@ -133,7 +46,7 @@ void check_numbers(const char* name) {
     expect(same(all[bits], decoded(bits, format)), name, all[bits], decoded(bits, format));
   }
 
-  // every value, the middle to the next, and its two neighbours in float
+  // every value, the middle between it and the next value, and the two neighbours of the middle in float
   std::vector<float> values = {INFINITY, -INFINITY, 3e38f, -3e38f, 1e-40f, 65519.9f, 65520.0f};
   for (int bits = 0; bits < 65535; ++bits) {
     const float value = all[bits], middle = (all[bits] + all[bits + 1]) / 2;
@@ -161,7 +74,7 @@ void check_numbers(const char* name) {
   for (int i = 0; i < pairs; ++i) {
     const auto half = [] { return static_cast<uint32_t>(random_number(65536)); };
     a[i] = half() | half() << 16;
-    // sums of numbers close to each other too, where the last bits matter
+    // every second pair is of numbers close to each other, since the last bits of such sums matter
     b[i] = i % 2 ? a[i] ^ (half() & 0x83ffu) ^ (half() & 0x83ffu) << 16 : half() | half() << 16;
   }
   run(arithmetic<T>, pairs / 256, 256, a.data(), b.data(), products.data(), sums.data());
@@ -209,8 +122,8 @@ void check_reciprocals() {
 
 // ---- tensor cores ----
 
-// a (16, depth) and b (depth, 8) row by row in global memory; element i of a fragment as the PTX manual
-// numbers it
+// a (16, depth) and b (depth, 8) lie row by row in global memory. Element i of a fragment is the one that the
+// PTX manual numbers so.
 template <class T>
 KERNEL void multiply_16_bit(const T* a, const T* b, float* d) {
   const int group = threadIdx.x / 4, thread = threadIdx.x % 4;
@@ -277,8 +190,8 @@ void check_product(const char* name, void (*kernel)(const T*, const T*, float*),
   for (int i = 0; i < 16 * 8; ++i) expect(d[i] == wanted[i], name, d[i], wanted[i]);
 }
 
-// out (2, 4, 32): what each lane gets of four 8x8 matrices that hold their own indices, plainly and
-// transposed
+// out (2, 4, 32): what each lane gets of four 8x8 matrices that hold their own indices, by a plain load and
+// by a transposed one.
 KERNEL void load_matrices(uint32_t* out) {
   SHARED_MEMORY(uint16_t, matrices, 4 * 64);
   const int lane = threadIdx.x;
@@ -350,7 +263,7 @@ void check_exchange() {
   }
 }
 
-// Three groups of copies, the first two of them awaited before they are read; then all.
+// Makes three groups of copies. Waits for the first two and reads them, then waits for all.
 KERNEL void copy(const uint32_t* in, uint32_t* out) {
   SHARED_MEMORY(uint32_t, words, 32 * 12);
   const int lane = threadIdx.x;

@@ -1,5 +1,6 @@
-// A kernel whose access figures are known by arithmetic, run under the tracer: JSON to standard output. The
-// marks in its lines are what python_tests/cuda/test_emulator.py finds its expectations by.
+// Runs, under the tracer, a kernel whose accesses can be counted by arithmetic, and writes the tracer's JSON
+// to standard output. By the marks in the kernel's lines python_tests/cuda/test_emulator.py finds what it
+// expects of each line.
 #include <cstdio>
 #include <vector>
 
@@ -51,7 +52,7 @@ KERNEL LAUNCH_BOUNDS(32 * warps, 1) void known_accesses(const float* input, floa
 int main() {
   using namespace rebased::REBASED_BACKEND;
   using namespace rebased::emulator;
-  void* memory = nullptr;  // aligned to sectors, as on a device
+  void* memory = nullptr;  // begins at a sector, as memory of a device does
   if (posix_memalign(&memory, 256, 2 * count * sizeof(float))) return 1;
   float* const input = static_cast<float*>(memory);
   float* const output = input + count;

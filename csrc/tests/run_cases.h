@@ -1,4 +1,5 @@
-// A driver's main: all its cases, or few that still run every kernel.
+// What the main functions of the CUDA kernels' drivers share: they run all cases, or few that still launch
+// every kernel.
 #pragma once
 
 #include <cstdio>
@@ -12,25 +13,25 @@
 
 namespace rebased::tests {
 
-// The kernels that a case launches, a name for each.
+// A name for each kernel that a case launches.
 inline std::set<std::string> kernels_of(const Case& c) {
   const std::string instance = std::to_string(static_cast<int>(c.dtype)) +
                                std::to_string(static_cast<int>(c.map)) + path_name(c.path) +
                                (c.path == Path::tensor_core ? std::to_string(c.dim) : "");
   std::set<std::string> result{instance};
   if (c.plan.segments > 1) result.insert(instance + " split");
-  if (c.path == Path::tensor_core) {  // instances of their own
+  if (c.path == Path::tensor_core) {  // grouped heads have kernels of their own
     result.insert(instance + (c.group > 1 ? " group" : " single"));
   }
   if (c.norm == LayerNorm::token) result.insert(instance + " token");
   if (!c.cu_seqlens.empty()) result.insert(instance + " packed");
   if (c.states) result.insert(instance + " states");
-  if (c.seqlen > compensated_rows) result.insert(instance + " compensated");
+  if (c.plan.compensated_rows) result.insert(instance + " compensated");
   return result;
 }
 
-// As few cases as together launch every kernel that `all` of them do: the one with most that are new, again
-// and again.
+// As few cases as together launch every kernel that `all` of them launch. Takes, again and again, the case
+// that launches most kernels which no case taken before launches.
 inline std::vector<Case> thinned(const std::vector<Case>& all) {
   std::vector<Case> result;
   std::set<std::string> launched;
@@ -48,9 +49,9 @@ inline std::vector<Case> thinned(const std::vector<Case>& all) {
   }
 }
 
-// A driver's main. Arguments: a seed (default 1), then "thinned" for the fewest cases that run every kernel
-// in every dtype and map, or a part of the wanted cases' names. Returns 1 when a result is off; exits with 2
-// when a call fails.
+// Runs a driver's cases. Arguments of the program: a seed (1 by default), then "thinned" for the fewest cases
+// that run every kernel in every dtype and map, or a part of the names of the wanted cases. Returns 1 when a
+// result is off. Exits with 2 when a call fails.
 inline int run_cases(std::vector<Case> all, bool steps, int count, char** arguments) {
   const unsigned seed = count > 1 ? static_cast<unsigned>(std::atoi(arguments[1])) : 1;
   std::string filter = count > 2 ? arguments[2] : "";

@@ -1,8 +1,9 @@
-// The op written as plainly as it can be, in double, one token at a time with explicit features: what drivers
-// compare kernels with. Contiguous arrays, one sequence per batch entry.
+// The op written as plainly as possible, in double, one token at a time with explicit features. Drivers
+// compare kernels with it. Arrays are contiguous, and each batch entry is one sequence. Includes op/ alone,
+// and shares no formula with a backend.
 //
 //   forward   S_i = S_{i-1} + phi(k'_i) v_i^T, z likewise;  y_i = phi_w(q'_i) S_i / (phi_w(q'_i) z_i + eps)
-//   backward  the same walk in reverse with T and M, by the chain rule; no formula shared with a backend
+//   backward  the same walk in reverse, with T and M, by the chain rule
 #pragma once
 
 #include <cmath>
@@ -16,14 +17,14 @@ namespace rebased::tests {
 using Values = std::vector<double>;
 
 struct Reference {
-  // in: sizes and options as in Problem (strides and pointers are not read)
+  // What goes in. Of `sizes` no stride and no pointer is read.
   Problem sizes;
   Values q, k, v;                              // (batch, heads, seqlen, width)
   Values gamma_q, beta_q, gamma_k, beta_k;     // (heads, feature_dim) or empty
   Values initial_kv, initial_k;                // (batch, kv_heads, features[, head_dim]) or empty
   Values grad_y, grad_final_kv, grad_final_k;  // the latter two may be empty
-  Values saved_y;  // y as backward gets it, rounded to its dtype; empty: the one computed here
-  // out
+  Values saved_y;  // y as backward gets it, rounded to its dtype; empty for the y computed here
+  // What comes out.
   Values y, r, final_kv, final_k;
   Values grad_q, grad_k, grad_v, grad_gamma_q, grad_beta_q, grad_gamma_k, grad_beta_k;
   Values grad_initial_kv, grad_initial_k;
@@ -53,11 +54,11 @@ struct Reference {
   struct Normalized {
     Values unit;         // LayerNorm(x)
     Values transformed;  // after gamma and beta
-    Values rstd;         // of each (batch, head, row)
+    Values rstd;         // 1 / standard deviation of each (batch, head, row)
     Values gradient;     // d loss / d transformed
   };
 
-  // (batch, head, row) of one LayerNorm group; every head of a token, or one.
+  // Calls body for each (batch, head, row) that one LayerNorm runs over: all heads of a token, or one head.
   template <class Body>
   void for_each_group(int64_t heads, const Body& body) const {
     const bool token = sizes.layer_norm == LayerNorm::token;
@@ -137,7 +138,7 @@ struct Reference {
     return query ? query_weight(sizes.feature_map, f, sizes.feature_dim, sizes.scale) : 1;
   }
 
-  // grad_x += the features' Jacobian, transposed, times weighted gradients of the features.
+  // grad_x += J(x)^T times the weighted gradients of the features.
   void add_feature_gradients(const double* x, const Values& gradient, bool query, double* grad_x) const {
     const int64_t dim = sizes.feature_dim, circulant = circulant_begin(sizes.feature_map, dim);
     for (int64_t f = 0; f < features_; ++f) {
@@ -161,7 +162,7 @@ struct Reference {
   void walk(int64_t batch, int64_t kv_head) {
     const int64_t dim = sizes.feature_dim, width = sizes.head_dim, group = sizes.group_size();
     const int64_t state = batch * sizes.kv_heads + kv_head;
-    // S and z after each token, the initial ones first
+    // S and z before the first token, then after each token
     std::vector<Values> kv(sizes.seqlen + 1), sums(sizes.seqlen + 1);
     const auto part = [](const Values& from, int64_t index, int64_t size) {
       return from.empty() ? Values(size, 0)

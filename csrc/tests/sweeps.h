@@ -1,6 +1,7 @@
-// Cases of the CUDA kernels and how one is checked: forward and backward through the backend's entry points,
-// twice for equal bits, and a step, against scalar_reference.h. No torch; for the emulator
-// (-DREBASED_EMULATED) with any sanitizer, or against CUDA.
+// How a case of the CUDA kernels (case.h) is checked. Forward, backward and a step run through the entry
+// points of the backend and are compared with scalar_reference.h; forward and backward run twice, and must
+// give the same bits. Works for the emulator (-DREBASED_EMULATED), under any sanitizer, and for CUDA.
+// Includes no torch.
 #pragma once
 
 #include <algorithm>
@@ -14,72 +15,11 @@
 
 #include "cuda/plan/plan.h"
 #include "op/backend.h"
+#include "tests/case.h"
 #include "tests/device_tensors.h"
 #include "tests/scalar_reference.h"
 
 namespace rebased::tests {
-
-struct Case {
-  FeatureMap map = FeatureMap::outer;
-  Dtype dtype = Dtype::float32;
-  LayerNorm norm = LayerNorm::none;
-  int64_t batch = 2, kv_heads = 2, group = 1, seqlen = 37, dim = 5, width = 6;
-  bool gamma = true, beta = true, shared_affine = false, normalize = true, states = true;
-  bool packed_heads = false;
-  int64_t padding = 0;
-  double scale = 0.7, eps = 0.05;
-  double value_size = 1;            // standard deviation of v; of grad y its inverse
-  std::vector<int64_t> cu_seqlens;  // or empty
-  PlanOverride plan;
-  Path path = Path::general;  // that the plan should come to
-
-  std::string name() const {
-    static const char* const maps[] = {"outer", "square", "taylor", "elu", "identity"};
-    static const char* const dtypes[] = {"float32", "float64", "float16", "bfloat16"};
-    static const char* const norms[] = {"none", "token", "head"};
-    char text[256];
-    std::snprintf(text, sizeof(text),
-                  "%s %s norm=%s B=%d Hkv=%d G=%d N=%d d=%d dv=%d %s%s%s%s%sseg=%d chunk=%d shared=%d %s",
-                  maps[static_cast<int>(map)], dtypes[static_cast<int>(dtype)], norms[static_cast<int>(norm)],
-                  static_cast<int>(batch), static_cast<int>(kv_heads), static_cast<int>(group),
-                  static_cast<int>(seqlen), static_cast<int>(dim), static_cast<int>(width),
-                  normalize ? "" : "unnormalized ", states ? "states " : "",
-                  cu_seqlens.empty() ? "" : "packed ", shared_affine ? "shared affine " : "",
-                  value_size == 1 ? "" : "large values ", plan.segments, plan.chunk, plan.state_in_shared,
-                  path_name(path));
-    return text;
-  }
-};
-
-// Largest relative L2 error. 16-bit results are rounded to 11 or 8 bits, and so are the tensor cores'
-// operands, several times on the way to a gradient.
-inline double tolerance(const Case& c, bool gradient) {
-  switch (c.dtype) {
-    case Dtype::float64:
-      return 1e-12;
-    case Dtype::float32:
-      return gradient ? 2e-5 : 5e-6;
-    default:
-      return (c.dtype == Dtype::float16 ? 1e-3 : 6e-3) * (gradient && c.path == Path::tensor_core ? 3 : 1);
-  }
-}
-
-inline int failures = 0, comparisons = 0;
-
-inline void compare(const std::string& name, const char* what, const Values& result, const Values& expected,
-                    double limit) {
-  double difference = 0, size = 0;
-  for (size_t i = 0; i < expected.size(); ++i) {
-    difference += (result[i] - expected[i]) * (result[i] - expected[i]);
-    size += expected[i] * expected[i];
-  }
-  ++comparisons;
-  const double error = std::sqrt(difference) / (std::sqrt(size) + 1e-30);
-  if (!(error <= limit) && !(difference == 0)) {
-    ++failures;
-    std::printf("MISMATCH %s: %s is off by %.2e (limit %.1e)\n", name.c_str(), what, error, limit);
-  }
-}
 
 inline Dtype accumulator(Dtype dtype) { return dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32; }
 
@@ -142,7 +82,8 @@ struct Run {
     }
     for (Tensor* state : {&initial_kv, &grad_final_kv, &grad_final_k}) state->randomize(random, 0, 0.5);
     initial_k.randomize(random, 0, 0.1);
-    // a sum of features of keys keeps the denominator away from 0: some mass on the squares, or everywhere
+    // A state that keys have made has a denominator far from 0: the squares get some mass, or all features
+    // do.
     const int64_t squares = is_polynomial(c.map) ? circulant_begin(c.map, c.dim) : 0;
     for (int64_t s = 0; s < sequences * c.kv_heads; ++s) {
       for (int64_t f = 0; f < c.dim; ++f) initial_k.values[s * features + squares + f] += 3;
@@ -170,10 +111,11 @@ struct Run {
   }
 
   template <class AnyProblem>
-  void call(AnyProblem p, const Device& device, const char* (*run)(const AnyProblem&, const Device&, void*)) {
-    Buffer workspace(BACKEND::workspace_bytes(p, device));
+  void call(AnyProblem p, const Device& device) {
+    const Plan plan = make_plan(p, device);
+    Buffer workspace(plan.workspace.bytes);
     p.workspace = workspace.data();
-    const char* const error = run(p, device, nullptr);
+    const char* const error = BACKEND::run(p, plan, nullptr);
     if (*error) fail(c.name(), error);
 #if !defined(REBASED_EMULATED)
     check(cudaDeviceSynchronize());
@@ -202,15 +144,16 @@ struct Run {
             &grad_initial_k};
   }
 
-  // in_parts: the backward's two halves apart, and states as the given one plus what the rows alone add.
+  // Calls forward and backward. With in_parts the two halves of the backward are called apart, and a state is
+  // the given state plus the state of the rows alone.
   void sweep(const Device& device, bool in_parts = false) {
     auto forward = problem<ForwardProblem>();
     if (c.states) forward.initial_state = {initial_kv.data(), initial_k.data()};
     if (c.states) forward.final_state = {final_kv.data(), final_k.data()};
     forward.y = y.rows<MutableRows>();
     forward.r = r.data();
-    if (!in_parts) expect_path(plan_forward(forward, device));
-    call(forward, device, BACKEND::forward);
+    if (!in_parts) expect_path(make_plan(forward, device));
+    call(forward, device);
 
     auto backward = problem<BackwardProblem>();
     backward.initial_state = forward.initial_state;
@@ -227,27 +170,27 @@ struct Run {
     backward.grad_key_affine = {c.gamma ? grad_gamma_k.data() : nullptr,
                                 c.beta ? grad_beta_k.data() : nullptr};
     if (!in_parts) {
-      expect_path(plan_backward(backward, device));
-      call(backward, device, BACKEND::backward);
+      expect_path(make_plan(backward, device));
+      call(backward, device);
       for (Tensor* result : results()) result->download();
       return;
     }
     BackwardProblem part = backward;
     part.part = BackwardPart::queries;
     part.grad_k = part.grad_v = MutableRows{}, part.grad_key_affine = {}, part.grad_initial_state = {};
-    call(part, device, BACKEND::backward);
+    call(part, device);
     part = backward;
     part.part = BackwardPart::keys;
     part.grad_q = MutableRows{}, part.grad_query_affine = {};
-    call(part, device, BACKEND::backward);
+    call(part, device);
     if (c.states) {
       part.part = BackwardPart::reverse_state;
       part.grad_k = part.grad_v = MutableRows{}, part.grad_key_affine = {};
       part.initial_state = part.grad_final_state = ConstState{};
-      call(part, device, BACKEND::backward);
+      call(part, device);
       forward.state_only = true;
       forward.initial_state = ConstState{}, forward.y = MutableRows{}, forward.r = nullptr;
-      call(forward, device, BACKEND::forward);
+      call(forward, device);
     }
     for (Tensor* result : results()) result->download();
     const auto add = [&](Tensor& sum, const Tensor& given) {
@@ -257,7 +200,7 @@ struct Run {
     add(final_kv, initial_kv), add(final_k, initial_k);
   }
 
-  // What sequence `s` should give, from its own rows.
+  // What sequence `s` should give, computed from its own rows.
   Reference reference(int64_t s, int64_t first, int64_t rows) {
     Reference expected;
     expected.sizes = problem<Problem>();
@@ -282,14 +225,14 @@ struct Run {
   }
 };
 
-// Against what the reference says, whose r is 1 / r.
+// Compares a run with what the reference says. `expected` holds 1 / r in the place of r.
 inline void check_results(const Case& c, Run& run, Run& expected) {
   const auto match = [&](const char* what, Tensor Run::* tensor) {
     const bool gradient = std::strncmp(what, "grad", 4) == 0;
     compare(c.name(), what, (run.*tensor).values, (expected.*tensor).values, tolerance(c, gradient));
   };
   match("y", &Run::y);
-  // r of a small denominator would outweigh the others
+  // 1 / r is compared, since r of a small denominator would outweigh all others
   for (double& inverse : run.r.values) inverse = 1 / inverse;
   match("1/r", &Run::r);
   match("grad q", &Run::grad_q);
@@ -321,7 +264,7 @@ inline void check_sweeps(const Case& c, const Device& device, std::mt19937& rand
     }
   }
 
-  // the reference fills tensors of the same shapes; rows of no sequence stay 0
+  // The reference fills tensors of the same shapes. Rows of no sequence stay 0.
   Run expected(c);
   std::fill(expected.r.values.begin(), expected.r.values.end(), 1);
   const auto add = [&](Tensor& sum, const Values& values) {
@@ -361,7 +304,8 @@ inline void check_sweeps(const Case& c, const Device& device, std::mt19937& rand
   set_plan_override({});
 }
 
-// A step on a pool of states: the last sequence's slot is outside the pool, the others' are in reverse order.
+// Checks a step on a pool of states. The slot of the last sequence is outside the pool, the slots of the
+// others are in reverse order.
 inline void check_step(Case c, const Device& device, std::mt19937& random) {
   c.seqlen = 1;
   c.batch = 3;
@@ -390,7 +334,7 @@ inline void check_step(Case c, const Device& device, std::mt19937& random) {
   step.num_slots = slots;
   step.state_index = static_cast<const int64_t*>(indices.data());
   step.y = run.y.rows<MutableRows>();
-  run.call(step, device, BACKEND::step);
+  run.call(step, device);
   for (Tensor* result : {&run.y, &pool_kv, &pool_k}) result->download();
 
   Run expected(c);

@@ -1,15 +1,16 @@
-// What the tensor-core kernels move, counted by the tracer: forward and backward, bfloat16, outer and square
-// of d 16, outer of d 8 and 32, dv 64, "head" LayerNorm with gamma and beta, one head of 4096 tokens, in one
-// pass and in 4 segments. One JSON object {"<sweep> <map> <segments>": the tracer's report, ...} to standard
-// output. Figures per token are exact for any batch and number of heads: blocks share nothing that is named
-// here.
+// Counts with the tracer what the tensor-core kernels move: forward and backward, bfloat16, outer and square
+// with d = 16, outer with d = 8 and 32, dv = 64, "head" LayerNorm with gamma and beta, one head of 4096
+// tokens, in one pass and in 4 segments. Writes one JSON object {"<sweep> <map> <segments>": the tracer's
+// report, ...} to standard output. Figures per token are exact for any batch and number of heads, since
+// blocks share no buffer that is named here.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
+#include "cuda/launch/sequence.cuh"
 #include "cuda/tensor_core/backward.cuh"
-#include "cuda/tensor_core/launch.cuh"
 #include "emulator/tracer.h"
+#include "op/backend.h"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 namespace {
@@ -23,13 +24,13 @@ constexpr int64_t tokens = 4096, head_dim = 64;
   std::exit(1);
 }
 
-// A named buffer that begins at a sector, as on a device.
+// A named buffer that begins at a sector, as memory of a device does.
 template <class T>
 class Array {
  public:
   Array(const char* name, int64_t size) : name_(name), bytes_(size * static_cast<int64_t>(sizeof(T))) {
     if (posix_memalign(&memory_, 256, static_cast<size_t>(bytes_))) fail("no memory");
-    std::memset(memory_, 0x3c, static_cast<size_t>(bytes_));  // 0.0115 in both types
+    std::memset(memory_, 0x3c, static_cast<size_t>(bytes_));  // about 0.0115, in bfloat16 and in float
   }
   ~Array() { std::free(memory_); }
   Array(const Array&) = delete;
@@ -77,26 +78,40 @@ struct Tensors {
   }
 };
 
-void trace_floats(const char* name, const float* begin, int64_t count) {
-  if (begin) trace_buffer(name, begin, static_cast<size_t>(count) * sizeof(float));
+// Each region of the plan under its name, of `memory`.
+void trace_workspace(const Plan& plan, const float* memory) {
+  const Workspace& workspace = plan.workspace;
+  const std::pair<const char*, Region> regions[] = {{"states", workspace.states},
+                                                    {"reverse states", workspace.reverse_states},
+                                                    {"delta", workspace.delta},
+                                                    {"affine sums", workspace.query_affine},
+                                                    {"affine sums", workspace.key_affine}};
+  for (const auto& [name, region] : regions) {
+    if (region.bytes) trace_buffer(name, memory + region.offset / 4, static_cast<size_t>(region.bytes));
+  }
+}
+
+template <class S, class AnyProblem>
+const char* run_traced(AnyProblem problem) {
+  const Plan plan = make_plan(problem, Device{132, 90, 227 << 10});
+  if (*plan.error) return plan.error;
+  const Array<float> memory("workspace", plan.workspace.bytes / 4 + 1);
+  problem.workspace = memory.data();
+  trace_workspace(plan, memory.data());
+  return run_sequence<bfloat16_t>(problem, plan, tensor_core_family<S::map, S::feature_dim>(problem),
+                                  nullptr);
 }
 
 template <class S>
-const char* trace_forward(const Tensors<S>& tensors, int segments) {
+const char* trace_forward(const Tensors<S>& tensors) {
   auto problem = tensors.template problem<ForwardProblem>();
   problem.y = Tensors<S>::template rows<MutableRows>(tensors.y, head_dim);
   problem.r = tensors.r.data();
-  const int64_t slots = segments > 1 ? slot_count(problem, segments) * slot_floats(problem) : 0;
-  const Array<float> workspace("states", slots + 1);
-  if (slots) workspace.trace();
-  Launch launch;
-  launch.segments = segments;
-  launch.workspace = workspace.data();
-  return launch_forward<bfloat16_t, S>(problem, launch, nullptr);
+  return run_traced<S>(problem);
 }
 
 template <class S>
-const char* trace_backward(const Tensors<S>& tensors, int segments) {
+const char* trace_backward(const Tensors<S>& tensors) {
   constexpr int64_t feature_dim = S::feature_dim;
   auto problem = tensors.template problem<BackwardProblem>();
   problem.y = Tensors<S>::template rows<ConstRows>(tensors.y, head_dim);
@@ -108,26 +123,18 @@ const char* trace_backward(const Tensors<S>& tensors, int segments) {
   float* const parameters = tensors.grad_affine.data();
   problem.grad_query_affine = {parameters, parameters + feature_dim};
   problem.grad_key_affine = {parameters + 2 * feature_dim, parameters + 3 * feature_dim};
-  const Array<float> memory("workspace", backward_workspace(problem, segments, nullptr).bytes / 4);
-  const BackwardWorkspace workspace = backward_workspace(problem, segments, memory.data());
-  const int64_t slots = slot_count(problem, segments) * slot_floats(problem);
-  trace_floats("states", workspace.slots, slots);
-  trace_floats("reverse states", workspace.reverse_slots, slots);
-  trace_floats("delta", workspace.buffers.delta, tokens);
-  trace_floats("affine sums", workspace.buffers.query_affine, segments * 2 * feature_dim);
-  trace_floats("affine sums", workspace.buffers.key_affine, segments * 2 * feature_dim);
-  Launch launch;
-  launch.segments = segments;
-  launch.workspace = memory.data();
-  return launch_backward<bfloat16_t, S>(problem, launch, nullptr);
+  return run_traced<S>(problem);
 }
 
 template <class S>
 void trace_map(const char* map_name, const char** separator) {
-  const auto report = [&](const char* sweep, int segments, const char* (*run)(const Tensors<S>&, int)) {
+  const auto report = [&](const char* sweep, int segments, const char* (*run)(const Tensors<S>&)) {
+    PlanOverride forced;
+    forced.force_path = true, forced.path = Path::tensor_core, forced.segments = segments;
+    set_plan_override(forced);
     const Tensors<S> tensors;
     tensors.trace();
-    const char* const error = run(tensors, segments);
+    const char* const error = run(tensors);
     if (*error) fail(error);
     std::printf("%s\"%s %s %d\": ", *separator, sweep, map_name, segments);
     *separator = ",\n";

@@ -1,12 +1,13 @@
-// What the float32 kernels move, counted by the tracer: forward and backward, outer and square, d 16, dv 64,
-// "head" LayerNorm with gamma and beta, one head of 4096 tokens, in one pass and in 4 segments. Output as
-// traffic.cu's, with "<sweep> <map> <segments> float32" for names.
+// Counts with the tracer what the float32 kernels move: forward and backward, outer and square, d = 16, dv =
+// 64, "head" LayerNorm with gamma and beta, one head of 4096 tokens, in one pass and in 4 segments. Writes
+// what traffic.cu writes, under the names "<sweep> <map> <segments> float32".
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <vector>
 
-#include "cuda/float32/backward_launch.cuh"
+#include "cuda/float32/launch.cuh"
+#include "cuda/launch/sequence.cuh"
 #include "emulator/tracer.h"
 #include "op/backend.h"
 
@@ -22,10 +23,10 @@ constexpr int64_t tokens = 4096, head_dim = 64, feature_dim = 16;
   std::exit(1);
 }
 
-// Named arrays of floats that begin at a sector, as on a device.
+// Named arrays of floats that begin at a sector, as memory of a device does.
 class Memory {
  public:
-  // Without a name: what is accessed is not counted.
+  // An array without a name: accesses to it are not counted.
   float* array(const char* name, int64_t count) {
     void* memory = nullptr;
     const size_t bytes = static_cast<size_t>(count) * sizeof(float);
@@ -35,7 +36,7 @@ class Memory {
     if (name) trace_buffer(name, memory, bytes);
     return arrays_.back().get();
   }
-  // (tokens, width)
+  // An array (tokens, width).
   template <class Rows>
   Rows rows(const char* name, int64_t width) {
     return Rows{array(name, tokens * width), tokens * width, tokens * width, width};
@@ -60,7 +61,7 @@ AnyProblem make_problem(FeatureMap map, Memory* memory) {
   return result;
 }
 
-// Each region of the plan under its name.
+// Gives each region of the plan's workspace its name.
 template <class AnyProblem>
 void add_workspace(AnyProblem* problem, const Plan& plan, Memory* memory) {
   float* const begin = memory->array(nullptr, plan.workspace.bytes / 4 + 1);
@@ -76,7 +77,7 @@ void add_workspace(AnyProblem* problem, const Plan& plan, Memory* memory) {
   }
 }
 
-Device traced_device() { return {0, 132, 90, 227 << 10}; }
+Device traced_device() { return {132, 90, 227 << 10}; }
 
 template <FeatureMap map>
 const char* trace_forward() {
@@ -84,10 +85,10 @@ const char* trace_forward() {
   auto problem = make_problem<ForwardProblem>(map, &memory);
   problem.y = memory.rows<MutableRows>("y", head_dim);
   problem.r = memory.array("r", tokens);
-  const Plan plan = plan_forward(problem, traced_device());
+  const Plan plan = make_plan(problem, traced_device());
   if (*plan.error) return plan.error;
   add_workspace(&problem, plan, &memory);
-  return launch_float32<map>(problem, plan, nullptr);
+  return run_sequence<float>(problem, plan, float32_family<map>(problem), nullptr);
 }
 
 template <FeatureMap map>
@@ -103,10 +104,10 @@ const char* trace_backward() {
   float* const affine = memory.array("grad gamma, beta", 4 * feature_dim);
   problem.grad_query_affine = {affine, affine + feature_dim};
   problem.grad_key_affine = {affine + 2 * feature_dim, affine + 3 * feature_dim};
-  const Plan plan = plan_backward(problem, traced_device());
+  const Plan plan = make_plan(problem, traced_device());
   if (*plan.error) return plan.error;
   add_workspace(&problem, plan, &memory);
-  return launch_float32<map>(problem, plan, nullptr);
+  return run_sequence<float>(problem, plan, float32_family<map>(problem), nullptr);
 }
 
 void report(const char* sweep, const char* map_name, const char* (*run)()) {

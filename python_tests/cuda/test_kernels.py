@@ -23,6 +23,7 @@ from problems import (
     run_reference,
 )
 
+import rebased_cuda
 from rebased_cuda import RebasedState, rebased_attention, reference, testing
 
 
@@ -411,6 +412,38 @@ def test_every_shape_of_the_contract_has_a_plan(shared_memory):
                         )
                         assert plan["error"] == ""
                         assert plan["shared_memory_bytes"] <= shared_memory
+
+
+needs_launches = pytest.mark.skipif(
+    not rebased_cuda.build_info()["emulator"], reason="launches are counted in place of being emulated"
+)
+
+
+@needs_launches
+@pytest.mark.parametrize(
+    ("changes", "forward", "backward"),
+    [
+        ({}, 3, 7),  # statistics, segments' states, sweep; in backward two sweeps, LayerNorm, affine sums
+        ({"layer_norm": "head"}, 2, 5),
+        ({"batch": 64}, 2, 5),  # enough sequences: none is split
+        ({"batch": 64, "layer_norm": "none"}, 1, 3),
+        ({"head_dim": 128}, 3, 9),  # two column groups have a part of each gradient
+        ({"sequences": 4}, 6, 11),  # packed: bounds are clamped, rows of no sequence filled
+        ({"dtype": "float32"}, 4, 10),  # a scan sums the states, and delta is a launch of its own
+        ({"dtype": "float64", "batch": 64}, 2, 6),
+    ],
+)
+def test_few_launches_a_call(changes, forward, backward):
+    """With gamma and beta, without states: 12 heads of 4096 tokens, 8 sequences."""
+    batch = 1 if "sequences" in changes else 8
+    shape = {"batch": batch, "heads": 12, "kv_heads": 12, "seqlen": 4096} | changes
+    assert testing.plan("forward", **shape)["launches"] == forward
+    assert testing.plan("backward", **shape)["launches"] == backward
+
+
+@needs_launches
+def test_a_step_is_one_launch():
+    assert testing.plan("step", batch=64)["launches"] == 1
 
 
 def test_plan_names_what_it_does_not_know():

@@ -4,7 +4,6 @@ What is drawn and how it is judged is in random_shapes.py. The sizes that matter
 take round numbers, and a fault of 33 to 40 columns went unnoticed by them.
 """
 
-import itertools
 import statistics
 
 import pytest
@@ -14,9 +13,6 @@ from conftest import needs_kernels
 from random_shapes import DTYPES, aimed, check, describe, draw
 
 QUICK, MANY = 150, 2000  # draws of a plain run, and of the sweep
-met = set()  # launch configurations of all draws of this process
-
-LONG = 20_000_000  # operations
 
 
 def _sweep(seeds, device):
@@ -24,7 +20,6 @@ def _sweep(seeds, device):
     for seed in seeds:
         one = draw(seed, device)
         outcome = check(one)
-        met.update(outcome.launches)
         ratios += outcome.ratios
         if outcome.failures:
             reports.append(describe(one, outcome.failures))
@@ -49,32 +44,28 @@ def test_many_random_draws(dtype, device, one_thread):
     _sweep(_of_dtype(dtype, QUICK, QUICK + MANY), device)
 
 
-def _pairs(text):
-    """Every two words of a configuration, with its direction and path; what it has not is a word as well."""
-    direction, path, *words = text.split()
-    words += ["not " + word for word in ("grouped", "packed", "compensated") if word not in words]
-    return {(direction, path, *pair) for pair in itertools.combinations(sorted(words), 2)}
-
-
 @needs_kernels
 @pytest.mark.sweep
-@pytest.mark.timeout(1800)  # eight minutes of one core
-def test_every_launch_configuration_is_met(kernel_device, one_thread):
-    """A draw that was compared with the reference took each; those that no random draw took are aimed at.
+@pytest.mark.timeout(1800)  # two minutes of one core
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_launch_configuration_is_met(dtype, kernel_device, one_thread):
+    """A draw that was compared with the reference took each.
 
-    Many segments, and segments longer than compensated_rows, take thousands of rows. Of those whose smallest
-    call is LONG, all together hours on the emulator, every two words of each are met in one launch.
+    Backward goes first: its draws have a forward too, whose configuration then needs no draw of its own.
     """
-    met_pairs = set().union(*(_pairs(text) for text in met))
-    reports = []
-    for text, example in sorted(random_shapes.examples().items(), key=lambda pair: pair[1]["work"]):
-        long = example["work"] > LONG and ("many-segments" in text or "compensated" in text)
-        if text in met or (long and _pairs(text) <= met_pairs):
+    met, reports = set(), []
+    everything = random_shapes.examples()
+    assert {getattr(torch, example["dtype"]) for example in everything.values()} == set(DTYPES)
+    examples = {
+        text: example for text, example in everything.items() if getattr(torch, example["dtype"]) == dtype
+    }
+    for text in sorted(examples):
+        if text in met:
             continue
+        example = examples[text]
         one = aimed(text, example, kernel_device)
         outcome = check(one)
         met.update(outcome.launches)
-        met_pairs.update(*map(_pairs, outcome.launches))
         if text not in outcome.launches:
             reports.append(describe(one, [f"not launched, but {sorted(outcome.launches)}"]))
         elif outcome.failures:

@@ -7,13 +7,13 @@ import shutil
 import stat
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
 import setuptools
 
 import rebased_cuda
-from rebased_cuda import _load
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source folder")
@@ -139,11 +139,15 @@ def test_every_folder_of_the_package_is_installed():
     assert re.findall('"(.*?)"', listed) == expected
 
 
-def _import_error(folder: Path, *search: Path) -> str:
+# no other package of that name is found then, while torch is loaded already
+ALONE = "import sys, torch; sys.path[:] = ['']; import rebased_cuda"
+
+
+def _import_error(folder: Path, *search: Path, code: str = "import rebased_cuda") -> str:
     """The last line of what `import rebased_cuda` says with `folder` first, as Python is started in it."""
     path = os.pathsep.join(str(x) for x in search)
     run = subprocess.run(
-        [sys.executable, "-c", "import rebased_cuda"],
+        [sys.executable, "-c", code],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
@@ -168,26 +172,27 @@ def test_a_source_folder_that_hides_the_installed_package_says_so(tmp_path):
     assert said.endswith(f"start Python in another folder, or run `pip install -e .` in {source.parent}.")
 
 
-def test_a_source_folder_that_was_never_built_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    said = _load._no_compiled_part(tmp_path / "rebased_cuda")
+def test_a_source_folder_that_was_never_built_says_so(tmp_path):
+    _copy_of_the_package(tmp_path, "_C.*")
+    said = _import_error(tmp_path, code=ALONE)
     assert said.endswith(f"is source code without a compiled part: run `pip install -e .` in {tmp_path}.")
 
 
-def test_a_compiled_part_for_another_python_says_so(monkeypatch, tmp_path):
+def test_a_compiled_part_for_another_python_says_so(tmp_path):
     source = _copy_of_the_package(tmp_path, "_C.*")
     (source / "_C.cpython-32-x86_64-linux-gnu.so").touch()
     said = _import_error(tmp_path)
     assert said.startswith(
         f"ImportError: {source} has a compiled part for another Python only (_C.cpython-32"
     )
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    assert _load._no_compiled_part(source).endswith(f": run `pip install -e .` in {tmp_path}.")
+    said = _import_error(tmp_path, code=ALONE)
+    assert said.endswith(f": run `pip install -e .` in {tmp_path}.")
 
 
 def test_a_compiled_part_that_does_not_load_says_why(tmp_path):
     source = _copy_of_the_package(tmp_path, "_C.*")
-    (source / Path(_load._C.__file__).name).touch()
+    compiled = next(Path(rebased_cuda.__file__).parent.glob(f"_C{EXTENSION_SUFFIXES[0]}"))
+    (source / compiled.name).touch()
     said = _import_error(tmp_path)
     assert said.startswith("ImportError: rebased_cuda's compiled part does not load under torch")
     assert "file too short" in said

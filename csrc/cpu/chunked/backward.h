@@ -1,11 +1,9 @@
-// Backward of one item in two independent sweeps, with ghat = r grad_y, delta = ghat . y and, for j <= i,
-// c(i, j) = ghat_i . v_j - delta_i and w(i, j) = c(i, j) d sim / d u  (w = c for the elementwise maps):
-//   queries, forwards, with the forward's state S, z:
-//     dq' = sum_j w k' + (d phi / d q')^T (S ghat - delta z)
-//   keys, backwards, with T = sum of later phi(q') ghat^T and m = -sum of later delta phi(q'):
-//     dk' = sum_i w q' + (d phi / d k')^T (T v + m);   dv = sum_i sim ghat + phi(k') T
-// The first sweep has queries as lanes, the second keys. Without a state (quadratic form) every chunk meets
-// every other. T carries the query's weights, so as a gradient of S it needs no further factor.
+// What a backward of `outer` and `taylor` needs beside its products with a state: a worker's scratch, the
+// products within a chunk, which are made in T whatever the others are made of, and the way of the gradients
+// out. The products with a state are made in float.h, bf16.h and amx.h, the walks over the chunks in
+// backward_sweeps.h, which has the formulas. It includes call.h alone.
+//
+// Letters are those of csrc/README.md, and w_ij = c_ij d sim / d u.
 #pragma once
 
 #include "cpu/call.h"
@@ -15,14 +13,14 @@ namespace rebased::cpu::REBASED_ISA {
 template <class T>
 struct BackwardScratch {
   T *keys, *queries;                  // tokens of a chunk
-  T *normalized, *inverse_deviation;  // of the side whose gradient is made
+  T *normalized, *inverse_deviation;  // of the tokens whose gradient is made
   T *values, *gradients;              // values of a chunk: v, ghat
   T* delta;                           // [chunk]: -delta
-  T* transposed;                      // [block][value_columns][kLanes]: ghat or v of the lanes
-  T *scores, *weights;                // [token of the other side][kLanes]: sim, w
+  T* transposed;                      // [block][value_columns][kLanes]: ghat or v of the tokens in lanes
+  T *scores, *weights;                // [token of the other side][kLanes]: sim and w
   T* slab;                            // [feature of the slab][kLanes]
   T* row_slab;                        // [block][kRows][kLanes]
-  T* grad_tokens;                     // tokens: dq' or dk'
+  T* grad_tokens;                     // tokens: grad q' or grad k'
   T* grad_values;                     // [block]: values of kLanes rows
   T* grad_affine;                     // [query head of the group][2][feature_dim][kWidth]
   T* state;
@@ -52,26 +50,20 @@ struct BackwardScratch {
 
 template <class T>
 struct BackwardCall : Call<T>, GradientTargets<T> {
-  using Scratch = BackwardScratch<T>;
+  using Call<T>::sizes, Call<T>::token_block;
   const BackwardProblem& problem;
-  using Call<T>::sizes, Call<T>::pairs, Call<T>::statistics, Call<T>::pack_tokens, Call<T>::pack_values;
 
   BackwardCall(const BackwardProblem& p, int threads, Arena& arena, bool needs_state, int64_t parts)
       : Call<T>(p, threads, arena, needs_state, parts), GradientTargets<T>(p, arena), problem(p) {
     this->share_keys = arena.base && p.part == BackwardPart::all && this->schedule.items() <= threads;
   }
-  Scratch scratch(Arena& arena) const {
-    return Scratch(sizes, problem.kv_heads ? problem.heads / problem.kv_heads : 0, arena);
-  }
 
-  int64_t token_block() const { return int64_t(sizes.feature_rows) * kLanes<T>; }
-
-  // ghat and -delta of a chunk of queries.
+  // Packs ghat and -delta of a chunk of queries.
   void pack_gradients(const BackwardScratch<T>& scratch, int64_t batch, int64_t head, int64_t row, int rows,
                       const Ahead& ahead) const {
     const BackwardProblem& p = problem;
     const T* r = static_cast<const T*>(p.r) + (batch * p.heads + head) * p.seqlen + row;
-    pack_values(p.grad_y, batch, head, row, rows, ahead, scratch.gradients);
+    this->pack_values(p.grad_y, batch, head, row, rows, ahead, scratch.gradients);
     const char* y_head = head_rows<T>(p.y, batch, head, p.dtype);
     if (p.normalize) this->queue_rows(ahead, y_head, row, rows, p.y.row_stride, sizes.head_dim);
     for (int i = 0; i < sizes.chunk; i++) scratch.delta[i] = 0;
@@ -94,7 +86,7 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
     });
   }
 
-  // values of a chunk to [block][value_columns][kLanes]
+  // target: [block][value_columns][kLanes] takes the values of a chunk.
   void transpose_values(const T* values, int rows, T* target) const {
     for (int b = 0; b * kLanes<T> < rows; b++)
       for_panels<T>(sizes.value_columns, [&](auto vectors, int column) {
@@ -128,22 +120,18 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
     }
   }
 
-  // Block b of queries (lanes) against a chunk of keys: adds to dq'.
+  // Block b of queries (lanes) meets a chunk of keys: adds to grad q'.
   void meet_keys(const BackwardScratch<T>& scratch, int b, int key_rows, bool diagonal) const {
-    const int end = diagonal ? smaller(key_rows, (b + 1) * kLanes<T>) : key_rows;
-    for (int j = 0; j < end; j += kRows) {
+    for_seen_keys<T>(b, key_rows, diagonal, [&](auto vectors, auto masked, int j) REBASED_INLINE_LAMBDA {
+      constexpr int NV = decltype(vectors)::value;
       scratch.queue->advance();
-      const int first = j - b * kLanes<T>;  // key of the tile's first row, counted from lane 0's own
-      if (!diagonal || first + kRows <= 0)
-        weigh_keys<kVectors, false>(scratch, b, j, 0);
-      else if (first < kWidth<T>)
-        weigh_keys<kVectors, true>(scratch, b, j, 0);
-      else
-        clear_vector(scratch.weights + j * kLanes<T>), weigh_keys<1, true>(scratch, b, j, kWidth<T>);
-    }
+      if (NV < kVectors) clear_vector(scratch.weights + j * kLanes<T>);
+      weigh_keys<NV, decltype(masked)::value>(scratch, b, j, (kVectors - NV) * kWidth<T>);
+    });
+    const int end = diagonal ? smaller(key_rows, (b + 1) * kLanes<T>) : key_rows;
     add_weighted_tokens(scratch.keys, scratch.weights, 0, end, scratch.grad_tokens + b * token_block());
   }
-  // The first of two vectors of a tile that the diagonal leaves out.
+  // Clears one of a tile's two vectors, which the diagonal leaves out.
   static void clear_vector(T* rows) {
     for (int r = 0; r < kRows; r++) store(rows + r * kLanes<T>, Vector<T>{});
   }
@@ -177,7 +165,7 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
     multiply_weights(c, weights);
   }
 
-  // weights: c times d sim / d u, which stands there already, 0 where unseen.
+  // Multiplies the weights by c: d sim / d u stands there already, and 0 for unseen tokens.
   template <int NV>
   REBASED_INLINE void multiply_weights(const Tile<T, NV>& c, T* weights) const {
 #pragma GCC unroll 8
@@ -189,7 +177,7 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
       }
   }
 
-  // Block b of keys (lanes) against a chunk of queries: adds to dk' and dv.
+  // Block b of keys (lanes) meets a chunk of queries: adds to grad k' and grad v.
   void meet_queries(const BackwardScratch<T>& scratch, int b, int query_rows, bool diagonal) const {
     const Sizes<T>& s = sizes;
     const int begin = diagonal ? b * kLanes<T> : 0;
@@ -256,50 +244,7 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
     multiply_weights(c, weights);
   }
 
-  // The products with a state; bf16_backward.h has the same in bfloat16, from rounded copies of the state.
-  void round_state(const BackwardScratch<T>&) const {}
-  template <bool Weighted>
-  void add_to_state(const BackwardScratch<T>& scratch, const T* tokens, const T* token_weights,
-                    const T* values, int rows, T* state) const {
-    update_state<T, Weighted>(sizes, pairs, tokens, token_weights, values, rows, state, scratch.long_sums,
-                              scratch.row_slab, scratch.queue);
-  }
-  // of block b, whose values or ghat stand transposed
-  template <bool Weighted>
-  void gradient_from_state(const BackwardScratch<T>& scratch, int b, const T* token_weights, const T* X,
-                           T* dX) const {
-    state_gradient<T, Weighted>(sizes, pairs, scratch.state,
-                                scratch.transposed + int64_t(b) * sizes.value_columns * kLanes<T>,
-                                token_weights, X, dX, scratch.queue);
-  }
-  // dv of block b from the state: phi(k') T, starting the sum.
-  void values_from_state(const BackwardScratch<T>& scratch, int b) const {
-    const Sizes<T>& s = sizes;
-    T* sums = scratch.grad_values + int64_t(b) * kLanes<T> * s.value_columns;
-    for (int begin = 0; begin < s.feature_pad; begin += s.slab) {
-      const int end = smaller(begin + s.slab, s.feature_pad);
-      for (int f = begin; f < end; f += kRows)
-        feature_tile<T, false>(pairs + f, scratch.keys + b * token_block(),
-                               scratch.slab + (f - begin) * kLanes<T>, [](int, int, Vector<T>) {});
-      for_panels<T>(s.value_columns, [&](auto vectors, int column) {
-        constexpr int NV = decltype(vectors)::value, columns = NV * kWidth<T>;
-        const T* state = scratch.state + int64_t(column) * s.feature_pad + int64_t(begin) * columns;
-        for (int j = 0; j < kLanes<T>; j += kRows) {
-          scratch.queue->advance();
-          T* target = sums + column * kLanes<T> + j * columns;
-          Tile<T, NV> tile;
-          if (begin)
-            tile.load_rows(target, columns);
-          else
-            tile.zero();
-          tile.template multiply_transposed<kLanes<T>>(end - begin, scratch.slab + j, state);
-          tile.store_rows(target, columns);
-        }
-      });
-    }
-  }
-
-  // The gradient of q' or k' of a chunk to that of q or k, and out.
+  // Makes the gradient of q or k of that of q' or k' of a chunk, and writes it out.
   void finish_tokens(const BackwardScratch<T>& scratch, const Tokens<T>& t, int64_t row, int rows,
                      const MutableRows& target, int64_t batch, int64_t head, T* grad_affine) const {
     const auto finish = [&](auto element) {
@@ -320,13 +265,11 @@ struct BackwardCall : Call<T>, GradientTargets<T> {
       with_element<T>(problem.dtype, finish);
   }
 
-  void clear(T* target, int64_t count) const { __builtin_memset(target, 0, count * sizeof(T)); }
-
-  // Lane sums of gamma and beta gradients join rows of [2][feature_dim], and begin anew.
+  // The lane sums for gamma and beta join rows of [2][feature_dim], and begin anew.
   void move_affine(T* lanes, int64_t heads, T* target) const {
     for (int64_t i = 0; i < heads * 2 * sizes.feature_dim; i++)
       target[i] += horizontal_sum<T>(load(lanes + i * kWidth<T>));
-    clear(lanes, heads * 2 * sizes.feature_dim * kWidth<T>);
+    this->clear(lanes, heads * 2 * sizes.feature_dim * kWidth<T>);
   }
 };
 

@@ -1,21 +1,29 @@
-// The two sweeps of the backward over an item's chunks.
+// The two sweeps of the backward over the chunks of one item: a segment of a sequence, for one kv head and
+// its query heads. It knows no product with a state: Products is BackwardProducts of float.h, or what bf16.h
+// and amx.h make of it.
+//
+// With ghat = r grad_y and delta = ghat . y of a query i, and for keys j <= i
+// c_ij = ghat_i . v_j - delta_i and w_ij = c_ij d sim / d u:
+//   queries, forwards, with the forward's state S, z:
+//     grad q'_i = sum_j w_ij k'_j + (d phi / d q')^T (S ghat_i - delta_i z)
+//   keys, backwards, with T = sum of later phi(q') ghat^T and M = -sum of later delta phi(q'):
+//     grad k'_j = sum_i w_ij q'_i + (d phi / d k')^T (T v_j + M)
+//     grad v_j = sum_i sim(i, j) ghat_i + phi(k'_j) T
+// The first sweep has queries as lanes, the second keys. Without a state (quadratic form) every chunk meets
+// every other. T carries the query's weights, so as a gradient of S it needs no further factor.
 #pragma once
 
-#include "cpu/chunked/backward.h"
+#include "cpu/chunked/float.h"
 
 namespace rebased::cpu::REBASED_ISA {
 
-template <class T, class Base = BackwardCall<T>>
-struct BackwardSweeps : Base {
-  using Scratch = typename Base::Scratch;
-  using Base::Base, Base::problem, Base::sizes, Base::pairs, Base::statistics, Base::token_block;
+template <class T, class Products = BackwardProducts<T>>
+struct BackwardSweeps : Products {
+  using Scratch = typename Products::Scratch;
+  using Products::Products, Products::problem, Products::sizes, Products::token_block;
 
-  Tokens<T> key_tokens(const Item& item) const {
-    return head_tokens<T>(problem, sizes, false, statistics, item.batch, item.kv_head);
-  }
-  Tokens<T> query_tokens(const Item& item, int64_t head) const {
-    return head_tokens<T>(problem, sizes, true, statistics, item.batch, head);
-  }
+  Scratch scratch(Arena& arena) const { return Scratch(sizes, this->group(), arena); }
+
   void add_keys_to_state(const Scratch& scratch, int rows, T* state) const {
     this->template add_to_state<false>(scratch, scratch.keys, nullptr, scratch.values, rows, state);
   }
@@ -24,28 +32,31 @@ struct BackwardSweeps : Base {
                                       state);
   }
 
-  // Three products with a state a token in the keys' sweep, two in the queries': where nothing else keeps a
-  // thread busy, the worker of the queries also takes the keys from this row on. The other then brings T past
-  // them, by the same sums in the same order.
+  // The row from which on the worker of the queries takes the keys too, where nothing else keeps a thread
+  // busy: a token has three products with a state in the keys' sweep and two in the queries'. The worker of
+  // the keys then brings T past these rows, by the same sums in the same order.
   int64_t shared_from(const Item& item) const {
     const int64_t chunks = (item.end - item.begin + sizes.chunk - 1) / sizes.chunk;
     if (!this->share_keys || item.quadratic) return item.end;
     return smaller(item.begin + (chunks * 13 + 15) / 16 * sizes.chunk, item.end);
   }
 
+  // start_state(item, queries, state) brings the state before an item's queries, or after its keys, and
+  // returns whether it is zero.
   template <class Start>
-  void run(const Item& item, const Scratch& scratch, const Start& start_state) const {
+  void run(const Item& item, int64_t /*heads*/, const Scratch& scratch, const Start& start_state) const {
+    [[maybe_unused]] const typename Products::Registers registers{};
     const int64_t shared = shared_from(item), affine = item.number * 2 * sizes.feature_dim;
     if (item.part == 1) {
-      bool state_is_zero = start_state(true);
+      bool state_is_zero = start_state(item, true, scratch.state);
       start_long_sums(item, scratch, scratch.state);
       sweep_queries(item, scratch, state_is_zero);
       if (shared == item.end) return;
-      state_is_zero = start_state(false);
+      state_is_zero = start_state(item, false, scratch.state);
       start_long_sums(item, scratch, scratch.state);
       return sweep_keys(item, scratch, state_is_zero, shared, item.end, this->shared_key_affine + affine);
     }
-    bool state_is_zero = start_state(false);
+    bool state_is_zero = start_state(item, false, scratch.state);
     start_long_sums(item, scratch, scratch.state);
     for (int64_t row = last_chunk(item.begin, item.end); row >= shared; row -= sizes.chunk) {
       scratch.queue->clear();
@@ -58,8 +69,7 @@ struct BackwardSweeps : Base {
   void start_long_sums(const Item& item, const Scratch& scratch, const T* state) const {
     if (!item.quadratic) scratch.long_sums->start(sizes, item.end - item.begin, state);
   }
-  // Whether the sums for gamma and beta of all rows so far, of which `row` is the last chunk's, are to begin
-  // anew.
+  // Whether the sums for gamma and beta are to begin anew after the chunk that begins at `row`.
   bool ends_fold(int64_t row) const {
     return sizes.has_long_rows && row / sizes.chunk % (kFoldRows / sizes.chunk) == 0;
   }
@@ -67,12 +77,12 @@ struct BackwardSweeps : Base {
     return begin + ((end - begin + sizes.chunk - 1) / sizes.chunk - 1) * sizes.chunk;
   }
 
-  // dq of an item, from its start state S.
+  // grad q of an item, from its start state S.
   void sweep_queries(const Item& item, const Scratch& scratch, bool state_is_zero) const {
     const BackwardProblem& p = problem;
     const Sizes<T>& s = sizes;
-    const int64_t group = p.heads / p.kv_heads;
-    const Tokens<T> keys = key_tokens(item);
+    const int64_t group = this->group();
+    const Tokens<T> keys = this->key_tokens(item);
     T* const grad_affine = this->query_affine + item.number * group * 2 * s.feature_dim;
     this->clear(scratch.grad_affine, group * 2 * s.feature_dim * kWidth<T>);
     this->clear(grad_affine, group * 2 * s.feature_dim);
@@ -88,7 +98,7 @@ struct BackwardSweeps : Base {
       }
       for (int64_t g = 0; g < group; g++) {
         const int64_t head = item.kv_head * group + g;
-        const Tokens<T> queries = query_tokens(item, head);
+        const Tokens<T> queries = this->query_tokens(item, head);
         this->pack_tokens(queries, row, rows, next, scratch.queries, scratch.normalized,
                           scratch.inverse_deviation);
         this->pack_gradients(scratch, item.batch, head, row, rows, next);
@@ -117,13 +127,13 @@ struct BackwardSweeps : Base {
     this->move_affine(scratch.grad_affine, group, grad_affine);
   }
 
-  // dk and dv of rows [begin, item_end) of an item, from T and m of all that comes after them.
+  // grad k and grad v of rows [begin, item_end) of an item, from T and M of all that comes after them.
   void sweep_keys(const Item& item, const Scratch& scratch, bool state_is_zero, int64_t begin,
                   int64_t item_end, T* grad_affine) const {
     const BackwardProblem& p = problem;
     const Sizes<T>& s = sizes;
-    const int64_t group = p.heads / p.kv_heads;
-    const Tokens<T> keys = key_tokens(item);
+    const int64_t group = this->group();
+    const Tokens<T> keys = this->key_tokens(item);
     const bool keep_state = item.first && begin == item.begin && p.grad_initial_state.kv;
     this->clear(scratch.grad_affine, 2 * s.feature_dim * kWidth<T>);
     this->clear(grad_affine, 2 * s.feature_dim);
@@ -149,7 +159,7 @@ struct BackwardSweeps : Base {
       }
       for (int64_t g = 0; g < group; g++) {
         const int64_t head = item.kv_head * group + g;
-        const Tokens<T> queries = query_tokens(item, head);
+        const Tokens<T> queries = this->query_tokens(item, head);
         const Ahead next{scratch.queue, item.quadratic ? s.chunk : -s.chunk};
         const int64_t end = item.quadratic ? item.sequence_end : row + rows;
         for (int64_t query = row; query < end; query += s.chunk) {
@@ -185,9 +195,10 @@ struct BackwardSweeps : Base {
     });
   }
 
-  // What an item adds to S (keys) or to T and m (queries), from zero.
+  // The state of an item's rows alone, from zero: S and z of its keys, T and M of its queries.
   void local_key_state(const Item& item, const Scratch& scratch, T* state) const {
-    const Tokens<T> keys = key_tokens(item);
+    [[maybe_unused]] const typename Products::Registers registers{};
+    const Tokens<T> keys = this->key_tokens(item);
     this->clear(state, sizes.state_size);
     start_long_sums(item, scratch, state);
     const Ahead next{scratch.queue, sizes.chunk};
@@ -200,6 +211,7 @@ struct BackwardSweeps : Base {
     }
   }
   void local_query_state(const Item& item, const Scratch& scratch, T* state) const {
+    [[maybe_unused]] const typename Products::Registers registers{};
     this->clear(state, sizes.state_size);
     start_long_sums(item, scratch, state);
     for (int64_t row = item.begin; row < item.end; row += sizes.chunk) {
@@ -207,13 +219,13 @@ struct BackwardSweeps : Base {
       add_queries(item, scratch, row, int(smaller<int64_t>(sizes.chunk, item.end - row)), sizes.chunk, state);
     }
   }
-  // T and m take in the queries of one chunk; the next one lies `ahead` rows on.
+  // T and M take in the queries of one chunk. The next chunk lies `ahead` rows on.
   void add_queries(const Item& item, const Scratch& scratch, int64_t row, int rows, int64_t ahead,
                    T* state) const {
-    const int64_t group = problem.heads / problem.kv_heads;
+    const int64_t group = this->group();
     const Ahead next{scratch.queue, ahead};
     for (int64_t head = item.kv_head * group; head < (item.kv_head + 1) * group; head++) {
-      this->pack_tokens(query_tokens(item, head), row, rows, next, scratch.queries);
+      this->pack_tokens(this->query_tokens(item, head), row, rows, next, scratch.queries);
       this->pack_gradients(scratch, item.batch, head, row, rows, next);
       add_queries_to_state(scratch, rows, state);
     }

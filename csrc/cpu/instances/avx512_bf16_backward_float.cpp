@@ -1,11 +1,11 @@
-// Called with bfloat16 inputs and a polynomial map only.
+// dispatch.cpp calls it with bfloat16 inputs and a polynomial map, no other problem.
 #define REBASED_ISA avx512_bf16
 #define REBASED_VECTOR_BYTES 64
-#include "cpu/chunked/bf16_backward.h"
+#include "cpu/chunked/bf16.h"
 #include "cpu/drive_backward.h"
 #include "cpu/instruction_set.h"
 
 int64_t rebased::cpu::avx512_bf16::backward_float(const BackwardProblem& problem, int threads,
                                                   const Parallel* parallel) {
-  return run_backward_as<float, BackwardSweeps<float, Bf16BackwardCall>>(problem, threads, parallel);
+  return run_backward_as<float, BackwardSweeps<float, Bf16BackwardProducts>>(problem, threads, parallel);
 }

@@ -1,22 +1,24 @@
-// Backward of one item of the elementwise maps, each gradient by a recurrence of its own (names as in
-// backward.h; all sums include the token itself):
-//   queries, forwards:  S += v phi(k)^T, lanes are features;   d phi(q) = r (grad_y S - (grad_y . y) z)
-//   keys, backwards:    T += grad_y (r phi(q))^T, lanes are features;   d phi(k) = v T + m,
-//                       m -= (grad_y . y) r phi(q);   and T with value columns as lanes:   dv = phi(k) T
-// Nothing needs ghat = r grad_y itself: r goes into phi(q).
+// Backward of one item of the elementwise maps, each gradient by a recurrence of its own. Letters are those
+// of csrc/README.md; all sums include the token itself:
+//   queries, forwards, lanes are features:        S += v phi(k)^T
+//                                                 grad phi(q) = r (grad_y S - (grad_y . y) z)
+//   keys, backwards, lanes are features:          T += grad_y (r phi(q))^T,  M -= (grad_y . y) r phi(q)
+//                                                 grad phi(k) = v T + M
+//   values, backwards, lanes are value columns:   T as above,  grad v = phi(k) T
+// ghat = r grad_y itself is made nowhere: r goes into phi(q). It includes recurrent/common.h alone.
 #pragma once
 
 #include "cpu/recurrent/common.h"
 
 namespace rebased::cpu::REBASED_ISA {
 
-template <class T, int64_t MostHeads = 2>
-struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
+template <class T>
+struct ElementwiseBackward : ElementwiseCall<T>, GradientTargets<T> {
   using Scratch = ElementwiseScratch<T>;
-  using Base = ElementwiseCall<T, MostHeads>;
+  using Base = ElementwiseCall<T>;
   using Base::sizes, Base::group, Base::width;
   const BackwardProblem& problem;
-  int shared_columns = 0;  // of grad_v, that the worker of the queries makes where it shares
+  int shared_columns = 0;  // columns of grad_v that the worker of the queries makes, where it shares work
 
   ElementwiseBackward(const BackwardProblem& p, int threads, Arena& arena, bool needs_state, int64_t parts)
       : Base(p, threads, arena, needs_state, parts), GradientTargets<T>(p, arena), problem(p) {
@@ -25,11 +27,9 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
                        !p.grad_initial_state.kv;
     if (this->share_keys) shared_columns = sizes.value_columns / 2 / kLanes<T> * kLanes<T>;
   }
-  Scratch scratch(Arena& arena) const {
-    return Scratch(sizes, this->all_groups(), arena, true, this->all_heads());
-  }
+  Scratch scratch(Arena& arena) const { return Scratch(sizes, group(), arena, true, this->all_heads()); }
 
-  // `ahead` here and below: where the sweep goes on, in rows.
+  // `ahead`, here and below: how many rows on the sweep goes on.
   Stream<const T*> gradient_rows(const Scratch& scratch, const Item& item, int64_t row, int tokens,
                                  int64_t ahead) const {
     return this->value_rows(problem.grad_y, item.batch, item.kv_head * group(), group(), row, tokens,
@@ -44,7 +44,7 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
            (item.batch * problem.heads + item.kv_head * group() + g) * problem.seqlen + row;
   }
 
-  // -grad_y . y of each query, 0 where nothing was divided.
+  // factors: -grad_y . y of each query, 0 where the op does not normalise.
   void dot_outputs(const Scratch& scratch, const Item& item, int64_t row, int tokens,
                    const Stream<const T*>& gradients, int64_t ahead) const {
     if (!problem.normalize) return this->clear(scratch.factors, group() * sizes.chunk);
@@ -62,9 +62,8 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
         return sum;
       });
   }
-  void clear(T* target, int64_t count) const { __builtin_memset(target, 0, count * sizeof(T)); }
 
-  // phi(q) r of the group's queries; and, backwards, what they add to m: m after each token.
+  // r phi(q) of the group's queries.
   void pack_weighted_queries(const Scratch& scratch, const Item& item, int64_t row, int tokens,
                              int64_t ahead) const {
     for (int64_t g = 0; g < group(); g++) {
@@ -76,6 +75,7 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
           store(queries + i * width() + e, load(queries + i * width() + e) * r[i]);
     }
   }
+  // M takes in the chunk's queries, from the last one on; after: [token][width] is M after each token.
   void sum_denominators(const Scratch& scratch, int tokens, T* m, T* after) const {
     for (int e = 0; e < width(); e += kWidth<T>) {
       Vector<T> sum = load(m + e);
@@ -88,7 +88,7 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
     }
   }
 
-  // From the gradient of phi in grad_tokens to that of q or k, and out.
+  // Makes the gradient of q or k of that of phi in grad_tokens, and writes it out.
   void finish(const Scratch& scratch, const TokenRows<T>& rows, int64_t place, const T* token_factor,
               const MutableRows& target, int64_t batch, int64_t head, int64_t row, int tokens) const {
     const bool query = place < group();
@@ -106,7 +106,7 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
     else
       with_element<T>(problem.dtype, write_out);
   }
-  // Sums for gamma and beta join rows of [2][feature_dim], and begin anew.
+  // The sums for gamma and beta join rows of [2][feature_dim], and begin anew.
   void move_affine(const Scratch& scratch, int64_t heads, T* target) const {
     for (int64_t i = 0; i < heads * 2; i++)
       for (int e = 0; e < sizes.feature_dim; e++)
@@ -118,7 +118,7 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
   }
   T* key_affine_of(const Item& item) const { return this->key_affine + item.number * 2 * sizes.feature_dim; }
 
-  // S or T in `turned`, and their denominators, as the sums of a long item have them.
+  // Brings S or T to `turned`, and z or M to `state`, as the sums of a long item have them.
   void take_sums(const Scratch& scratch) const {
     const LongSums<T>& sums = *scratch.long_sums[0];
     sums.copy(0, sizes.state_kv, scratch.turned);
@@ -127,11 +127,12 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
 
   // The state that a sweep begins with, the other way round.
   void start_turned(const Scratch& scratch, bool zero) const {
-    if (zero) return this->clear(scratch.turned, sizes.state_kv);  // for few tokens, turning it is most of all
+    if (zero)
+      return this->clear(scratch.turned, sizes.state_kv);  // of few tokens, turning it is most of the work
     turn_state(scratch.state, width(), sizes.value_columns, scratch.turned);
   }
 
-  // dq of a chunk; scratch.turned holds S before it, scratch.state z.
+  // grad q of a chunk. scratch.turned holds S before it, and scratch.state z.
   void query_chunk(const Item& item, const Scratch& scratch, int64_t row) const {
     T* z = scratch.state + sizes.state_kv;
     const int tokens = int(smaller<int64_t>(sizes.chunk, item.end - row));
@@ -170,8 +171,8 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
     }
   }
 
-  // dv of columns [begin, end) of a chunk and, where asked for, dk; scratch.state holds T and m after it, and
-  // where dk is asked for scratch.turned T.
+  // grad v of columns [begin, end) of a chunk and, with_keys, grad k. scratch.state holds T and M after the
+  // chunk; with_keys, scratch.turned holds T too.
   void key_chunk(const Item& item, const Scratch& scratch, int64_t row, bool with_keys, int begin,
                  int end) const {
     const BackwardProblem& p = problem;
@@ -217,7 +218,8 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
                        -sizes.chunk);
   }
 
-  // dq of `count` heads from that of `first` on; start_state(item, queries, state) as in the driver.
+  // grad q of `count` heads from that of `first` on. start_state(item, queries, state) brings the state
+  // before an item's queries, or after its keys.
   template <class Start>
   void sweep_queries(const Item& first, int64_t count, const Scratch& scratch,
                      const Start& start_state) const {
@@ -236,7 +238,7 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
       move_affine(own, group(), query_affine_of(item));
     });
   }
-  // dv of columns [begin, end) and, where asked for, dk.
+  // grad v of columns [begin, end) and, with_keys, grad k.
   template <class Start>
   void sweep_keys(const Item& first, int64_t count, const Scratch& scratch, const Start& start_state,
                   bool with_keys, int begin, int end) const {
@@ -255,13 +257,9 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
       this->for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {
         key_chunk(item, own, row, with_keys, begin, end);
       });
-    if (with_keys) write_key_sums(first, count, scratch);
-  }
-  // What the keys' sweep leaves of each head: the gradients of gamma and beta and of the initial state.
-  template <class AnyScratch>
-  void write_key_sums(const Item& first, int64_t count, const AnyScratch& scratch) const {
+    if (!with_keys) return;
     const MutableState& initial = problem.grad_initial_state;
-    this->for_heads(first, count, scratch, [&](const Item& item, const AnyScratch& own) {
+    this->for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {
       move_affine(own, 1, key_affine_of(item));
       if (item.first && initial.kv)
         export_state(sizes, own.state, initial, item.sequence * problem.kv_heads + item.kv_head);
@@ -269,7 +267,7 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
   }
 
   template <class Start>
-  void run_heads(const Item& first, int64_t count, const Scratch& scratch, const Start& start_state) const {
+  void run(const Item& first, int64_t count, const Scratch& scratch, const Start& start_state) const {
     if (first.part == 0)
       return sweep_keys(first, count, scratch, start_state, true, shared_columns, sizes.value_columns);
     sweep_queries(first, count, scratch, start_state);
@@ -279,7 +277,7 @@ struct ElementwiseBackward : ElementwiseCall<T, MostHeads>, GradientTargets<T> {
   void local_key_state(const Item& item, const Scratch& scratch, T* state) const {
     this->add_keys(item, scratch, state);
   }
-  // T and m that an item's queries leave behind, from zero.
+  // T and M that an item's queries leave behind, from zero.
   void local_query_state(const Item& item, const Scratch& scratch, T* state) const {
     this->sum_segment(item, scratch, state, [&](int64_t row, int tokens, T* target) {
       pack_weighted_queries(scratch, item, row, tokens, sizes.chunk);

@@ -1,6 +1,7 @@
 // What forward and backward of the elementwise maps share: a worker's scratch, the packing of a chunk's
-// tokens, and how the rows of a tensor become operands of a recurrence: as they lie in memory where they are
-// whole vectors of the accumulation type, else through a copy.
+// tokens, and how the rows of a tensor become operands of a recurrence. Rows that are whole vectors of the
+// accumulation type are operands where they lie, others go through a copy. It includes call.h, tokens/ and
+// recurrence.h.
 #pragma once
 
 #include "cpu/call.h"
@@ -10,18 +11,19 @@
 
 namespace rebased::cpu::REBASED_ISA {
 
+constexpr int64_t kMostHeads = 2;  // heads that a worker walks side by side, at most
+
 template <class T>
 struct ElementwiseScratch {
-  T *keys, *queries;       // phi: [token][width], [query head][token][width]
-  T *values, *rows;        // copies of v, of y or grad_y: [token][columns], [query head][token][columns]
-  T* outputs;              // of y or grad_v: like rows
-  T *affine, *statistics;  // [query heads, then the key][gamma, beta][width], [..][mean, rstd][token]
+  T *keys, *queries;       // phi of keys: [token][width], of queries: [query head][token][width]
+  T *values, *rows;        // copies of v: [token][columns], and of grad_y: [query head][token][columns]
+  T* outputs;              // y or grad_v before it is narrowed, or a copy of y: like rows
+  T *affine, *statistics;  // [query heads, then the key][gamma, beta][width], [same][mean, rstd][token]
   T* products;             // [token][kWidth]
-  T* factors;              // [query head][token]: r or grad_y . y
+  T* factors;              // [query head][token]: r, or in backward -grad_y . y
   T *grad_tokens, *normalized, *sums, *grad_affine;  // backward only
   T *state, *turned;
-  static constexpr int64_t kMostHeads = 8;
-  LongSums<T>* long_sums[kMostHeads];  // of each head's state, or of `turned` and the state's denominator
+  LongSums<T>* long_sums[kMostHeads];  // of each head's state, or of `turned` and z or M
 
   // heads: how many are walked side by side, each with a state, affine and grad_affine of its own.
   ElementwiseScratch(const Sizes<T>& s, int64_t group, Arena& arena, bool backward, int64_t heads = 1) {
@@ -46,24 +48,22 @@ struct ElementwiseScratch {
   }
 };
 
-// MostHeads: that a worker walks side by side.
-template <class T, int64_t MostHeads>
+template <class T>
 struct ElementwiseCall : Call<T> {
-  static_assert(MostHeads <= ElementwiseScratch<T>::kMostHeads);
-  using Call<T>::Call, Call<T>::base, Call<T>::sizes, Call<T>::statistics;
-  static constexpr int64_t kHeadsTogether = MostHeads;
+  using Scratch = ElementwiseScratch<T>;
+  using Call<T>::Call, Call<T>::base, Call<T>::sizes, Call<T>::statistics, Call<T>::group;
   static constexpr int64_t kStateBytes = 20 << 10;  // most of a state, of which each head has its own
 
-  // A head's row is a few cache lines. Where those of the other heads lie between it and its next row, heads
-  // are walked side by side: that is one stream, which the hardware follows.
+  // A head's row is a few cache lines. Where the rows of the other heads lie between it and its next row,
+  // heads are walked side by side: together they are one stream, which the hardware follows.
   int64_t all_heads() const {
     const bool rows_apart = base.v.head_stride < base.v.row_stride;
     const bool small = sizes.state_size * int64_t(sizeof(T)) <= kStateBytes;
-    return rows_apart && small ? smaller(kHeadsTogether, base.kv_heads) : 1;
+    return rows_apart && small ? smaller(kMostHeads, base.kv_heads) : 1;
   }
   int64_t heads_together(int threads) const { return this->schedule.heads_together(threads, all_heads()); }
-  // body(item, scratch) for `count` heads from that of `first` on.
-  template <class Scratch, class Body>
+  // Calls body(item, scratch) for `count` heads from that of `first` on.
+  template <class Body>
   void for_heads(const Item& first, int64_t count, const Scratch& scratch, const Body& body) const {
     for (int64_t n = 0; n < count; n++) {
       Scratch own = scratch;
@@ -72,11 +72,9 @@ struct ElementwiseCall : Call<T> {
     }
   }
 
-  int64_t group() const { return base.heads / base.kv_heads; }
-  int64_t all_groups() const { return base.kv_heads ? group() : 0; }  // of a worker's scratch
   int width() const { return sizes.feature_pad; }
 
-  // Operands in scratch, [token][row_width].
+  // Operands in scratch: [token][row_width].
   template <class Pointer>
   Stream<Pointer> packed(Pointer data, int row_width) const {
     return {data, row_width, int64_t(sizes.chunk) * row_width, 0};
@@ -87,8 +85,8 @@ struct ElementwiseCall : Call<T> {
   }
   bool in_place() const { return is_accumulator<T>(base.dtype) && sizes.head_dim % kWidth<T> == 0; }
 
-  // `count` heads of v, y or grad_y from `head` on, one chunk; the part of the columns that is worked on. The
-  // rows that lie `ahead` of each are fetched meanwhile.
+  // A chunk of v, y or grad_y: `count` heads from `head` on, and the part of the columns that is worked on.
+  // The rows that lie `ahead` rows on are fetched meanwhile.
   Stream<const T*> value_rows(const ConstRows& source, int64_t batch, int64_t head, int64_t count,
                               int64_t row, int tokens, T* copy, int64_t ahead) const {
     const int64_t offset = row * source.row_stride + sizes.first_column;
@@ -119,7 +117,7 @@ struct ElementwiseCall : Call<T> {
     return {static_cast<T*>(target.data) + offset + sizes.first_column, target.row_stride, target.head_stride,
             ahead * target.row_stride};
   }
-  // Columns [begin, end), of those that are worked on.
+  // Brings columns [begin, end), of those that are worked on, from the copy to the tensor.
   void write_values(const MutableRows& target, int64_t batch, int64_t head, int64_t count, int64_t row,
                     int tokens, const T* copy, int begin, int end, int64_t ahead) const {
     if (in_place()) return;
@@ -139,7 +137,7 @@ struct ElementwiseCall : Call<T> {
     });
   }
 
-  // gamma and beta of an item's heads, padded; once per item.
+  // gamma and beta of an item's heads, padded: made once an item.
   void pad_affine(const ElementwiseScratch<T>& scratch, const Item& item) const {
     for (int64_t place = 0; place <= group(); place++) {
       const bool query = place < group();
@@ -186,6 +184,7 @@ struct ElementwiseCall : Call<T> {
     return scratch.queries + place * sizes.chunk * width();
   }
 
+  // z += phi(k), summed apart from zero.
   void add_keys_apart(const ElementwiseScratch<T>& scratch, int tokens, T* z) const {
     for (int e = 0; e < width(); e += kWidth<T>) {
       Vector<T> even{}, odd{};  // one sum alone would wait for itself
@@ -198,8 +197,8 @@ struct ElementwiseCall : Call<T> {
       store(z + e, load(z + e) + (even + odd));
     }
   }
-  // A segment's own sums, from zero: these go to add(state) chunk by chunk, in a long item to `recent`
-  // instead.
+  // The state that an item's rows add up to, from zero: add(row, tokens, state) adds a chunk, in a long item
+  // to `recent` instead of the state.
   template <class Add>
   void sum_segment(const Item& item, const ElementwiseScratch<T>& scratch, T* state, const Add& add) const {
     LongSums<T>& sums = *scratch.long_sums[0];

@@ -1,30 +1,29 @@
-// Forward of one item of the elementwise maps: token by token, S += phi(k) v^T, z += phi(k), then
-// y = phi(q) S / (phi(q) z + eps), a chunk at a time. The division is made in phi(q), so that the recurrence
-// writes y itself.
+// Forward of one item of the elementwise maps, token by token and a chunk of tokens at a time:
+//   S += phi(k) v^T,  z += phi(k),  then  y = phi(q) S / (phi(q) z + eps)
+// The division is made in phi(q), so that the recurrence writes y itself. It includes recurrent/common.h
+// alone.
 #pragma once
 
 #include "cpu/recurrent/common.h"
 
 namespace rebased::cpu::REBASED_ISA {
 
-template <class T, int64_t MostHeads = 2>
-struct ElementwiseForward : ElementwiseCall<T, MostHeads> {
+template <class T>
+struct ElementwiseForward : ElementwiseCall<T> {
   using Scratch = ElementwiseScratch<T>;
-  using Base = ElementwiseCall<T, MostHeads>;
+  using Base = ElementwiseCall<T>;
   using Base::sizes, Base::group, Base::width;
   const ForwardProblem& problem;
 
   ElementwiseForward(const ForwardProblem& p, int threads, Arena& arena, bool needs_state, int64_t parts)
       : Base(p, threads, arena, needs_state, parts), problem(p) {}
-  Scratch scratch(Arena& arena) const {
-    return Scratch(sizes, this->all_groups(), arena, false, this->all_heads());
-  }
+  Scratch scratch(Arena& arena) const { return Scratch(sizes, group(), arena, false, this->all_heads()); }
 
   void local_state(const Item& item, const Scratch& scratch, T* state) const {
     this->add_keys(item, scratch, state);
   }
 
-  // r of every query of the chunk, and phi(q) times it; z takes the chunk's keys in.
+  // Makes r of every query of the chunk and multiplies phi(q) by it; z takes in the chunk's keys.
   void divide(const Scratch& scratch, const Item& item, int64_t row, int tokens) const {
     const ForwardProblem& p = problem;
     T* z = scratch.state + sizes.state_kv;
@@ -78,9 +77,9 @@ struct ElementwiseForward : ElementwiseCall<T, MostHeads> {
                        sizes.value_columns, sizes.chunk);
   }
 
-  // `count` heads from that of `first` on; start_state(item, state) brings the state before an item.
+  // Runs `count` heads from that of `first` on. start_state(item, state) brings the state before an item.
   template <class Start>
-  void run_heads(const Item& first, int64_t count, const Scratch& scratch, const Start& start_state) const {
+  void run(const Item& first, int64_t count, const Scratch& scratch, const Start& start_state) const {
     this->for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {
       start_state(item, own.state);
       own.long_sums[0]->start(sizes, item.end - item.begin, own.state);
@@ -89,9 +88,6 @@ struct ElementwiseForward : ElementwiseCall<T, MostHeads> {
     for (int64_t row = first.begin; row < first.end; row += sizes.chunk)
       this->for_heads(first, count, scratch,
                       [&](const Item& item, const Scratch& own) { run_chunk(item, own, row); });
-    write_states(first, count, scratch);
-  }
-  void write_states(const Item& first, int64_t count, const Scratch& scratch) const {
     const MutableState& target = problem.final_state;
     if (!first.last || !target.kv) return;
     this->for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {

@@ -1,10 +1,11 @@
-// The one inner loop of the elementwise maps: a state of F x head_dim walked token by token,
-//   state += rows(token) lanes(token)^T, for each update;   sums(token) (+)= rows(token)^T state, for each
-//   query
-// where `rows` are scalars and `lanes` vectors. A tile of the state stays in registers for a whole chunk, so
-// that the only loads are the operands: 2 F head_dim multiply-adds a token and query, no scores, no
-// transposes. A state lies either way round: lanes are value columns (y, dv) or
-// features (dq, dk, whose sums run over the columns), so no product ever sums over lanes.
+// The one inner loop of the elementwise maps: a state of F x head_dim walked token by token. For each token,
+//   state += rows lanes^T             once for each of its updates
+//   sums = or += rows^T state         once for each of its queries
+// where `rows` are scalars and `lanes` are vectors. A tile of the state stays in registers for a whole chunk,
+// so that the only loads are the operands: 2 F head_dim multiply-adds a token and query, no scores, no
+// transposes. A state lies either way round: lanes are value columns for y and grad v, or features for grad q
+// and grad k, whose sums run over the columns; so no product ever sums over lanes. It includes schedule.h
+// alone.
 #pragma once
 
 #include "cpu/schedule.h"
@@ -16,25 +17,52 @@ namespace rebased::cpu::REBASED_ISA {
 constexpr int kStateRows = REBASED_VECTOR_BYTES == 64 ? 16 : 4,
               kStateVectors = REBASED_VECTOR_BYTES == 64 ? 1 : 2;
 
-// One row a token and head, from the token that is processed first; strides may be negative.
+// One row for each token and head. `data` is at the token that is processed first; strides may be negative.
 template <class Pointer>
 struct Stream {
   Pointer data;
   int64_t token_stride, head_stride;
-  int64_t ahead;  // elements on to what is fetched into the cache meanwhile; 0: nothing
+  int64_t ahead;  // how many elements on the row lies that is fetched into the cache meanwhile; 0: none is
 
   Stream from(int64_t column) const { return {data + column, token_stride, head_stride, ahead}; }
 };
 
 template <class T>
 struct Recurrence {
-  int tokens, rows, lanes;  // rows and lanes: whole vectors
+  int tokens, rows, lanes;  // rows and lanes are rounded up to whole vectors
   int updates, queries;     // of each token
   Stream<const T*> update_rows, update_lanes, query_rows;
   Stream<T*> sums;
-  bool accumulate;  // sums begin with what stands there
+  bool accumulate;  // whether sums begin with what stands there
   T* state;         // [panel of lanes][rows][columns of the panel]
 };
+
+// A tile of the state, [Rows][NV vectors], from memory and back.
+template <class T, int Rows, int NV>
+REBASED_INLINE void load_tile(Vector<T> (&tile)[Rows][NV], const T* state, int64_t stride) {
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; n++) tile[r][n] = load(state + r * stride + n * kWidth<T>);
+}
+template <class T, int Rows, int NV>
+REBASED_INLINE void store_tile(const Vector<T> (&tile)[Rows][NV], T* state, int64_t stride) {
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; n++) store(state + r * stride + n * kWidth<T>, tile[r][n]);
+}
+// The tile takes in a token: Rows scalars of a times NV vectors of b.
+template <class T, int Rows, int NV>
+REBASED_INLINE void update_tile(Vector<T> (&tile)[Rows][NV], const T* a, const T* b) {
+  Vector<T> columns[NV];
+#pragma GCC unroll 2
+  for (int n = 0; n < NV; n++) columns[n] = load(b + n * kWidth<T>);
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; r++)
+#pragma GCC unroll 2
+    for (int n = 0; n < NV; n++) tile[r][n] += a[r] * columns[n];
+}
 
 template <class T, int Rows, int NV, bool Single>
 inline void recur_tile(const Recurrence<T>& call, bool accumulate, int row, int lane, T* state,
@@ -45,23 +73,14 @@ inline void recur_tile(const Recurrence<T>& call, bool accumulate, int row, int 
   const Stream<T*> sums = call.sums.from(lane);
   const int updates = Single ? 1 : call.updates, queries = Single ? 1 : call.queries;
   Vector<T> tile[Rows][NV];
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 2
-    for (int n = 0; n < NV; n++) tile[r][n] = load(state + r * stride + n * kWidth<T>);
+  load_tile<T>(tile, state, stride);
   for (int64_t token = 0; token < call.tokens; token++) {
     for (int64_t head = 0; head < updates; head++) {
       const T* a = update_rows.data + token * update_rows.token_stride + head * update_rows.head_stride;
       const T* b = update_lanes.data + token * update_lanes.token_stride + head * update_lanes.head_stride;
       __builtin_prefetch(a + update_rows.ahead, 0, 2);
       __builtin_prefetch(b + update_lanes.ahead, 0, 2);
-      Vector<T> columns[NV];
-#pragma GCC unroll 2
-      for (int n = 0; n < NV; n++) columns[n] = load(b + n * kWidth<T>);
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 2
-        for (int n = 0; n < NV; n++) tile[r][n] += a[r] * columns[n];
+      update_tile<T>(tile, a, b);
     }
     for (int64_t head = 0; head < queries; head++) {
       const T* a = query_rows.data + token * query_rows.token_stride + head * query_rows.head_stride;
@@ -80,40 +99,26 @@ inline void recur_tile(const Recurrence<T>& call, bool accumulate, int row, int 
       for (int n = 0; n < NV; n++) store(target + n * kWidth<T>, sum[0][n] + sum[1][n]);
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 2
-    for (int n = 0; n < NV; n++) store(state + r * stride + n * kWidth<T>, tile[r][n]);
+  store_tile<T>(tile, state, stride);
 }
 
-// The updates alone, of one head: a plain sum of products, with nothing between the multiply-adds.
+// The updates of one head alone: a plain sum of products, with nothing between the multiply-adds.
 template <class T, int Rows, int NV>
-inline void update_tile(int64_t tokens, const Stream<const T*>& rows, const Stream<const T*>& lanes, T* state,
-                        int64_t stride) {
+inline void update_state_tile(int64_t tokens, const Stream<const T*>& rows, const Stream<const T*>& lanes,
+                              T* state, int64_t stride) {
   Vector<T> tile[Rows][NV];
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 2
-    for (int n = 0; n < NV; n++) tile[r][n] = load(state + r * stride + n * kWidth<T>);
+  load_tile<T>(tile, state, stride);
   const T *a = rows.data, *b = lanes.data;
 #pragma GCC unroll 4
   for (int64_t token = 0; token < tokens; token++) {
-    Vector<T> columns[NV];
-#pragma GCC unroll 2
-    for (int n = 0; n < NV; n++) columns[n] = load(b + n * kWidth<T>);
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 2
-      for (int n = 0; n < NV; n++) tile[r][n] += a[r] * columns[n];
+    update_tile<T>(tile, a, b);
     a += rows.token_stride, b += lanes.token_stride;
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; r++)
-#pragma GCC unroll 2
-    for (int n = 0; n < NV; n++) store(state + r * stride + n * kWidth<T>, tile[r][n]);
+  store_tile<T>(tile, state, stride);
 }
 
-// body(Constant<rows of the tile>, Constant<its vectors>, row, lane, its place in the state, its stride)
+// Calls body(Constant<rows>, Constant<vectors>, row, lane, tile, stride) for each tile of a state: its size,
+// where it begins, its first element and how far its rows are apart.
 template <class T, class Body>
 REBASED_INLINE void for_state_tiles(const Recurrence<T>& call, T* state, const Body& body) {
   for_panels<T>(call.lanes, [&](auto vectors, int column) {
@@ -148,18 +153,18 @@ inline void recur(const Recurrence<T>& call) {
     recur<T, false>(call);
 }
 
-// What the updates of a recurrence add to its state, added to another one.
+// Adds what the updates of a recurrence add to its own state to another state.
 template <class T>
 inline void add_updates(const Recurrence<T>& call, T* state) {
   for (int64_t head = 0; head < call.updates; head++)
     for_state_tiles<T>(call, state, [&](auto rows, auto vectors, int row, int lane, T* tile, int stride) {
       const Stream<const T*> a = call.update_rows.from(row + head * call.update_rows.head_stride),
                              b = call.update_lanes.from(lane + head * call.update_lanes.head_stride);
-      update_tile<T, decltype(rows)::value, decltype(vectors)::value>(call.tokens, a, b, tile, stride);
+      update_state_tile<T, decltype(rows)::value, decltype(vectors)::value>(call.tokens, a, b, tile, stride);
     });
 }
 
-// A state of rows x lanes turned the other way round.
+// turned: a state of rows x lanes the other way round.
 template <class T>
 inline void turn_state(const T* state, int rows, int lanes, T* turned) {
   const auto panels = [](int all_rows, int all_lanes, int row, int lane) {

@@ -1,24 +1,26 @@
-// The products of bf16_products.h on AMX tiles, eight registers of 16 rows of 64 bytes: two by two of them
-// hold sums in float32, the others operands, pairs along the summed index as everywhere:
+// The products of bf16_products.h on AMX tiles. It includes what is in simd/ alone and knows neither states
+// nor chunks.
+//
+// A tile is a register of 16 rows of 64 bytes, and there are eight. Four of them hold the float32 sums of two
+// by two tiles, the others hold operands, which are pairs along the summed index as everywhere:
 //   a  rows of 16 pairs       b  16 rows, one for each pair, of 16 columns
-// So a's rows are tokens or features and its pairs lie side by side: what has tokens as lanes is transposed.
+// The rows of a are tokens or features and its pairs lie side by side, so what has tokens as lanes is
+// transposed first.
 #pragma once
 
 #include "cpu/simd/bf16_products.h"
 
 namespace rebased::cpu::REBASED_ISA {
 
-constexpr int kTile = 16;                      // rows, and columns or pairs, of one register
-constexpr int kProductRows = 2 * kTile;        // rows of one product
+constexpr int kTile = 16;  // rows, and columns or pairs, of one register
+static_assert(kProductRows == 2 * kTile);
 static_assert(kProductRows == kLanes<float>);  // a block of tokens
-static_assert(kFeatureMultiple % kProductRows == 0);
 
-// The registers can be used while one lives. Halves: registers 6 and 7 are an a and a b of kTile / 2 pairs.
+// The registers can be used while an object of this type lives.
 struct AmxRegisters {
-  explicit AmxRegisters(bool halves = false) {
+  AmxRegisters() {
     alignas(64) uint8_t configuration[64] = {1};  // palette 1
     for (int i = 0; i < 8; i++) configuration[16 + 2 * i] = 64, configuration[48 + i] = kTile;
-    if (halves) configuration[16 + 2 * 6] = 32, configuration[48 + 7] = kTile / 2;
     // GCC takes the instruction to read eight bytes and may leave the others unwritten
     asm volatile("" ::"r"(configuration) : "memory");
     _tile_loadconfig(configuration);
@@ -67,9 +69,17 @@ REBASED_INLINE void multiply_tiles(float* c, const uint32_t* a, int a_stride, co
   }
   asm volatile("" ::: "memory");
 }
+template <int NV>
+REBASED_INLINE void multiply_tiles(float* c, bool add, const uint32_t* a, int a_stride, const uint32_t* b,
+                                   int pairs) {
+  if (add)
+    multiply_tiles<NV, true>(c, a, a_stride, b, pairs);
+  else
+    multiply_tiles<NV, false>(c, a, a_stride, b, pairs);
+}
 
-// target[lane][kTile pairs], rows `stride` pairs apart, of the kTile pairs of kTile lanes that pairs(i)
-// gives.
+// target[lane][kTile pairs], whose rows lie `stride` pairs apart, takes kTile pairs of kTile lanes: pairs(i)
+// gives pair i of all these lanes.
 template <class Pairs>
 REBASED_INLINE void store_transposed(uint32_t* target, int stride, const Pairs& pairs) {
   FloatVector rows[kTile];
@@ -79,5 +89,31 @@ REBASED_INLINE void store_transposed(uint32_t* target, int stride, const Pairs& 
 #pragma GCC unroll 16
   for (int i = 0; i < kTile; i++) store_pairs(target + i * stride, (Uint32Vector)rows[i]);
 }
+
+// VectorProducts of bf16_products.h on tiles. Values fill whole panels, numbers of pairs are multiples of
+// kTile, and tokens that a chunk lacks are pairs of zeros, since a product takes whole blocks.
+struct TileProducts {
+  template <int NV>
+  REBASED_INLINE static void add_tokens(float* sums, int rows, const uint32_t* a, const uint32_t* b) {
+    constexpr int columns = NV * kTile, half = kLanes<float> / 2;
+    for (int first = 0; first < rows; first += kLanes<float>)
+      multiply_tiles<NV, true>(sums, a + first / 2 * kProductRows, half, b + first / 2 * columns, half);
+  }
+
+  // The operand lies as [kLanes][stride], of which the first `pairs` are written.
+  template <class Body>
+  REBASED_INLINE static void pack_block(int pairs, int stride, uint32_t* target, const Body& body) {
+    for (int i = 0; i < pairs; i += kTile)
+#pragma GCC unroll 2
+      for (int n = 0; n < kLanes<float>; n += kTile)
+        store_transposed(target + n * stride + i, stride, [&](int k) { return body(i + k, n); });
+  }
+  template <int NV>
+  REBASED_INLINE static void multiply_block(float* sums, bool add, int pairs, int stride, const uint32_t* a,
+                                            const uint32_t* b, PrefetchQueue* queue) {
+    queue->advance();
+    multiply_tiles<NV>(sums, add, a, stride, b, pairs);
+  }
+};
 
 }  // namespace rebased::cpu::REBASED_ISA

@@ -1,5 +1,5 @@
-// Reading and writing tensors of every dtype as vectors of the accumulation type, a partial vector at the
-// end of a row included; rows to transposed blocks and back; rows to panels and back.
+// Tensors of every dtype as vectors of the accumulation type, read and written: a partial vector at the end
+// of a row, rows as transposed blocks, rows as panels. It includes simd.h and the dtypes of op/ alone.
 #pragma once
 
 #include "cpu/simd/simd.h"
@@ -173,7 +173,7 @@ inline void read_transposed(const E* source, int64_t stride, int rows, int width
         if (e < count) store(block + e * kLanes<T>, square[e]);
     }
 }
-// The other way round.
+// read_transposed the other way round: rows of `target` from a transposed block.
 template <class T, class E>
 inline void write_transposed(const T* source, int rows, int width, E* target, int64_t stride) {
   for (int n = 0; n < kLanes<T> && n < rows; n += kWidth<T>)
@@ -190,8 +190,8 @@ inline void write_transposed(const T* source, int rows, int width, E* target, in
     }
 }
 
-// Panels of values: [panel][panel_rows][kLanes], the last one [panel_rows][kWidth] where that is enough.
-// Columns past `width` are zero.
+// Rows as panels of values: [panel][panel_rows][kLanes], where the last panel is [panel_rows][kWidth] if that
+// is enough. Columns past `width` are zero.
 template <class T, class E>
 inline void read_panels(const E* source, int64_t stride, int rows, int width, int panel_rows, T* target) {
   const int whole = width - width % kLanes<T>;

@@ -1,8 +1,8 @@
 // The one inner loop: a tile of kRows rows of NV vectors, held in registers, that takes in products
 //   tile[r][:] += sum_k a(r, k) * b[k][:]
-// where a is read one scalar at a time from either layout and b by whole vectors. Every product of the
-// backend (scores, values, states, all gradients) is made of these calls; strides are compile-time so that
-// every address is a displacement.
+// where a is read one scalar at a time from either layout and b by whole vectors. Every float32 and float64
+// product of chunked/ is made of these calls: scores, values, states and all gradients. Strides are known to
+// the compiler, so that every address is a displacement. It includes simd.h alone.
 #pragma once
 
 #include "cpu/simd/simd.h"
@@ -26,6 +26,13 @@ struct Tile {
 #pragma GCC unroll 2
       for (int n = 0; n < NV; n++) sum[r][n] = load(source + r * stride + n * kWidth<T>);
   }
+  // From rows that hold earlier sums, or from zero.
+  REBASED_INLINE void start(bool from_rows, const T* source, int64_t stride) {
+    if (from_rows)
+      load_rows(source, stride);
+    else
+      zero();
+  }
   REBASED_INLINE void add_rows(const T* source, int64_t stride) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++)
@@ -37,6 +44,26 @@ struct Tile {
     for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 2
       for (int n = 0; n < NV; n++) store(target + r * stride + n * kWidth<T>, sum[r][n]);
+  }
+
+  // sum[r][n] = or += rows[r] columns[n]
+  REBASED_INLINE void set_outer(const T* rows, const Vector<T>* columns) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) sum[r][n] = rows[r] * columns[n];
+  }
+  REBASED_INLINE void add_outer(const T* rows, const Vector<T>* columns) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) sum[r][n] += rows[r] * columns[n];
+  }
+  REBASED_INLINE void scale_rows(const T* factors) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 2
+      for (int n = 0; n < NV; n++) sum[r][n] *= factors[r];
   }
 
   // a(r, k) = a[r * RowStride + k * DepthStride], b[k][:] = b + k * ColumnStride
@@ -65,12 +92,12 @@ struct Tile {
 #pragma GCC unroll 2
       for (int n = 0; n < NV; n++) sum[r][n] = tile[r][n];
   }
-  // a as [k][RowsOfBlock], tokens or features along a row
+  // a lies as [k][Stride]: the rows r are side by side.
   template <int Stride, int ColumnStride = kColumns>
   REBASED_INLINE void multiply_transposed(int depth, const T* a, const T* b) {
     multiply<1, Stride, ColumnStride>(depth, a, b);
   }
-  // a as [r][Stride]
+  // a lies as [r][Stride]: the summed index is side by side.
   template <int Stride, int ColumnStride = kColumns>
   REBASED_INLINE void multiply_rows(int depth, const T* a, const T* b) {
     multiply<Stride, 1, ColumnStride>(depth, a, b);

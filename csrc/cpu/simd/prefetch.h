@@ -1,6 +1,7 @@
 // Prefetching the rows that a sweep packs next, a few cache lines at a time between the tiles of the current
 // chunk: rows are short and sweeps also run backwards, which the hardware does not follow, and all lines of a
-// chunk at once would fill the miss queue and stall. Addresses past a tensor's end are harmless.
+// chunk at once would fill the miss queue and stall. Addresses past a tensor's end are harmless. It includes
+// simd.h alone.
 #pragma once
 
 #include "cpu/simd/simd.h"
@@ -13,14 +14,15 @@ class PrefetchQueue {
   void add(uintptr_t rows, int64_t stride_bytes, int64_t count, int64_t row_bytes) {
     if (count_ < kRanges) ranges_[count_++] = {rows, stride_bytes, count, row_bytes};
   }
-  // Between two tiles.
+  // To be called between two tiles.
   REBASED_INLINE void advance() {
     if (next_ < count_) issue();
   }
 
  private:
   static constexpr int kRanges = 8;
-  // Lines of one advance, rounded up to whole rows: as few as a chunk's tiles allow, and AMX has few tiles.
+  // Cache lines of one advance, rounded up to whole rows. They are as few as a chunk's tiles allow; AMX has
+  // few tiles.
 #if defined(__AMX_BF16__)
   static constexpr int kLines = 32;
 #else
@@ -45,7 +47,7 @@ class PrefetchQueue {
   Range ranges_[kRanges];
 };
 
-// How far on the next rows lie, and who fetches them; by default nobody.
+// How many rows on the next ones lie, and the queue that fetches them; without a queue nobody does.
 struct Ahead {
   PrefetchQueue* queue = nullptr;
   int64_t rows = 0;

@@ -1,9 +1,10 @@
 // The vector type of one instruction set: GCC vector extensions of REBASED_VECTOR_BYTES, and the few
-// operations on whole vectors that operators do not give.
+// operations on whole vectors that operators do not give. It includes the compiler's intrinsics and nothing
+// of the backend.
 //
-// Everything in the headers of this folder that becomes code lives in namespace rebased::cpu::REBASED_ISA,
-// and no std:: template is used: an inline function compiled for AVX-512 under a shared name could be the
-// copy that the linker keeps for every other translation unit.
+// Everything in the headers of csrc/cpu that becomes code lives in namespace rebased::cpu::REBASED_ISA, and
+// no std:: template is used: an inline function compiled for AVX-512 under a shared name could be the copy
+// that the linker keeps for every other translation unit.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +19,7 @@
 #endif
 
 #define REBASED_INLINE inline __attribute__((always_inline))
+#define REBASED_INLINE_LAMBDA __attribute__((always_inline))  // after a lambda's parameters
 
 namespace rebased::cpu::REBASED_ISA {
 
@@ -48,16 +50,17 @@ using IntVector = typename Simd<T>::IntVector;
 
 template <class T>
 constexpr int kWidth = REBASED_VECTOR_BYTES / int(sizeof(T));  // elements of a vector
-constexpr int kVectors = 2;                                    // vectors side by side in a tile
+constexpr int kVectors = 2;                                    // side by side in a tile
 template <class T>
 constexpr int kLanes = kVectors * kWidth<T>;  // tokens of a block, and columns of a panel of values
-// Rows of a tile: kRows * kVectors accumulators and kVectors operands fill the register file.
+// Rows of a tile: half of the registers hold its kRows * kVectors sums, so that operands find room in the
+// others.
 constexpr int kRows = REBASED_VECTOR_BYTES == 64 ? 8 : 4;
-// Features are padded to whole tiles: with AMX to whole products of amx_products.h.
+// Rows of one product with a state, to which features are padded: one tile, or with AMX two by two registers.
 #if defined(__AMX_BF16__)
-constexpr int kFeatureMultiple = 32;
+constexpr int kProductRows = 32;
 #else
-constexpr int kFeatureMultiple = kRows;
+constexpr int kProductRows = kRows;
 #endif
 
 template <class T>
@@ -154,7 +157,7 @@ REBASED_INLINE T horizontal_sum(Vector<T> v) {
         fold<T, Distance>(v, std::make_integer_sequence<int, kWidth<T>>{}));
 }
 
-// Adds up lanes l, l + Distance, l + 2 Distance, ...
+// Lane l of the result: the sum of lanes l, l + Distance, l + 2 Distance, ...
 template <class T, int Distance>
 REBASED_INLINE Vector<T> fold_lanes(Vector<T> v) {
   if constexpr (Distance == kWidth<T>)
@@ -210,8 +213,8 @@ REBASED_INLINE void add_row_sums(Vector<T>* rows, T* target) {
   }
 }
 
-// exp(x) for x <= 0, to about 1 unit in the last place; below the smallest normal number it stays there.
-// 2^n exp(r) with |r| <= ln(2) / 2 and the Taylor polynomial of exp.
+// exp(x) for x <= 0, to about 1 unit in the last place, and never below the smallest normal number: it is
+// 2^n exp(r) with |r| <= ln(2) / 2, where exp(r) is a Taylor polynomial.
 template <class T>
 REBASED_INLINE Vector<T> exp_nonpositive(Vector<T> x) {
   constexpr bool single = sizeof(T) == 4;

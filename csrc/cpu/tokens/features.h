@@ -1,4 +1,5 @@
-// phi of a block of tokens, the state's update, import and export, and the gradient of phi.
+// The features of the polynomial maps: phi of a block of tokens, the state's update, import and export, and
+// the gradient of phi. It includes simd/ and tokens/ and knows neither chunks' order nor items.
 #pragma once
 
 #include "cpu/simd/microkernel.h"
@@ -7,7 +8,8 @@
 
 namespace rebased::cpu::REBASED_ISA {
 
-// The features of a tile, pairs[0 .. kRows): target[r][kLanes]; body(r, n, phi) sees each vector on its way.
+// The features pairs[0 .. kRows) of a block, target: [kRows][kLanes]. body(r, n, phi) sees each vector on its
+// way.
 template <class T, bool Weighted, class Body>
 REBASED_INLINE void feature_tile(const FeaturePair<T>* pairs, const T* X, T* target, const Body& body) {
 #pragma GCC unroll 8
@@ -24,10 +26,18 @@ REBASED_INLINE void feature_tile(const FeaturePair<T>* pairs, const T* X, T* tar
   }
 }
 
-// state += sum over the chunk's tokens of phi(token) values^T. `tokens` is q' or k' of the chunk; Weighted
-// puts the query's weights on; token_weights (by token of the chunk, null: 1) goes with the denominator's
-// state only. Long: the sum goes to `sums`, and the state is made of these. features: scratch,
-// [block][kRows][kLanes].
+// The weights of a block's tokens; null: 1.
+template <class T>
+REBASED_INLINE void load_weights(const T* token_weights, Vector<T> (&weights)[kVectors]) {
+#pragma GCC unroll 2
+  for (int n = 0; n < kVectors; n++)
+    weights[n] = token_weights ? load(token_weights + n * kWidth<T>) : broadcast<T>(1);
+}
+
+// state += sum over the chunk's tokens of phi(token) values^T. `tokens` is q' or k' of the chunk. Weighted
+// puts the query's weights on the features; token_weights, by token of the chunk and null for 1, are factors
+// of the denominator's sum alone. Long: the sum goes to `sums`, and the state is made of these. features is
+// scratch: [block][kRows][kLanes].
 template <class T, bool Weighted, bool Long>
 inline void update_state_as(const Sizes<T>& s, const FeaturePair<T>* pairs, const T* tokens,
                             const T* token_weights, const T* values, int rows, T* state, LongSums<T>* sums,
@@ -43,9 +53,7 @@ inline void update_state_as(const Sizes<T>& s, const FeaturePair<T>* pairs, cons
     for (int r = 0; r < kRows; r++) phi_sums[r] = Vector<T>{};
     for (int b = 0; b < blocks; b++) {
       Vector<T> weights[kVectors];
-#pragma GCC unroll 2
-      for (int n = 0; n < kVectors; n++)
-        weights[n] = token_weights ? load(token_weights + b * kLanes<T> + n * kWidth<T>) : broadcast<T>(1);
+      load_weights(token_weights ? token_weights + b * kLanes<T> : nullptr, weights);
       feature_tile<T, Weighted>(pairs + f, tokens + b * token_block, features + b * phi_block,
                                 [&](int r, int n, Vector<T> phi) { phi_sums[r] += phi * weights[n]; });
     }
@@ -78,7 +86,8 @@ inline void update_state(const Sizes<T>& s, const FeaturePair<T>* pairs, const T
   update(s, pairs, tokens, token_weights, values, rows, state, sums, features, queue);
 }
 
-// Public states are [feature][head_dim] and [feature], without padding. Null: zero.
+// The state of this backend from a public one, which is [feature][head_dim] and [feature] without padding. A
+// null source is zero.
 template <class T>
 inline void import_state(const Sizes<T>& s, const ConstState& source, int64_t number, T* state) {
   for (int64_t i = 0; i < s.state_size; i++) state[i] = 0;
@@ -88,6 +97,7 @@ inline void import_state(const Sizes<T>& s, const ConstState& source, int64_t nu
   read_panels<T>(kv, s.all_columns, s.features, s.head_dim, s.feature_pad, state);
   for (int f = 0; f < s.features; f++) state[s.state_kv + f] = k[f];
 }
+// The other way round.
 template <class T>
 inline void export_state(const Sizes<T>& s, const T* state, const MutableState& target, int64_t number) {
   T* kv = static_cast<T*>(target.kv) + number * s.features * s.all_columns + s.first_column;
@@ -96,7 +106,7 @@ inline void export_state(const Sizes<T>& s, const T* state, const MutableState& 
   for (int f = 0; f < s.features && s.first_column == 0; f++) k[f] = state[s.state_kv + f];
 }
 
-// dX += (d phi / d X)^T tile, tile the gradients of kRows features.
+// dX += (d phi / d X)^T tile, where the tile holds the gradients of kRows features.
 template <class T, bool Weighted>
 REBASED_INLINE void add_feature_gradient(const FeaturePair<T>* pairs, const Tile<T, kVectors>& tile,
                                          const T* X, T* dX) {
@@ -115,21 +125,17 @@ REBASED_INLINE void add_feature_gradient(const FeaturePair<T>* pairs, const Tile
 }
 
 // dX += (d phi / d X)^T (state values^T + state_k token_weights^T) for a block: the part of the gradient of
-// q' or k' that comes through a state. values: [value_columns][kLanes], transposed. Weighted as above, for
-// states without weights.
+// q' or k' that comes through a state. values: [value_columns][kLanes], transposed. Weighted puts the query's
+// weights on, for a state that has none.
 template <class T, bool Weighted>
 inline void state_gradient(const Sizes<T>& s, const FeaturePair<T>* pairs, const T* state, const T* values,
                            const T* token_weights, const T* X, T* dX, PrefetchQueue* queue) {
   Vector<T> weights[kVectors];
-  for (int n = 0; n < kVectors; n++)
-    weights[n] = token_weights ? load(token_weights + n * kWidth<T>) : broadcast<T>(1);
+  load_weights(token_weights, weights);
   for (int f = 0; f < s.feature_pad; f += kRows) {
     queue->advance();
     Tile<T, kVectors> tile;
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; r++)
-#pragma GCC unroll 2
-      for (int n = 0; n < kVectors; n++) tile.sum[r][n] = state[s.state_kv + f + r] * weights[n];
+    tile.set_outer(state + s.state_kv + f, weights);
     for_panels<T>(s.value_columns, [&](auto vectors, int column) {
       constexpr int columns = decltype(vectors)::value * kWidth<T>;
       tile.template multiply_rows<columns>(columns, state + int64_t(column) * s.feature_pad + f * columns,

@@ -1,13 +1,14 @@
-// LayerNorm, affine and scale on the way from a tensor's rows to a transposed block (lanes are tokens), and
-// their backward on the way out. LayerNorm::token runs over all heads of a token: its statistics come from
-// a pass before (token_statistics), and its backward ends in one after (finish_token_gradient).
+// LayerNorm, affine and scale on the way from a tensor's rows to a transposed block, whose lanes are tokens,
+// and their backward on the way out. LayerNorm::token runs over all heads of a token: its statistics come
+// from a pass before (token_statistics), and its backward ends in a pass after (finish_token_gradient). It
+// includes schedule.h alone.
 #pragma once
 
 #include "cpu/schedule.h"
 
 namespace rebased::cpu::REBASED_ISA {
 
-// q or k of one head.
+// The rows of q or of k of one head, and what is done to them.
 template <class T>
 struct Tokens {
   const char* data;
@@ -16,7 +17,7 @@ struct Tokens {
   FeatureMap map;
   LayerNorm norm;
   const T *gamma, *beta;  // null: 1, 0
-  const T *mean, *rstd;   // of LayerNorm::token, by row
+  const T *mean, *rstd;   // by row, for LayerNorm::token
   T scale, eps;
   int feature_dim, feature_rows;
 };
@@ -41,8 +42,9 @@ inline Tokens<T> head_tokens(const Problem& p, const Sizes<T>& s, bool query, co
   return t;
 }
 
-// Calls body(i, head, e, lanes) for tokens i < count, all heads and vectors e of their features. Tokens are
-// innermost, since a head's rows are often closer together than a token's heads.
+// Calls body(i, head, e, lanes) for tokens i < count, all heads, and every vector of their features, which
+// begins at e and has `lanes` of them or more. Tokens are innermost, since a head's rows are often closer
+// together than a token's heads.
 template <class T, class Body>
 REBASED_INLINE void for_token_vectors(int count, int64_t heads, int feature_dim, const Body& body) {
   for (int64_t head = 0; head < heads; head++)
@@ -84,6 +86,8 @@ inline void token_statistics(const RowsOf<const void*>& rows, int64_t batch, int
   }
 }
 
+// Normalizes a block of which X holds the rows as they were; the arguments are those of pack_block, and Keep
+// says whether H and inv are given.
 template <class T, bool Keep>
 inline void normalize_block(const Tokens<T>& t, int64_t row, int rows, T* X, T* H, T* inv) {
   const int d = t.feature_dim;
@@ -117,9 +121,9 @@ inline void normalize_block(const Tokens<T>& t, int64_t row, int rows, T* X, T* 
   }
 }
 
-// X: q' or k' of `rows` tokens, transposed, zero in the lanes after them; its rows past feature_dim are ones
-// (in the lanes of tokens) and zeros. H and inv, null or both given, take what the backward needs: the
-// normalized input and 1 / deviation.
+// X takes q' or k' of `rows` tokens, transposed, with zeros in the lanes after them. Its first row past
+// feature_dim is ones in the lanes of tokens, the others are zeros. H and inv, both null or both given, take
+// what the backward needs: the normalized input and 1 / deviation.
 template <class T>
 inline void pack_block(const Tokens<T>& t, int64_t row, int rows, T* X, T* H, T* inv) {
   with_element<T>(t.dtype, [&](auto element) {
@@ -133,9 +137,9 @@ inline void pack_block(const Tokens<T>& t, int64_t row, int rows, T* X, T* H, T*
     normalize_block<T, false>(t, row, rows, X, H, inv);
 }
 
-// From dX, the gradient of q' or k' of a block (overwritten), to the gradient of q or k, or, for
-// LayerNorm::token, to gamma * gradient, which finish_token_gradient takes on. gamma and beta gradients are
-// summed lane by lane into grad_affine: [2][feature_dim][kWidth].
+// From dX, the gradient of q' or k' of a block, which is overwritten, to the gradient of q or k in `target`,
+// or, for LayerNorm::token, to gamma * gradient, which finish_token_gradient takes on. The gradients of gamma
+// and beta are summed lane by lane into grad_affine: [2][feature_dim][kWidth].
 template <class T, class E>
 inline void layer_norm_backward(const Tokens<T>& t, int rows, T* dX, const T* H, const T* inv, E* target,
                                 int64_t stride, T* grad_affine) {
@@ -165,7 +169,8 @@ inline void layer_norm_backward(const Tokens<T>& t, int rows, T* dX, const T* H,
   write_transposed<T>(dX, rows, d, target, stride);
 }
 
-// In: gamma * gradient of the normalized token, all heads of rows [begin, end). Out: gradient of q or k.
+// The end of LayerNorm::token's backward for all heads of rows [begin, end): `source` holds gamma * gradient,
+// `target` takes the gradient of q or k.
 template <class T, class S, class E>
 inline void finish_token_gradient(const RowsOf<const void*>& input, const RowsOf<const void*>& source,
                                   const RowsOf<void*>& target, int64_t batch, int64_t heads, int feature_dim,

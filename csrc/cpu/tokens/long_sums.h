@@ -2,8 +2,8 @@
 // roundings, and by more once a token is too small to move it. In items of more than kLongRows rows a state
 // is therefore base + recent: `recent` is summed from zero over kFoldRows rows and then joins `base`, where a
 // carry keeps what rounding takes and gives it back the next time. A chunk of `outer` and `taylor` makes its
-// state of the two. The recurrence of the elementwise maps takes in token after token as it does in short
-// items, and begins anew from them every kRefreshRows rows.
+// state of the two sums. The recurrence of the elementwise maps takes in token after token as in short items,
+// and begins anew from the two sums every kRefreshRows rows. It includes schedule.h alone.
 #pragma once
 
 #include "cpu/schedule.h"
@@ -14,9 +14,9 @@ constexpr int64_t kFoldRows = 4096, kRefreshRows = 256;
 
 template <class T>
 struct LongSums {
-  T *base, *recent, *carry;  // laid out as the state is; null where no item is long
+  T *base, *recent, *carry;  // each laid out as the state is; null where no item is long
   int64_t size;              // elements of each
-  int64_t rows, old;         // that `recent` has taken in; that a recurrence has since it began anew
+  int64_t rows, old;         // that `recent` has taken in, and that a recurrence has since it began anew
   bool active;               // whether the present item is long
 
   static LongSums* make(const Sizes<T>& s, Arena& arena) {
@@ -27,7 +27,7 @@ struct LongSums {
     if (sums) *sums = LongSums{base, recent, carry, s.state_size, 0, 0, false};
     return sums;
   }
-  // From a state's numerator and denominator; null: zero.
+  // The sums begin as a state's numerator and denominator; null: zero.
   void start(const Sizes<T>& s, int64_t item_rows, const T* kv, const T* k) {
     active = s.has_long_rows && item_rows > kLongRows;
     if (!active) return;
@@ -41,7 +41,7 @@ struct LongSums {
   void start(const Sizes<T>& s, int64_t item_rows, const T* state) {
     start(s, item_rows, state, state + s.state_kv);
   }
-  // Once `recent` has taken in more rows: whether a recurrence is to begin anew.
+  // To be called when `recent` has taken in more rows. Returns whether a recurrence is to begin anew.
   bool add(int64_t more_rows) {
     rows += more_rows, old += more_rows;
     if (rows >= kFoldRows) {
@@ -57,7 +57,7 @@ struct LongSums {
     old = 0;
     return true;
   }
-  // Entries [begin, begin + count) of the state.
+  // Writes entries [begin, begin + count) of the state to `target`.
   void copy(int64_t begin, int64_t count, T* target) const {
     for (int64_t i = 0; i < count; i++) target[i] = base[begin + i] + recent[begin + i];
   }

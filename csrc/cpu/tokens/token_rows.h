@@ -1,5 +1,6 @@
-// LayerNorm, affine and features of the elementwise maps, and their backward, token by token: lanes are
-// features, so nothing is transposed. Sums over a token's features are taken for kWidth tokens at once.
+// LayerNorm, affine and features of the elementwise maps, and their backward, token by token. Lanes are
+// features, so nothing is transposed; sums over a token's features are taken for kWidth tokens at once. It
+// includes layer_norm.h alone.
 #pragma once
 
 #include "cpu/tokens/layer_norm.h"
@@ -11,7 +12,7 @@ template <class T>
 struct TokenRows {
   const char* data;
   int64_t stride;
-  int64_t ahead;  // rows on to those that are fetched into the cache meanwhile
+  int64_t ahead;  // how many rows on the ones lie that are fetched into the cache meanwhile
   Dtype dtype;
   FeatureMap map;
   LayerNorm norm;
@@ -102,9 +103,10 @@ inline void pack_features(const TokenRows<T>& t, int tokens, T* features) {
   });
 }
 
-// gradient: [token][width], times token_factor (null: 1) the gradient of phi; becomes that of q or k, or, for
-// LayerNorm::token, gamma * gradient, which finish_token_gradient takes on. normalized: scratch of that
-// shape, sums: scratch, two numbers a token. Adds to grad_affine: [2][width].
+// From the gradient of phi, which is token_factor (null: 1) times gradient: [token][width], to the gradient
+// of q or k in `target`, or, for LayerNorm::token, to gamma * gradient, which finish_token_gradient takes on.
+// `gradient` is overwritten. normalized is scratch of its shape, sums is scratch of two numbers a token. The
+// gradients of gamma and beta are added to grad_affine: [2][width].
 template <class T, class E>
 inline void token_rows_backward(const TokenRows<T>& t, int tokens, const T* token_factor, T* gradient,
                                 T* normalized, T* sums, E* target, int64_t target_stride, T* grad_affine) {

@@ -11,9 +11,9 @@
 #pragma once
 
 #include "cuda/device/load_ahead.cuh"
-#include "cuda/general/block.cuh"
-#include "cuda/launch/dispatch.h"
-#include "cuda/shared/token_norm.cuh"
+#include "cuda/shared/block.cuh"
+#include "cuda/shared/vector.cuh"
+#include "cuda/shared/warp_rows.cuh"
 
 namespace rebased::REBASED_BACKEND {
 
@@ -63,14 +63,14 @@ struct StepLane {
 };
 
 template <class A>
-struct RowStatistics {
+struct VectorStatistics {
   A mean, rstd;  // rstd: 1 / standard deviation
 };
 
 // Of `heads` runs of `dim` elements, `stride` apart, by a warp; every lane gets them. The lanes take as many
 // runs at once as they can hold whole; the second look at the elements finds them in the L1 cache.
 template <class E, class A>
-DEVICE RowStatistics<A> row_statistics(const E* x, int heads, int64_t stride, int dim, A eps) {
+DEVICE VectorStatistics<A> vector_statistics(const E* x, int heads, int64_t stride, int dim, A eps) {
   const unsigned lane = threadIdx.x % 32, width = minimum(dim, 32), runs = 32 / width;
   const unsigned first_run = lane / width, rounds = static_cast<unsigned>(heads) / runs;
   const int count = first_run < runs ? rounds + (first_run < heads - rounds * runs) : 0;
@@ -96,7 +96,7 @@ DEVICE void normalize_vector(A* target, const StepProblem& problem, const Featur
   const int dim = features.dim;
   const E* const x = head_rows<E>(rows, sequence, head, 0);
   const Norm<A> norm = HeadNorm<A>{affine, nullptr, scale}.at(problem, 0, head, 0);
-  RowStatistics<A> statistics{0, 1};
+  VectorStatistics<A> statistics{0, 1};
   NO_UNROLL for (int begin = 0; begin < dim; begin += 32) {
     const int i = begin + threadIdx.x % 32;
     E element{};
@@ -108,8 +108,8 @@ DEVICE void normalize_vector(A* target, const StepProblem& problem, const Featur
     }
     if (begin == 0 && norm.mode != LayerNorm::none) {  // its loads are under way beside those above
       const bool whole = norm.mode == LayerNorm::token;
-      statistics = row_statistics(whole ? head_rows<E>(rows, sequence, 0, 0) : x, whole ? heads : 1,
-                                  rows.head_stride, dim, norm.eps);
+      statistics = vector_statistics(whole ? head_rows<E>(rows, sequence, 0, 0) : x, whole ? heads : 1,
+                                     rows.head_stride, dim, norm.eps);
     }
     const A normalized = (convert<A>(element) - statistics.mean) * statistics.rstd;
     if (i < dim) target[i] = features.apply(gamma * normalized + beta, scale);

@@ -1,14 +1,14 @@
 // Everything that a kernel needs beyond plain C++: attributes, shared memory, 16-bit floats, warp
-// collectives, tensor cores, asynchronous copies, and the launch (launch.cuh, which this file includes). The
-// only file with inline PTX, and the only one where the two ways to compile a kernel differ:
+// collectives, tensor cores, asynchronous copies, and the launch (launch.cuh, which this file includes). This
+// is the only file with inline PTX, and the only one where the two ways to compile a kernel differ:
 //   nvcc                    REBASED_BACKEND is cuda
 //   g++ -DREBASED_EMULATED  REBASED_BACKEND is emulated; each primitive is a call into csrc/emulator
 // Kernels live in namespace rebased::REBASED_BACKEND, so that both can be linked into one library.
 // threadIdx, blockIdx, blockDim, gridDim, dim3 and the vector types (float2, float4, uint2, uint4) have
 // CUDA's names in both.
 //
-// Fragments are described for lane l of a warp, with g = l / 4 and t = l % 4. A 32-bit register of a 16-bit
-// type holds two neighbours, the lower index in the low half.
+// Comments describe fragments for lane l of a warp, with g = l / 4 and t = l % 4. A 32-bit register of a
+// 16-bit type holds two neighbours, the one with the lower index in its low half.
 #pragma once
 
 #include <cmath>
@@ -40,9 +40,9 @@
 #define REBASED_SITE
 #endif
 
-// SHARED_MEMORY(type, name, count): a static array, 16-byte aligned. Its content is undefined at first (NaN
-// under emulation), and so it is for the dynamic one: DYNAMIC_SHARED_MEMORY(type, name), 128-byte aligned, of
-// the bytes given at the launch, the same array wherever a kernel declares it.
+// SHARED_MEMORY(type, name, count) is a static array, 16-byte aligned. DYNAMIC_SHARED_MEMORY(type, name) is
+// the dynamic array, 128-byte aligned, of as many bytes as the launch gives; it is the same array wherever a
+// kernel declares it. The content of both is undefined at first, and NaN under emulation.
 #if defined(REBASED_EMULATED)
 #define SHARED_MEMORY(type, name, count)                  \
   static char name##_declaration;                         \
@@ -57,7 +57,8 @@
   type* const name = reinterpret_cast<type*>(dynamic_shared)
 #endif
 
-// DEVICE_ASSERT(condition): ends the launch with an error; under nvcc it is <cassert>'s assert.
+// DEVICE_ASSERT(condition) ends the launch with an error where the condition is false; under nvcc it is
+// assert.
 #if defined(REBASED_EMULATED)
 #define DEVICE_ASSERT(condition) \
   ((condition) ? void() : ::rebased::emulator::fail_at(::rebased::emulator::Site::here(), #condition))
@@ -70,8 +71,8 @@ namespace rebased::REBASED_BACKEND {
 
 constexpr unsigned full_warp = 0xffffffffu;
 
-// threadIdx.x, read again: what is worked out from it is not kept in registers from one call to the next, as
-// the compiler would keep what it finds to be the same in every round of a loop.
+// threadIdx.x, read from the hardware again. What is computed from it is then not kept in registers from one
+// call to the next, as the compiler would keep a value that is the same in every round of a loop.
 PRIMITIVE int thread_index_anew() {
 #if defined(REBASED_EMULATED)
   return static_cast<int>(threadIdx.x);
@@ -126,7 +127,7 @@ PRIMITIVE float to_float(half_t value) {
 #endif
 }
 
-// from_float<T>(value): to the nearest T, ties to even.
+// from_float<T>(value) rounds to the nearest T, ties to even.
 template <class T>
 PRIMITIVE T from_float(float value);
 template <>
@@ -154,7 +155,8 @@ PRIMITIVE half_t from_float<half_t>(float value) {
 #endif
 }
 
-// convert<To>(value) between any two of half_t, bfloat16_t, float and double; 16-bit types go through float.
+// convert<To>(value) converts between any two of half_t, bfloat16_t, float and double; 16-bit types go
+// through float.
 template <class To>
 struct Converter {
   template <class From>
@@ -176,7 +178,7 @@ PRIMITIVE To convert(From value) {
   return Converter<To>::from(value);
 }
 
-// 1 / value. The fast one is off by at most 1 unit in the last place, and subnormals are 0 to it.
+// 1 / value. fast_reciprocal is off by at most 1 unit in the last place and takes subnormals for 0.
 PRIMITIVE float reciprocal(float value) { return 1.0f / value; }
 PRIMITIVE double reciprocal(double value) { return 1.0 / value; }
 PRIMITIVE float fast_reciprocal(float value) {
@@ -189,7 +191,7 @@ PRIMITIVE float fast_reciprocal(float value) {
 #endif
 }
 
-// 1 / sqrt(value): within 2 units in the last place in float, 1 in double.
+// 1 / sqrt(value), off by at most 2 units in the last place in float and 1 in double.
 PRIMITIVE float reciprocal_sqrt(float value) {
 #if defined(REBASED_EMULATED)
   return 1.0f / std::sqrt(value);
@@ -227,7 +229,8 @@ PRIMITIVE float2 unpack(uint32_t pair) {
   return {to_float(T{static_cast<uint16_t>(pair)}), to_float(T{static_cast<uint16_t>(pair >> 16)})};
 }
 
-// Both rounded once, to nearest even; no infinity is saturated, no subnormal flushed.
+// The product and the sum of two pairs, each rounded once, to nearest even. Infinities are not saturated,
+// subnormals are not flushed.
 template <class T>
 PRIMITIVE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
 #if defined(REBASED_EMULATED)
@@ -268,7 +271,7 @@ PRIMITIVE uint32_t add_pairs(uint32_t a, uint32_t b) {
 #endif
 }
 
-// A float as tensor cores want it for tf32: rounded to 10 bits of mantissa, ties away from zero.
+// A float in the form that tensor cores want for tf32: rounded to 10 bits of mantissa, ties away from zero.
 PRIMITIVE uint32_t to_tf32(float value) {
 #if defined(REBASED_EMULATED)
   return emulator::float_to_tf32(value);
@@ -281,7 +284,7 @@ PRIMITIVE uint32_t to_tf32(float value) {
 
 // ---- order and exchange between threads ----
 
-// Barriers: all threads of the block, or the warp's lanes in mask, must come, all to the same line.
+// Barriers. All threads of the block, or all lanes of the warp in `mask`, must come to the same line.
 #if defined(REBASED_EMULATED)
 PRIMITIVE void sync_threads(emulator::Site site = emulator::Site::here()) { emulator::block_barrier(site); }
 #else
@@ -307,7 +310,7 @@ PRIMITIVE T shuffle_bits(T value, Shuffle shuffle) {
 }
 #endif
 
-// The value of lane `source_lane`. T is any type of 4 or 8 bytes; every lane in mask must call.
+// The value of lane `source_lane`. T is any type of 4 or 8 bytes. Every lane in `mask` must call.
 template <class T>
 PRIMITIVE T shuffle(T value, int source_lane, unsigned mask = full_warp REBASED_SITE) {
 #if defined(REBASED_EMULATED)
@@ -349,7 +352,7 @@ PRIMITIVE T shuffle_down(T value, int delta, unsigned mask = full_warp REBASED_S
 #endif
 }
 
-// Bit l: lane l's predicate, 0 for lanes not in mask.
+// A word whose bit l is the predicate of lane l, or 0 where the lane is not in `mask`.
 PRIMITIVE unsigned ballot(bool predicate, unsigned mask = full_warp REBASED_SITE) {
 #if defined(REBASED_EMULATED)
   return emulator::ballot(predicate, mask, site);
@@ -360,9 +363,10 @@ PRIMITIVE unsigned ballot(bool predicate, unsigned mask = full_warp REBASED_SITE
 
 // ---- tensor cores ----
 
-// Loads N = 1, 2 or 4 matrices of 8x8 16-bit elements from shared memory: lane 8 m + r addresses row r of
-// matrix m, 16 aligned bytes (lanes from 8 N on address nothing). registers[m] of lane l: row g, columns 2t
-// and 2t + 1 of matrix m. Of the transposed load: rows 2t and 2t + 1 of column g.
+// Loads N = 1, 2 or 4 matrices of 8x8 16-bit elements from shared memory. Lane 8 m + r addresses row r of
+// matrix m, which is 16 aligned bytes; the addresses of lanes from 8 N on are ignored. Lane l gets, in
+// registers[m], row g and columns 2t and 2t + 1 of matrix m, or by the transposed load rows 2t and 2t + 1 of
+// column g.
 template <int N>
 PRIMITIVE void ldmatrix(uint32_t (&registers)[N], const void* row REBASED_SITE) {
   static_assert(N == 1 || N == 2 || N == 4);
@@ -415,7 +419,7 @@ PRIMITIVE void ldmatrix_transposed(uint32_t (&registers)[N], const void* row REB
 #endif
 }
 
-// Transposes one 8x8 matrix of 16-bit elements held as ldmatrix leaves it.
+// Transposes one 8x8 matrix of 16-bit elements that the lanes hold as ldmatrix leaves it.
 PRIMITIVE uint32_t transpose_matrix(uint32_t matrix REBASED_SITE) {
 #if defined(REBASED_EMULATED)
   return emulator::transpose_matrix(matrix, site);
@@ -471,9 +475,10 @@ PRIMITIVE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t 
 
 // ---- memory ----
 
-// Starts a copy of `bytes` = 16, 8 or 4 from global to shared memory, both aligned to that; only the first
-// source_bytes are read (0: nothing is), the rest is filled with zeros. The destination is undefined until
-// copy_async_wait, and then visible to this thread; to others after a barrier.
+// Starts a copy of `bytes` = 16, 8 or 4 bytes from global to shared memory, both aligned to as many bytes.
+// Only the first source_bytes are read, which may be 0; the rest of the destination is filled with zeros. The
+// destination is undefined until copy_async_wait. Then this thread sees it, and other threads after a
+// barrier.
 template <int bytes>
 PRIMITIVE void copy_async(void* shared, const void* global, int source_bytes = bytes REBASED_SITE) {
   static_assert(bytes == 16 || bytes == 8 || bytes == 4);
@@ -481,7 +486,7 @@ PRIMITIVE void copy_async(void* shared, const void* global, int source_bytes = b
   emulator::copy_async(shared, global, bytes, source_bytes, site);
 #else
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  if constexpr (bytes == 16) {  // past L1
+  if constexpr (bytes == 16) {  // does not go through the L1 cache
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
                  "r"(source_bytes)
                  : "memory");
@@ -493,7 +498,7 @@ PRIMITIVE void copy_async(void* shared, const void* global, int source_bytes = b
 #endif
 }
 
-// Closes the group of this thread's copies since the last commit.
+// Makes a group of the copies that this thread has started since the last commit.
 PRIMITIVE void copy_async_commit() {
 #if defined(REBASED_EMULATED)
   emulator::copy_async_commit();
@@ -502,7 +507,7 @@ PRIMITIVE void copy_async_commit() {
 #endif
 }
 
-// Waits until at most the last `groups_left` groups of this thread are under way.
+// Waits until at most the last `groups_left` groups of this thread are still under way.
 template <int groups_left>
 PRIMITIVE void copy_async_wait() {
 #if defined(REBASED_EMULATED)
@@ -512,7 +517,8 @@ PRIMITIVE void copy_async_wait() {
 #endif
 }
 
-// One access of 4, 8 or 16 aligned bytes: Vector is uint32_t, float, uint2, float2, uint4 or float4.
+// One access to global memory, of 4, 8 or 16 aligned bytes: Vector is uint32_t, float, uint2, float2, uint4
+// or float4.
 template <class Vector>
 PRIMITIVE Vector load_global(const void* address REBASED_SITE) {
 #if defined(REBASED_EMULATED)
@@ -535,7 +541,7 @@ PRIMITIVE Vector load_global(const void* address REBASED_SITE) {
 #endif
 }
 
-// The same for data that nobody writes while the kernel runs.
+// The same load for data that nobody writes while the kernel runs.
 template <class Vector>
 PRIMITIVE Vector load_constant(const void* address REBASED_SITE) {
 #if defined(REBASED_EMULATED)
@@ -564,7 +570,7 @@ PRIMITIVE void store_global(void* address, Vector value REBASED_SITE) {
 #endif
 }
 
-// The same for shared memory.
+// The same accesses to shared memory.
 template <class Vector>
 PRIMITIVE Vector load_shared(const void* address REBASED_SITE) {
 #if defined(REBASED_EMULATED)
@@ -585,4 +591,4 @@ PRIMITIVE void store_shared(void* address, Vector value REBASED_SITE) {
 
 }  // namespace rebased::REBASED_BACKEND
 
-#include "cuda/device/launch.cuh"  // LAUNCH, set_device, device_attributes
+#include "cuda/device/launch.cuh"  // LAUNCH, Launches, device_attributes

@@ -1,9 +1,13 @@
-// The host's side of device.cuh, which includes this file: devices and launches.
+// The host's side of device.cuh, which includes this file: the limits of a device, and launches of kernels.
 #pragma once
 
-// LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, arguments...): queues the kernel on the stream (a
-// cudaStream_t as void*) and gives the error text, "" when all is well. Under emulation the kernel has run to
-// its end when this returns.
+#include <map>
+#include <mutex>
+#include <utility>
+
+// LAUNCH(kernel, grid, block, dynamic_shared_bytes, stream, arguments...) queues the kernel on the stream, a
+// cudaStream_t as void*, and returns an error text, which is empty when all is well. Under emulation the
+// kernel has run to its end when LAUNCH returns.
 #define LAUNCH(...) ::rebased::REBASED_BACKEND::launch_kernel(__VA_ARGS__)
 
 namespace rebased::REBASED_BACKEND {
@@ -11,12 +15,10 @@ namespace rebased::REBASED_BACKEND {
 struct DeviceAttributes {
   int multiprocessors;
   int compute_capability;       // 80 for 8.0
-  int shared_memory_per_block;  // bytes, opt-in maximum
+  int shared_memory_per_block;  // in bytes, the most that a kernel may ask for
 };
 
 #if defined(REBASED_EMULATED)
-
-inline const char* set_device(int) { return ""; }
 
 inline const char* device_attributes(int, DeviceAttributes* attributes) {
   emulator::Limits limits{};
@@ -43,9 +45,15 @@ inline const char* error_text(cudaError_t error) {
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 
-inline const char* set_device(int index) { return error_text(cudaSetDevice(index)); }
-
+// They are asked for once a device.
 inline const char* device_attributes(int index, DeviceAttributes* attributes) {
+  static std::mutex mutex;
+  static std::map<int, DeviceAttributes> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto found = known.find(index); found != known.end()) {
+    *attributes = found->second;
+    return "";
+  }
   int major = 0, minor = 0;
   cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
   if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
@@ -57,22 +65,33 @@ inline const char* device_attributes(int index, DeviceAttributes* attributes) {
                                    cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   }
   attributes->compute_capability = 10 * major + minor;
+  if (!error) known[index] = *attributes;
   return error_text(error);
 }
 
-// Dynamic shared memory past 48 KB less the static arrays needs the kernel's consent. It is raised once and
-// never lowered, to the most there is: another host thread may be launching the same kernel with another
-// size.
+// Dynamic shared memory past 48 KB less the static arrays needs the kernel's consent on each device. It is
+// asked for once, raised once, to the most there is, and never lowered: another host thread may be launching
+// the same kernel with another size.
 inline cudaError_t allow_dynamic_shared_memory(const void* kernel, size_t bytes) {
-  cudaFuncAttributes attributes;
-  cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error || bytes <= static_cast<size_t>(attributes.maxDynamicSharedSizeBytes)) return error;
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, size_t> allowed;
   int device = 0, limit = 0;
-  error = cudaGetDevice(&device);
-  if (!error) error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaError_t error = cudaGetDevice(&device);
+  if (error) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto entry = allowed.try_emplace({device, kernel}, 0).first;
+  if (bytes <= entry->second) return cudaSuccess;
+  cudaFuncAttributes attributes;
+  error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error) return error;
+  entry->second = static_cast<size_t>(attributes.maxDynamicSharedSizeBytes);
+  if (bytes <= entry->second) return cudaSuccess;
+  error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error) return error;
   const int most = limit - static_cast<int>(attributes.sharedSizeBytes);
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (!error) entry->second = static_cast<size_t>(most);
+  return error;
 }
 
 template <class... Parameters, class... Arguments>
@@ -89,38 +108,35 @@ const char* launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
   config.dynamicSmemBytes = dynamic_shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-  cudaGetLastError();  // told; the next launch is not to find it again
+  cudaGetLastError();  // forgets the error, so that the next launch does not find it again
   return error_text(error);
 }
 
 #endif
 
-// A chain of launches that stops at the first error.
+// Blocks of a grid, which may be none, or more than there can be.
+struct Grid {
+  int64_t x, y, z;
+  Grid(int64_t x, int64_t y = 1, int64_t z = 1) : x(x), y(y), z(z) {}
+};
+
+// A chain of launches, which stops at the first error.
 class Launches {
  public:
   explicit Launches(void* stream) : stream_(stream) {}
 
   template <class... Parameters, class... Arguments>
-  void add(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+  void add(void (*kernel)(Parameters...), const Grid& grid, int threads, int64_t shared_bytes,
            const Arguments&... arguments) {
-    if (*error_ || blocks == 0) return;
-    if (blocks > INT32_MAX) {
+    if (*error_ || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+    if (grid.x > INT32_MAX || grid.y > UINT16_MAX || grid.z > UINT16_MAX) {
       error_ = "more blocks than a grid can have";
       return;
     }
-    add(kernel, dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, arguments...);
-  }
-  template <class... Parameters, class... Arguments>
-  void add(void (*kernel)(Parameters...), dim3 grid, int threads, int64_t shared_bytes,
-           const Arguments&... arguments) {
-    if (*error_) return;
-    error_ = LAUNCH(kernel, grid, dim3(static_cast<unsigned>(threads)), static_cast<size_t>(shared_bytes),
-                    stream_, arguments...);
-  }
-  // What other code queues on the stream, by its error text.
-  template <class Launch>
-  void add(const Launch& launch) {
-    if (!*error_) error_ = launch(stream_);
+    error_ = LAUNCH(
+        kernel,
+        dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z)),
+        dim3(static_cast<unsigned>(threads)), static_cast<size_t>(shared_bytes), stream_, arguments...);
   }
   const char* error() const { return error_; }
 

@@ -1,4 +1,4 @@
-// A walk through memory that waits once for several of its loads.
+// A walk through memory that waits once for several of its loads. For device code.
 #pragma once
 
 #include <type_traits>
@@ -7,8 +7,9 @@
 
 namespace rebased::REBASED_BACKEND {
 
-// visit(entry, *entry) for `count` entries from `entry` on, `step` apart, in this order. Loads of several are
-// under way at a time, where in a plain loop each would wait for what the visit before it stores.
+// Calls visit(entry, *entry) for `count` entries from `entry` on, which are `step` apart, in this order.
+// Several entries are loaded at a time; in a plain loop each load would wait for what the visit before it
+// stores.
 template <class T, class Visit>
 DEVICE void visit_ahead(T* entry, int64_t step, int count, const Visit& visit) {
   constexpr int batch = 8;

@@ -8,7 +8,7 @@
 //                   grad k'_j = sum_{i >= j} c_ij sim'(u_ij) q'_i + J(k'_j)^T (T v_j + M)
 // where J applies the derivative of the features. S, T and the sums carry the query side's weights and stay
 // in shared memory. Each block owns the rows that it writes; of heads wider than 64 columns each column group
-// leaves a part of grad q' and grad k', which finish_gradients_kernel sums in order.
+// leaves a part of grad q' and grad k', which finish_gradients sums in order.
 // Memory, per column group: q, k, v, grad y, r and delta are read once a sweep, grad q, grad k and grad v
 // written once.
 #pragma once

@@ -213,46 +213,4 @@ DEVICE void store_affine_sums(float* target, const float* sums) {
   target[threadIdx.x] = sum;
 }
 
-// partial (groups, rows, feature_dim), of all rows of (batch, heads, seqlen): the sum over the column groups,
-// in order. For "token" LayerNorm it is left in group 0, whose next kernel goes on; else it goes through
-// affine and LayerNorm to grad x. A thread per entry; rows outside bounds[0] .. bounds[num_sequences] are
-// left alone.
-template <class Element>
-KERNEL void LAUNCH_BOUNDS(threads, 1)
-    finish_gradients_kernel(Element* partial, int groups, ConstRows x, Affine affine, MutableRows grad_x,
-                            int64_t heads, int64_t rows, int64_t seqlen, LayerNorm layer_norm,
-                            float layer_norm_eps, const int64_t* bounds, int64_t num_sequences) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
-  const int64_t number = index / feature_dim;
-  const int i = static_cast<int>(threadIdx.x % feature_dim);
-  const int64_t row = number % seqlen, head = number / seqlen % heads, batch = number / seqlen / heads;
-  const bool present = number < rows && !(bounds && (row < bounds[0] || row >= bounds[num_sequences]));
-  Element gradient = 0;
-  for (int group = 0; present && group < groups; ++group) {
-    gradient += partial[group * rows * feature_dim + index];
-  }
-  if (layer_norm == LayerNorm::token) {
-    if (present) partial[index] = gradient;
-    return;
-  }
-  const auto sum_of_row = [](float value) {
-    UNROLL for (int distance = 1; distance < feature_dim; distance *= 2) value +=
-        shuffle_xor(value, distance);
-    return value;
-  };
-  if (present && affine.gamma) {
-    gradient *= static_cast<const float*>(affine.gamma)[head * affine.gamma_head_stride + i];
-  }
-  if (layer_norm == LayerNorm::head) {
-    constexpr float share = 1.0f / feature_dim;
-    const float value = present ? head_rows<float>(x, batch, head, row)[i] : 0.0f;
-    const float centred = value - share * sum_of_row(value);
-    const float deviation = reciprocal_sqrt(share * sum_of_row(centred * centred) + layer_norm_eps);
-    const float normalized = centred * deviation, sum = sum_of_row(gradient),
-                dot = sum_of_row(gradient * normalized);
-    gradient = deviation * (gradient - share * (sum + normalized * dot));
-  }
-  if (present) head_rows<float>(grad_x, batch, head, row)[i] = gradient;
-}
-
 }  // namespace rebased::REBASED_BACKEND::float32_path

@@ -5,8 +5,10 @@
 // blockIdx.x counts (sequence, kv head, segment) as the general path does, blockIdx.y groups of 64 columns.
 #pragma once
 
-#include "cuda/general/block.cuh"
 #include "cuda/plan/float32_shape.h"
+#include "cuda/shared/affine.cuh"
+#include "cuda/shared/block.cuh"
+#include "cuda/shared/column_groups.cuh"
 
 namespace rebased::REBASED_BACKEND::float32_path {
 
@@ -26,33 +28,11 @@ DEVICE Features<float> make_features(const Problem& problem) {
   return Features<float>(map, feature_dim, problem.scale);
 }
 
-DEVICE int first_column() { return columns * static_cast<int>(blockIdx.y); }
-
-// Mean and 1 / standard deviation of a row; `token` counts from the norm's row.
-DEVICE float2 row_statistics(const float (&x)[feature_dim], const Norm<float>& norm, int token) {
-  if (norm.mode == LayerNorm::head) {
-    float sum = 0, variance = 0;
-    UNROLL for (int i = 0; i < feature_dim; ++i) sum += x[i];
-    sum *= 1.0f / feature_dim;
-    UNROLL for (int i = 0; i < feature_dim; ++i) variance += (x[i] - sum) * (x[i] - sum);
-    return {sum, reciprocal_sqrt(variance * (1.0f / feature_dim) + norm.eps)};
-  }
-  if (norm.mode == LayerNorm::token) return {norm.statistics[2 * token], norm.statistics[2 * token + 1]};
-  return {0.0f, 1.0f};
-}
-
 // affine = gamma and beta of each query head of the block, then of its kv head.
 DEVICE void load_affine(float* affine, const Problem& problem, int64_t kv_head) {
   const int group = static_cast<int>(problem.heads / problem.kv_heads);
-  for (int n = static_cast<int>(threadIdx.x); n < affine_floats(group); n += threads) {
-    const int member = n / affine_size, i = n % feature_dim;
-    const bool is_beta = n % affine_size >= feature_dim, is_key = member == group;
-    const Affine& source = is_key ? problem.key_affine : problem.query_affine;
-    const int64_t head = is_key ? kv_head : kv_head * group + member;
-    const float* const values = static_cast<const float*>(is_beta ? source.beta : source.gamma);
-    const int64_t stride = is_beta ? source.beta_head_stride : source.gamma_head_stride;
-    affine[n] = values ? values[head * stride + i] : is_beta ? 0.0f : 1.0f;
-  }
+  rebased::REBASED_BACKEND::load_affine<feature_dim, threads>(affine, problem, kv_head, group,
+                                                              [](float value, bool) { return value; });
 }
 
 // The norm with gamma and beta from shared memory.
@@ -74,7 +54,9 @@ DEVICE float load_feature_row(float* tile, float* normalized, int token, const f
       const float4 value = load_constant<float4>(source + i);
       x[i] = value.x, x[i + 1] = value.y, x[i + 2] = value.z, x[i + 3] = value.w;
     }
-    statistics = row_statistics(x, norm, token);
+    float2 given{};
+    if (norm.mode == LayerNorm::token) given = {norm.statistics[2 * token], norm.statistics[2 * token + 1]};
+    statistics = row_statistics(x, norm.mode, given, norm.eps);
   }
   UNROLL for (int begin = 0; begin < feature_dim; begin += 4) {
     float gamma[4], beta[4];

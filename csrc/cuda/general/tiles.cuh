@@ -3,25 +3,10 @@
 // block calls each function; none of them holds a barrier, so the caller decides where one is needed.
 #pragma once
 
-#include "cuda/device/device.cuh"
-#include "cuda/plan/plan.h"
-#include "cuda/shared/features.cuh"
+#include "cuda/shared/block.cuh"
+#include "cuda/shared/vector.cuh"
 
 namespace rebased::REBASED_BACKEND {
-
-// 16 bytes of floats, or twice that of doubles: one or two vector accesses.
-template <class A>
-struct alignas(16) Quad {
-  A x[4];
-};
-template <class A>
-DEVICE Quad<A> load_quad(const A* address) {
-  return *reinterpret_cast<const Quad<A>*>(address);
-}
-template <class A>
-DEVICE void store_quad(A* address, const Quad<A>& quad) {
-  *reinterpret_cast<Quad<A>*>(address) = quad;
-}
 
 // Four rows of a 4 x 4 tile, `stride` apart.
 template <class A>
@@ -36,19 +21,6 @@ DEVICE void store_tile(A* address, int stride, const A (&tile)[4][4]) {
   UNROLL for (int r = 0; r < 4; ++r) {
     store_quad(address + r * stride, {{tile[r][0], tile[r][1], tile[r][2], tile[r][3]}});
   }
-}
-
-template <class T, int count>
-struct alignas(sizeof(T) * count) Vector {
-  T x[count];
-};
-template <class T>
-constexpr int vector_elements = 16 / sizeof(T);
-
-// Whether rows of `width` elements from `data` on, `row_stride` apart, can be accessed in pieces of `bytes`.
-template <class T>
-DEVICE bool rows_aligned(const T* data, int64_t row_stride, int width, int bytes) {
-  return (reinterpret_cast<uintptr_t>(data) | row_stride * sizeof(T) | width * sizeof(T)) % bytes == 0;
 }
 
 // tile[i][row] = source[row][i] for row < rows, 0 from there to `chunk`.
@@ -127,19 +99,6 @@ DEVICE void store_values(E* target, const A (&values)[4], A factor, int count, b
   }
 }
 
-// How the rows of one head are normalised.
-template <class A>
-struct Norm {
-  LayerNorm mode;
-  A eps;
-  const A* gamma;  // of this head, or null
-  const A* beta;
-  const A* statistics;  // of the "token" LayerNorm: mean and 1 / standard deviation of the chunk's rows
-  A scale;              // of the polynomial maps' input: the query side's
-
-  DEVICE A affine(A x, int i) const { return (gamma ? gamma[i] : A(1)) * x + (beta ? beta[i] : A(0)); }
-};
-
 // Normalises and transforms row `row` of the raw tile: normalized[i][row] = LayerNorm(x)_i (where given) and
 // tile[i][row] = what the features are made of. Both may be the raw tile itself. Returns 1 / the standard
 // deviation. Rows past the end become zeros after the affine, so that beta does not bring them to life.
@@ -169,15 +128,6 @@ DEVICE A normalize_row(const A* raw, A* normalized, A* tile, int stride, int row
   tile[dim * stride + row] = valid ? A(1) : A(0);
   tile[(dim + 1) * stride + row] = 0;
   return rstd;
-}
-
-// sum += value. `carry` keeps what rounding took from the sum, which the next call gives back (Kahan).
-template <class A>
-DEVICE void add_compensated(A& sum, A value, A& carry) {
-  const A corrected = value + carry;
-  const A next = sum + corrected;
-  carry = corrected - (next - sum);
-  sum = next;
 }
 
 // The tiles of one kernel and what it computes with them.

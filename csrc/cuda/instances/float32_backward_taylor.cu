@@ -1,5 +1,5 @@
-#include "cuda/float32/backward_launch.cuh"
+#include "cuda/float32/launch.cuh"
 
 namespace rebased::REBASED_BACKEND {
-template const char* launch_float32<FeatureMap::taylor>(const BackwardProblem&, const Plan&, void*);
+template Family<BackwardProblem> float32_family<FeatureMap::taylor>(const BackwardProblem&);
 }  // namespace rebased::REBASED_BACKEND

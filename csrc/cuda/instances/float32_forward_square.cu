@@ -1,5 +1,5 @@
 #include "cuda/float32/launch.cuh"
 
 namespace rebased::REBASED_BACKEND {
-template const char* launch_float32<FeatureMap::square>(const ForwardProblem&, const Plan&, void*);
+template Family<ForwardProblem> float32_family<FeatureMap::square>(const ForwardProblem&);
 }  // namespace rebased::REBASED_BACKEND

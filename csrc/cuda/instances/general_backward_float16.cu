@@ -1,7 +1,5 @@
 #include "cuda/general/launch.cuh"
 
 namespace rebased::REBASED_BACKEND {
-template const char* launch_general<half_t>(const BackwardProblem&, const Plan&, void*);
-template const char* launch_preparation<half_t>(const BackwardProblem&, const Plan&, void*);
-template const char* launch_fill<half_t>(const BackwardProblem&, const Plan&, void*);
+template Family<BackwardProblem> general_family<half_t>(const BackwardProblem&);
 }  // namespace rebased::REBASED_BACKEND

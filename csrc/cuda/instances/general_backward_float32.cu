@@ -1,7 +1,5 @@
 #include "cuda/general/launch.cuh"
 
 namespace rebased::REBASED_BACKEND {
-template const char* launch_general<float>(const BackwardProblem&, const Plan&, void*);
-template const char* launch_preparation<float>(const BackwardProblem&, const Plan&, void*);
-template const char* launch_fill<float>(const BackwardProblem&, const Plan&, void*);
+template Family<BackwardProblem> general_family<float>(const BackwardProblem&);
 }  // namespace rebased::REBASED_BACKEND

@@ -1,5 +1,5 @@
 #include "cuda/general/launch.cuh"
 
 namespace rebased::REBASED_BACKEND {
-template const char* launch_general<double>(const BackwardProblem&, const Plan&, void*);
-}
+template Family<BackwardProblem> general_family<double>(const BackwardProblem&);
+}  // namespace rebased::REBASED_BACKEND

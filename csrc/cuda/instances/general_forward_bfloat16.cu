@@ -1,7 +1,5 @@
 #include "cuda/general/launch.cuh"
 
 namespace rebased::REBASED_BACKEND {
-template const char* launch_general<bfloat16_t>(const ForwardProblem&, const Plan&, void*);
-template const char* launch_preparation<bfloat16_t>(const ForwardProblem&, const Plan&, void*);
-template const char* launch_fill<bfloat16_t>(const ForwardProblem&, const Plan&, void*);
+template Family<ForwardProblem> general_family<bfloat16_t>(const ForwardProblem&);
 }  // namespace rebased::REBASED_BACKEND

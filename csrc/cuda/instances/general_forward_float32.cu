@@ -1,7 +1,5 @@
 #include "cuda/general/launch.cuh"
 
 namespace rebased::REBASED_BACKEND {
-template const char* launch_general<float>(const ForwardProblem&, const Plan&, void*);
-template const char* launch_preparation<float>(const ForwardProblem&, const Plan&, void*);
-template const char* launch_fill<float>(const ForwardProblem&, const Plan&, void*);
+template Family<ForwardProblem> general_family<float>(const ForwardProblem&);
 }  // namespace rebased::REBASED_BACKEND

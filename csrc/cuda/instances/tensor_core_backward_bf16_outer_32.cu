@@ -1,6 +1,5 @@
 #include "cuda/tensor_core/backward.cuh"
 
-namespace rebased::REBASED_BACKEND::tensor_core {
-template const char* launch_backward<bfloat16_t, Slabs<FeatureMap::outer, 32>>(const BackwardProblem&,
-                                                                               const Launch&, void*);
-}  // namespace rebased::REBASED_BACKEND::tensor_core
+namespace rebased::REBASED_BACKEND {
+template Family<BackwardProblem> tensor_core_family<FeatureMap::outer, 32>(const BackwardProblem&);
+}  // namespace rebased::REBASED_BACKEND

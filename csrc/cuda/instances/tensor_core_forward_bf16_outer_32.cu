@@ -1,6 +1,5 @@
 #include "cuda/tensor_core/launch.cuh"
 
-namespace rebased::REBASED_BACKEND::tensor_core {
-template const char* launch_forward<bfloat16_t, Slabs<FeatureMap::outer, 32>>(const ForwardProblem&,
-                                                                              const Launch&, void*);
-}  // namespace rebased::REBASED_BACKEND::tensor_core
+namespace rebased::REBASED_BACKEND {
+template Family<ForwardProblem> tensor_core_family<FeatureMap::outer, 32>(const ForwardProblem&);
+}  // namespace rebased::REBASED_BACKEND

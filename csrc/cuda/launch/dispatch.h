@@ -1,35 +1,32 @@
-// The launchers that dispatch.cu chooses from: one explicit instantiation per element type in instances/.
-// Each queues all kernels of a call on the stream and returns an error text, empty when all went well.
+// What dispatch.cu chooses from: each is instantiated in a file of its own in instances/. Launchers queue all
+// kernels of a call on the stream and return an error text, empty when all went well.
 #pragma once
 
-#include "cuda/device/device.cuh"
-#include "cuda/plan/plan.h"
-#include "op/problem.h"
+#include "cuda/shared/family.cuh"
 
 namespace rebased::REBASED_BACKEND {
 
+// All launches of a call with data in E, by the kernels of a family.
 template <class E>
-const char* launch_general(const ForwardProblem&, const Plan&, void* stream);
+const char* run_sequence(const ForwardProblem&, const Plan&, const Family<ForwardProblem>&, void* stream);
 template <class E>
-const char* launch_general(const BackwardProblem&, const Plan&, void* stream);
+const char* run_sequence(const BackwardProblem&, const Plan&, const Family<BackwardProblem>&, void* stream);
+
 template <class E>
 const char* launch_step(const StepProblem&, const Plan&, void* stream);
 
-// The float32 path's own kernels; launch_preparation goes before them and launch_fill after.
+// The families; the argument only tells the direction.
+template <class E>
+Family<ForwardProblem> general_family(const ForwardProblem&);
+template <class E>
+Family<BackwardProblem> general_family(const BackwardProblem&);
 template <FeatureMap map>
-const char* launch_float32(const ForwardProblem&, const Plan&, void* stream);
+Family<ForwardProblem> float32_family(const ForwardProblem&);
 template <FeatureMap map>
-const char* launch_float32(const BackwardProblem&, const Plan&, void* stream);
-
-// What other paths share with the general one, both from the plan's workspace: clamped bounds and the
-// statistics of "token" LayerNorm before the main kernels, and rows of no sequence after them.
-template <class E>
-const char* launch_preparation(const ForwardProblem&, const Plan&, void* stream);
-template <class E>
-const char* launch_preparation(const BackwardProblem&, const Plan&, void* stream);
-template <class E>
-const char* launch_fill(const ForwardProblem&, const Plan&, void* stream);
-template <class E>
-const char* launch_fill(const BackwardProblem&, const Plan&, void* stream);
+Family<BackwardProblem> float32_family(const BackwardProblem&);
+template <FeatureMap map, int feature_dim>
+Family<ForwardProblem> tensor_core_family(const ForwardProblem&);
+template <FeatureMap map, int feature_dim>
+Family<BackwardProblem> tensor_core_family(const BackwardProblem&);
 
 }  // namespace rebased::REBASED_BACKEND

@@ -33,7 +33,7 @@ AnyProblem problem_of(const Shape& shape) {
 
 // The plan of the shape's call, and the text of it, empty where there is none.
 std::pair<Plan, std::string> planned(const Shape& shape) {
-  const Device device{0, shape.multiprocessors, 90, shape.shared_memory_per_block};
+  const Device device{shape.multiprocessors, 90, shape.shared_memory_per_block};
   static char present[1];
   const auto described = [](const auto& problem, const Plan& plan) {
     return std::pair(plan, *plan.error ? std::string() : launch_configuration(problem, plan));
@@ -41,15 +41,15 @@ std::pair<Plan, std::string> planned(const Shape& shape) {
   if (shape.direction == Direction::forward) {
     auto p = problem_of<ForwardProblem>(shape);
     if (shape.state) p.final_state = {present, present};
-    return described(p, plan_forward(p, device));
+    return described(p, make_plan(p, device));
   }
   if (shape.direction == Direction::backward) {
     auto p = problem_of<BackwardProblem>(shape);
     if (shape.state) p.grad_final_state = {present, present};
-    return described(p, plan_backward(p, device));
+    return described(p, make_plan(p, device));
   }
   const auto p = problem_of<StepProblem>(shape);
-  return described(p, plan_step(p, device));
+  return described(p, make_plan(p, device));
 }
 
 // In operations, roughly.

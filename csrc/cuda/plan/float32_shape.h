@@ -4,16 +4,16 @@
 
 #include <cstdint>
 
+#include "cuda/plan/fixed_shape.h"
 #include "op/feature_map.h"
-#include "op/problem.h"
 
 namespace rebased {
 namespace float32_path {
 
+using namespace fixed_shape;
+
 constexpr int feature_dim = 16;
-constexpr int columns = 64;  // of the values, per block; wider heads take several blocks
 constexpr int threads = 128;
-constexpr int max_group_size = 16;  // query heads per kv head
 
 // A sweep's tiles. A row of a feature tile is one feature of all tokens of a chunk; of a value tile, one
 // token's columns; of the state, one feature's columns. Feature tiles of circulant maps repeat their first
@@ -128,34 +128,15 @@ struct StateTiles {
         size(affine + affine_floats(group_size)) {}
 };
 
-// 16-byte accesses to every row.
-template <class Rows>
-inline bool aligned(const Rows& rows) {
-  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.batch_stride % 4 == 0 &&
-         rows.head_stride % 4 == 0 && rows.row_stride % 4 == 0;
-}
-
-// Blocks that share the columns of one head.
-inline int64_t column_groups(const Problem& problem) { return (problem.head_dim + columns - 1) / columns; }
-
-// Narrower heads than 16 would leave most of a tile's columns empty.
-inline bool supports_sizes(const Problem& problem) {
-  return problem.dtype == Dtype::float32 && problem.feature_map != FeatureMap::identity &&
-         problem.num_sequences > 0 && problem.seqlen > 0 && problem.feature_dim == feature_dim &&
-         problem.head_dim >= 16 && problem.head_dim <= 256 && problem.head_dim % 4 == 0 &&
-         problem.group_size() <= max_group_size && aligned(problem.q) && aligned(problem.k) &&
-         aligned(problem.v);
-}
-
 // States by themselves and halves of the backward take the general kernels.
-inline bool supports(const ForwardProblem& problem) {
-  return !problem.state_only && supports_sizes(problem) && aligned(problem.y);
-}
+inline bool is_whole(const ForwardProblem& problem) { return !problem.state_only; }
+inline bool is_whole(const BackwardProblem& problem) { return problem.part == BackwardPart::all; }
 
-inline bool supports(const BackwardProblem& problem) {
-  return problem.part == BackwardPart::all && supports_sizes(problem) && aligned(problem.y) &&
-         aligned(problem.grad_y) && aligned(problem.grad_q) && aligned(problem.grad_k) &&
-         aligned(problem.grad_v);
+template <class AnyProblem>
+inline bool supports(const AnyProblem& problem) {
+  return problem.dtype == Dtype::float32 && problem.feature_map != FeatureMap::identity &&
+         problem.feature_dim == feature_dim && problem.head_dim % 4 == 0 && is_whole(problem) &&
+         supports_sizes(problem) && all_rows(problem, [](const auto& rows) { return aligned(rows, 4); });
 }
 
 }  // namespace float32_path

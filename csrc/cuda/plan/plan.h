@@ -23,10 +23,9 @@ struct Device;  // backend.h
 // tiles of a fixed shape, for float32 with 16 features.
 enum class Path { general, tensor_core, quadratic, float32 };
 
-// The general path's shared-memory tiles, as offsets; kernels and plan.cpp read the same numbers.
-//   feature tile  (feature_dim + 2, chunk), stride row_stride: q' or k' transposed, then a row of ones (0
-//   past
-//                 the last row of the sequence) and a row of zeros
+// The general path's shared-memory tiles, as offsets; kernels and the plan read the same numbers.
+//   feature tile  (feature_dim + 2, chunk), stride row_stride: q' or k' transposed, then a row of ones (with
+//                 0 past the last row of the sequence) and a row of zeros
 //   value tile    (chunk, head_dim), stride value_stride, padded with zeros
 //   state         (padded_features, head_dim), stride value_stride, then padded_features sums
 // Both strides are an odd number of 16-byte (float) quads, so that eight lanes with consecutive rows touch
@@ -78,14 +77,22 @@ struct Workspace {
   Region bounds;            // int64 (num_sequences + 1): cu_seqlens clamped
   Region query_statistics;  // (batch, seqlen, 2): mean and 1 / standard deviation of "token" LayerNorm
   Region key_statistics;
-  Region states;          // (num_sequences, kv_heads, segments, slot_size): state before each segment
+  // (num_sequences, kv_heads, segments, slot size), of the tensor-core kernels for each column group: the
+  // state before each segment
+  Region states;
   Region reverse_states;  // the same for T and M of backward, after each segment
-  Region delta;           // (batch, heads, seqlen): sum over head_dim of r grad_y y
-  Region query_gradient;  // (batch, heads, seqlen, feature_dim): grad q' of "token" LayerNorm
-  Region key_gradient;    // (batch, kv_heads, seqlen, feature_dim)
-  Region query_affine;    // (num_sequences, heads, segments, 2, feature_dim): grad gamma, grad beta per block
-  Region key_affine;      // (num_sequences, kv_heads, segments, 2, feature_dim)
-  Region carries;         // (carry slots, carry_size): what rounding took from the sums of long segments
+  // (batch, heads, seqlen): sum over head_dim of r grad_y y. Of the tensor-core kernels (column groups,
+  // batch, heads, seqlen): sum over the group's columns of grad_y y
+  Region delta;
+  // (column groups, batch, heads, seqlen, feature_dim): grad q' that another kernel finishes, that of "token"
+  // LayerNorm or of several column groups
+  Region query_gradient;
+  Region key_gradient;  // (column groups, batch, kv_heads, seqlen, feature_dim)
+  // (num_sequences, heads, segments, column groups, 2, feature_dim): grad gamma, grad beta per block
+  Region query_affine;
+  Region key_affine;    // (num_sequences, kv_heads, segments, column groups, 2, feature_dim)
+  Region carries;       // (carry slots, carry_size): what rounding took from the sums of long segments
+  Region initial_sums;  // (column groups, num_sequences, kv_heads, features): of grad_initial_state.k
   int64_t bytes = 0;
 };
 
@@ -94,25 +101,29 @@ struct Workspace {
 // state what its roundings took away, and give it back with the next chunk (compensated summation).
 constexpr int64_t compensated_rows = 4096;
 
-// Of the block whose sequence begins at `first_row` and has number `sequence`. Sequences that are packed do
-// not get a slot each, which thousands of short ones would fill memory with: those past compensated_rows
-// begin more than compensated_rows apart.
-REBASED_HOST_DEVICE inline int64_t carry_slot(bool packed, int64_t first_row, int64_t sequence) {
-  return packed ? first_row / compensated_rows : sequence;
+// Of the block whose sequence begins at `first_row` and has number `sequence`, where blocks past
+// `1 << rows_log2` tokens have carries. Sequences that are packed do not get a slot each, which thousands of
+// short ones would fill memory with: those that are longer begin more than that many tokens apart.
+REBASED_HOST_DEVICE inline int64_t carry_slot(bool packed, int64_t first_row, int64_t sequence,
+                                              int rows_log2) {
+  return packed ? first_row >> rows_log2 : sequence;
 }
 
 struct Plan {
   Path path = Path::general;
   const char* error = "";  // why there is no such plan; empty when there is one
   int segments = 1;        // runs of chunks of one sequence that different blocks walk
+  int column_groups = 1;   // blocks that share the value columns of a head
   GeneralTiles tiles{};    // of all general kernels of this direction
   StepTiles step{};
   int64_t shared_memory_bytes = 0;  // the most that a kernel of the plan asks for
   int64_t carry_size = 0;           // accumulators of a slot of workspace.carries
+  int carry_rows_log2 = 0;          // of compensated_rows: a shift costs kernels less than a division
   Workspace workspace;
 };
 
 // For tests: what to take instead of the choice that a plan would make; 0 means the plan's own choice.
+// Numbers of a plan change and no code does, so that short calls stand for long ones.
 struct PlanOverride {
   bool force_path = false;
   Path path = Path::general;
@@ -121,19 +132,20 @@ struct PlanOverride {
   int state_in_shared = -1;  // 0 or 1; -1 leaves it to the plan
   int multiprocessors = 0;   // of the device, and the bytes of shared memory that a block may have there
   int64_t shared_memory_per_block = 0;
+  int compensated_rows = 0;  // rounded up to a power of two that is no less than a chunk
 };
 // Process-wide. To be set only while no call is under way.
 void set_plan_override(const PlanOverride&);
 const PlanOverride& plan_override();
 
-Plan plan_forward(const ForwardProblem&, const Device&);
-Plan plan_backward(const BackwardProblem&, const Device&);
-Plan plan_step(const StepProblem&, const Device&);
+Plan make_plan(const ForwardProblem&, const Device&);
+Plan make_plan(const BackwardProblem&, const Device&);
+Plan make_plan(const StepProblem&, const Device&);
 
 // What sets one launch apart from another as far as code is concerned: direction, path, kernel instance,
 // threads, chunk, where the state is, one column group or more, segments, grouped heads, packed sequences,
-// compensated sums. Tests hold those that the plan can choose against the reference: short calls one by one,
-// calls that are long on the emulator in every two of these words.
+// compensated sums. Tests hold each that the plan can choose against the reference; of those that take long
+// calls they force it upon short ones, which launch the same code.
 std::string launch_configuration(const ForwardProblem&, const Plan&);
 std::string launch_configuration(const BackwardProblem&, const Plan&);
 std::string launch_configuration(const StepProblem&, const Plan&);

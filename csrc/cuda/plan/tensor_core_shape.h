@@ -3,25 +3,19 @@
 
 #include <cstdint>
 
-#include "op/problem.h"
+#include "cuda/plan/fixed_shape.h"
+#include "op/feature_map.h"
 
 namespace rebased {
 namespace tensor_core {
 
-constexpr int columns = 64;         // of the values, per block; wider heads take several blocks
-constexpr int chunk = 64;           // tokens
-constexpr int max_group_size = 16;  // query heads per kv head
+using namespace fixed_shape;
 
-// 16-byte accesses to every row; strides within a batch as int, which kernels multiply faster.
-template <class Rows>
-inline bool aligned(const Rows& rows) {
-  const auto fits = [](int64_t stride) { return stride % 8 == 0 && stride == static_cast<int>(stride); };
-  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.batch_stride % 8 == 0 &&
-         fits(rows.head_stride) && fits(rows.row_stride);
-}
+constexpr int chunk = 64;  // tokens
 
-// Blocks that share the columns of one head.
-inline int64_t column_groups(const Problem& problem) { return (problem.head_dim + columns - 1) / columns; }
+// Up to this many segments each block sums the states of the segments before its own by itself. That saves a
+// launch, and with up to six segments memory traffic as well.
+constexpr int summed_segments = 8;
 
 inline bool supports_features(const Problem& problem) {
   if (problem.feature_map == FeatureMap::identity) return false;
@@ -30,20 +24,28 @@ inline bool supports_features(const Problem& problem) {
 }
 
 // float16 is left to the general kernels: these kernels round scores and features to the element type, and
-// float16 has no room for the squares of small or of large q and k.
-inline bool supports_sizes(const Problem& problem) {
-  return problem.dtype == Dtype::bfloat16 && problem.num_sequences > 0 && problem.seqlen > 0 &&
-         supports_features(problem) && problem.head_dim > 0 && problem.head_dim % 16 == 0 &&
-         problem.head_dim <= 256 && problem.group_size() <= max_group_size && aligned(problem.q) &&
-         aligned(problem.k) && aligned(problem.v);
+// float16 has no room for the squares of small or of large q and k. Strides within a batch are int here,
+// which kernels multiply faster.
+template <class AnyProblem>
+inline bool supports(const AnyProblem& problem) {
+  const auto is_int = [](int64_t stride) { return stride == static_cast<int>(stride); };
+  return problem.dtype == Dtype::bfloat16 && supports_sizes(problem) && supports_features(problem) &&
+         problem.head_dim % 16 == 0 && all_rows(problem, [&](const auto& rows) {
+           return aligned(rows, 8) && is_int(rows.head_stride) && is_int(rows.row_stride);
+         });
 }
 
-// What is absent lies nowhere, which is aligned.
-inline bool supports(const ForwardProblem& problem) { return supports_sizes(problem) && aligned(problem.y); }
-
-inline bool supports(const BackwardProblem& problem) {
-  return supports_sizes(problem) && aligned(problem.y) && aligned(problem.grad_y) &&
-         aligned(problem.grad_q) && aligned(problem.grad_k) && aligned(problem.grad_v);
+// Floats of a block's state in the workspace (Slot in cuda/tensor_core/state.cuh): tiles of 8 features by the
+// block's columns, each 128 threads' four floats, of the state; then 32 threads' four floats for each tile of
+// the denominator's sums, and for those of taylor's linear features; then the count of keys.
+REBASED_HOST_DEVICE constexpr int64_t slot_floats(FeatureMap map, int64_t feature_dim) {
+  const int64_t tiles = map == FeatureMap::taylor  ? 20
+                        : map != FeatureMap::outer ? 2
+                        : feature_dim == 8         ? 5
+                        : feature_dim == 16        ? 17
+                                                   : 68;
+  const int64_t sum_tiles = feature_dim == 32 ? 8 : feature_dim / 8;
+  return tiles * 128 * 4 + sum_tiles * 32 * 4 + (map == FeatureMap::taylor ? 32 * 4 : 0) + 16;
 }
 
 // Shared memory that a block must be able to have, in bytes; 0 where every device has enough.

@@ -1,32 +1,12 @@
-// The small kernels around split and packed sequences: cu_seqlens clamped, segments' local states turned into
-// running ones in a fixed order, and rows that belong to no sequence filled.
+// Split sequences: segments' local states turned into running ones, in a fixed order.
 #pragma once
 
 #include "cuda/device/load_ahead.cuh"
-#include "cuda/general/block.cuh"
+#include "cuda/shared/block.cuh"
 
 namespace rebased::REBASED_BACKEND {
 
 constexpr int scan_threads = 256;
-
-// bounds[s] = max(0, cu_seqlens[0 .. s]) limited to seqlen: ascending whatever cu_seqlens holds. One block.
-template <int threads>
-KERNEL void LAUNCH_BOUNDS(threads, 1)
-    clamp_bounds(const int64_t* cu_seqlens, int64_t count, int64_t seqlen, int64_t* bounds) {
-  SHARED_MEMORY(int64_t, largest, threads);
-  const int64_t length = (count + threads - 1) / threads;
-  const int64_t begin = minimum(threadIdx.x * length, count), end = minimum(begin + length, count);
-  int64_t running = 0;
-  for (int64_t i = begin; i < end; ++i) running = maximum(running, cu_seqlens[i]);
-  largest[threadIdx.x] = running;
-  sync_threads();
-  running = 0;
-  for (unsigned thread = 0; thread < threadIdx.x; ++thread) running = maximum(running, largest[thread]);
-  for (int64_t i = begin; i < end; ++i) {
-    running = maximum(running, cu_seqlens[i]);
-    bounds[i] = minimum(running, seqlen);
-  }
-}
 
 // slots (sequences, kv_heads, segments, slot_size). Forward: slot s = initial + the sum of the local states
 // in slots 1 .. s; reverse: slot s = initial + the sum of the local ones in slots s .. segments - 2. A thread
@@ -50,21 +30,16 @@ KERNEL void LAUNCH_BOUNDS(scan_threads, 1) scan_states(Call<AnyProblem> call, Co
   visit_ahead(slot + step, step, call.segments - 1, [&](A* next, A own) { *next = running += own; });
 }
 
-// rows of `width` elements that no sequence owns = value. Grid: fill_blocks per head.
-constexpr int fill_blocks = 8;
-template <class T>
-KERNEL void LAUNCH_BOUNDS(scan_threads, 1)
-    fill_rows_of_no_sequence(MutableRows rows, int width, T value, const int64_t* bounds,
-                             int64_t num_sequences, int64_t seqlen) {
-  T* const target = static_cast<T*>(rows.data) + blockIdx.x / fill_blocks * rows.head_stride;
-  const int64_t before = bounds[0], after = bounds[num_sequences];
-  const int64_t count = before + seqlen - after;
-  const int64_t first = blockIdx.x % fill_blocks * scan_threads + threadIdx.x;
-  for (int64_t index = first; index < count * width; index += fill_blocks * scan_threads) {
-    const int64_t outside = index / width, column = index - outside * width;
-    const int64_t row = outside < before ? outside : outside - before + after;
-    target[row * rows.row_stride + column] = value;
-  }
+// Queues what every block's state starts from: by `kernel`, which has one block for each of the sweep's, the
+// segments' own sums, and the scan over them, from `initial` on.
+template <class A, bool reverse, class AnyProblem>
+void add_segment_states(void (*kernel)(Call<AnyProblem>), const Grid& grid, int threads, int64_t shared_bytes,
+                        const ConstState& initial, const Call<AnyProblem>& call, Launches* launches) {
+  if (call.quadratic || call.segments == 1) return;
+  const int64_t states = call.problem.num_sequences * call.problem.kv_heads;
+  launches->add(kernel, grid, threads, shared_bytes, call);
+  launches->add(scan_states<A, reverse, AnyProblem>, divide_up(states * call.tiles.slot_size(), scan_threads),
+                scan_threads, 0, call, initial);
 }
 
 }  // namespace rebased::REBASED_BACKEND

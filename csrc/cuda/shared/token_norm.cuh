@@ -1,31 +1,12 @@
 // LayerNorm over all heads of a token, whose statistics no block of one head can know: a prepass, and the
-// last step of backward. Also what backward needs around the per-head kernels: delta, and the sums of the
-// blocks' partial gradients of gamma and beta.
+// last step of backward.
 #pragma once
 
-#include "cuda/general/block.cuh"
+#include "cuda/shared/block.cuh"
+#include "cuda/shared/vector.cuh"
+#include "cuda/shared/warp_rows.cuh"
 
 namespace rebased::REBASED_BACKEND {
-
-constexpr int row_threads = 128;
-constexpr int rows_per_block = row_threads / 32;  // a warp each
-
-template <class A>
-DEVICE A warp_sum(A value) {
-  for (int distance = 16; distance > 0; distance /= 2) value += shuffle_xor(value, distance);
-  return value;
-}
-
-// What one launch does for queries and keys alike, or for those of them that want it: blockIdx.y picks.
-template <class Part>
-struct Parts {
-  Part part[2];
-  int count = 0;
-
-  HOST_DEVICE void add(const Part& next) { part[count++] = next; }
-  // not by a variable index, which would take a copy in local memory
-  DEVICE Part chosen() const { return blockIdx.y == 0 ? part[0] : part[1]; }
-};
 
 template <int count, class T>
 DEVICE void load_piece(T (&x)[count], const T* address) {
@@ -176,141 +157,6 @@ KERNEL void LAUNCH_BOUNDS(row_threads, 1)
   } else {
     token_norm_backward_of<1>(rows, token, seqlen, dim);
   }
-}
-
-// delta (batch, heads, seqlen) = r sum_c grad_y y
-template <class E>
-KERNEL void LAUNCH_BOUNDS(row_threads, 1)
-    row_deltas(ConstRows y, ConstRows grad_y, const Accumulator<E>* r, Accumulator<E>* delta, int64_t count,
-               int64_t heads, int64_t seqlen, int head_dim) {
-  using A = Accumulator<E>;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * rows_per_block + threadIdx.x / 32;
-  if (index >= count) return;
-  const int64_t row = index % seqlen, head = index / seqlen % heads, batch = index / seqlen / heads;
-  const E* const value = head_rows<E>(y, batch, head, row);
-  const E* const gradient = head_rows<E>(grad_y, batch, head, row);
-  A sum = 0;
-  for (int column = threadIdx.x % 32; column < head_dim; column += 32) {
-    sum += convert<A>(value[column]) * convert<A>(gradient[column]);
-  }
-  sum = warp_sum(sum);
-  if (threadIdx.x % 32 == 0) delta[index] = r[index] * sum;
-}
-
-// Where the blocks' sums of the gradients of gamma and beta, partials (sequences, heads, segments, 2, dim),
-// go: target (dim), or (heads, dim) where head_stride is not 0; null where not wanted. 0 is gamma, 1 beta.
-template <class A>
-struct AffineSums {
-  const A* partials;
-  int64_t heads, segments;
-  A* target[2];
-  int64_t head_stride[2];
-};
-
-// Sums the partials in a fixed order. Grid: heads of the target, queries and keys, gamma and beta. The warps
-// of a block share the terms of 32 features at a time, `terms_at_once` of them under way in each.
-constexpr int affine_threads = 512, terms_at_once = 4;
-template <class A>
-KERNEL void LAUNCH_BOUNDS(affine_threads, 1)
-    sum_affine_gradients(Parts<AffineSums<A>> parts, int64_t sequences, int dim) {
-  SHARED_MEMORY(A, sums, affine_threads);
-  const AffineSums<A> of = parts.chosen();
-  const unsigned which = blockIdx.z;
-  const int64_t head = blockIdx.x;
-  A* const target = which == 0 ? of.target[0] : of.target[1];
-  const int64_t head_stride = which == 0 ? of.head_stride[0] : of.head_stride[1];
-  const bool per_head = head_stride != 0;
-  if (!target || head >= (per_head ? of.heads : 1)) return;
-
-  // of each sequence, a run of terms side by side: a head's segments, or all heads'
-  constexpr int warps = affine_threads / 32;
-  const int64_t run = per_head ? of.segments : of.heads * of.segments;
-  const int64_t sequence_step = warps / run, term_step = warps % run;
-  const A* const terms = of.partials + (head * of.segments * 2 + which) * dim;
-  for (int begin = 0; begin < dim; begin += 32) {
-    const int warp = threadIdx.x / 32, i = begin + threadIdx.x % 32;
-    int64_t sequence = warp / run, term = warp % run;
-    A sum = 0;
-    while (i < dim && sequence < sequences) {
-      A values[terms_at_once];
-      UNROLL for (int n = 0; n < terms_at_once; ++n) {
-        values[n] =
-            sequence < sequences ? terms[(sequence * of.heads * of.segments + term) * 2 * dim + i] : A(0);
-        sequence += sequence_step;
-        term += term_step;
-        if (term >= run) {
-          term -= run;
-          ++sequence;
-        }
-      }
-      UNROLL for (int n = 0; n < terms_at_once; ++n) sum += values[n];
-    }
-    sums[threadIdx.x] = sum;
-    sync_threads();
-    if (warp == 0 && i < dim) {
-      for (int part = 1; part < warps; ++part) sum += sums[threadIdx.x + 32 * part];
-      target[head * head_stride + i] = sum;
-    }
-    sync_threads();
-  }
-}
-
-// The host's side. A warp per token, of queries and keys or of one of them.
-inline dim3 token_grid(int64_t tokens, int parts) {
-  return dim3(static_cast<unsigned>(divide_up(tokens, rows_per_block)), static_cast<unsigned>(parts));
-}
-
-template <class E>
-void add_token_statistics(const Parts<TokenRows<E>>& parts, int64_t tokens, int64_t seqlen, int dim,
-                          double eps, Launches* launches) {
-  if (parts.count == 0 || tokens == 0) return;
-  launches->add(token_statistics<E>, token_grid(tokens, parts.count), row_threads, 0, parts, tokens, seqlen,
-                dim, eps);
-}
-
-// grad q from query_gradient and grad k from key_gradient, either of which may be null.
-template <class E>
-void add_token_norm_backward(const BackwardProblem& problem, const Accumulator<E>* query_statistics,
-                             const Accumulator<E>* key_statistics, const Accumulator<E>* query_gradient,
-                             const Accumulator<E>* key_gradient, const int64_t* bounds, Launches* launches) {
-  Parts<TokenGradient<E>> parts;
-  if (query_gradient) {
-    parts.add({problem.q, problem.query_affine, query_statistics, query_gradient, problem.grad_q,
-               static_cast<int>(problem.heads)});
-  }
-  if (key_gradient) {
-    parts.add({problem.k, problem.key_affine, key_statistics, key_gradient, problem.grad_k,
-               static_cast<int>(problem.kv_heads)});
-  }
-  const int64_t tokens = problem.batch * problem.seqlen;
-  if (parts.count == 0 || tokens == 0) return;
-  launches->add(token_norm_backward<E>, token_grid(tokens, parts.count), row_threads, 0, parts, tokens,
-                problem.seqlen, static_cast<int>(problem.feature_dim), bounds, problem.num_sequences);
-}
-
-// grad gamma and grad beta, where wanted, from the blocks' sums of them for q and for k. `segments`: blocks
-// of a sequence and head.
-template <class A>
-void add_affine_sums(const BackwardProblem& problem, int64_t segments, const A* query_partials,
-                     const A* key_partials, Launches* launches) {
-  Parts<AffineSums<A>> parts;
-  int64_t target_heads = 1;
-  const auto add = [&](const A* partials, int64_t heads, const Affine& affine,
-                       const AffineGradient& gradient) {
-    if (!gradient.gamma && !gradient.beta) return;
-    parts.add({partials,
-               heads,
-               segments,
-               {static_cast<A*>(gradient.gamma), static_cast<A*>(gradient.beta)},
-               {affine.gamma_head_stride, affine.beta_head_stride}});
-    if (affine.gamma_head_stride || affine.beta_head_stride) target_heads = maximum(target_heads, heads);
-  };
-  add(query_partials, problem.heads, problem.query_affine, problem.grad_query_affine);
-  add(key_partials, problem.kv_heads, problem.key_affine, problem.grad_key_affine);
-  if (parts.count == 0) return;
-  const dim3 grid(static_cast<unsigned>(target_heads), static_cast<unsigned>(parts.count), 2);
-  launches->add(sum_affine_gradients<A>, grid, affine_threads, 0, parts, problem.num_sequences,
-                static_cast<int>(problem.feature_dim));
 }
 
 }  // namespace rebased::REBASED_BACKEND

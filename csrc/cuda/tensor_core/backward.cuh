@@ -1,70 +1,29 @@
-// Host side of the tensor-core backward for one element type, map and feature dim: workspace, and which
-// kernels run in which order.
+// The tensor-core path's family of backward kernels. Host code.
 #pragma once
 
-#include "cuda/shared/token_norm.cuh"
-#include "cuda/tensor_core/finish.cuh"
 #include "cuda/tensor_core/grad_kv.cuh"
 #include "cuda/tensor_core/grad_q.cuh"
 #include "cuda/tensor_core/launch.cuh"
 #include "cuda/tensor_core/wide_grad_kv.cuh"
 #include "cuda/tensor_core/wide_grad_q.cuh"
 
-namespace rebased::REBASED_BACKEND::tensor_core {
+namespace rebased::REBASED_BACKEND {
 
-struct BackwardWorkspace {
-  float *slots, *reverse_slots;
-  BackwardBuffers buffers;
-  int64_t bytes;
-};
+namespace tensor_core {
 
-// Where things lie from `workspace` on; absent ones are null. With a null workspace only `bytes` means
-// something.
-inline BackwardWorkspace backward_workspace(const BackwardProblem& problem, int segments, void* workspace) {
-  const int64_t groups = column_groups(problem), states = problem.num_sequences * problem.kv_heads;
-  const int64_t rows = problem.batch * problem.seqlen, feature_dim = problem.feature_dim;
-  const bool partial = groups > 1 || problem.layer_norm == LayerNorm::token;
-  const int64_t slots = slot_count(problem, segments) * slot_floats(problem);
-  BackwardWorkspace result{};
-  const auto take = [&](bool present, int64_t floats) {
-    if (!present) return static_cast<float*>(nullptr);
-    const int64_t offset = result.bytes;
-    result.bytes += (floats * 4 + 63) / 64 * 64;
-    return workspace ? reinterpret_cast<float*>(static_cast<char*>(workspace) + offset) : nullptr;
-  };
-  const auto has_affine = [](const AffineGradient& gradient) { return gradient.gamma || gradient.beta; };
-  const bool queries = problem.wants_queries(), keys = problem.wants_keys();
-  result.slots = take(queries && (segments > 1 || problem.initial_state.kv), slots);
-  result.reverse_slots = take(
-      problem.part == BackwardPart::reverse_state || (keys && (segments > 1 || problem.grad_final_state.kv)),
-      slots);
-  BackwardBuffers& buffers = result.buffers;
-  buffers.delta = take(queries || keys, groups * rows * problem.heads);
-  buffers.query_gradient = take(partial && queries, groups * rows * problem.heads * feature_dim);
-  buffers.key_gradient = take(partial && keys, groups * rows * problem.kv_heads * feature_dim);
-  const int64_t blocks = problem.num_sequences * segments * groups;
-  buffers.query_affine =
-      take(has_affine(problem.grad_query_affine), blocks * problem.heads * 2 * feature_dim);
-  buffers.key_affine = take(has_affine(problem.grad_key_affine), blocks * problem.kv_heads * 2 * feature_dim);
-  buffers.initial_sums = take(problem.grad_initial_state.kv && groups > 1,
-                              groups * states * num_features(problem.feature_map, feature_dim));
-  if (!buffers.initial_sums) buffers.initial_sums = static_cast<float*>(problem.grad_initial_state.k);
-  return result;
+inline BackwardBuffers make_buffers(const Call<BackwardProblem>& call) {
+  const auto region = [&](const Region& place) { return call.region<float>(place); };
+  const Workspace& workspace = call.workspace;
+  float* const initial_sums = region(workspace.initial_sums);
+  return {region(workspace.delta),
+          region(workspace.query_gradient),
+          region(workspace.key_gradient),
+          region(workspace.query_affine),
+          region(workspace.key_affine),
+          initial_sums ? initial_sums : static_cast<float*>(call.problem.grad_initial_state.k)};
 }
 
-// The sum of the column groups' partial gradients of q' or k'; but for "token" LayerNorm on to grad q or k.
-template <class T, class S>
-void add_finish(const BackwardProblem& problem, const Launch& launch, float* partial, const ConstRows& x,
-                const Affine& affine, const MutableRows& grad_x, int64_t heads, Launches* launches) {
-  const int64_t rows = problem.batch * problem.seqlen * heads;
-  const int groups = static_cast<int>(column_groups(problem));
-  if (!partial || groups == 1) return;
-  launches->add(finish_gradient_kernel<T, S::feature_dim>, divide_up(rows, finish_threads), finish_threads, 0,
-                partial, groups, x, affine, grad_x, heads, rows, problem.seqlen, problem.layer_norm,
-                problem.layer_norm_eps, launch.bounds, problem.num_sequences);
-}
-
-// The kernels of the sweeps, and the dynamic shared memory that they want.
+// The kernels of the sweeps, and how much dynamic shared memory each of them needs.
 template <class T, class S>
 struct Sweeps {
   static constexpr auto reverse_segment = &reverse_segment_kernel<T, S>;
@@ -93,86 +52,51 @@ struct Sweeps<T, Wide> {
   }
 };
 
-// grad k and grad v, delta for the queries' half, and what of the initial state's gradient a block has.
-template <class T, class S>
-void add_keys(const BackwardProblem& problem, const Launch& launch, const BackwardWorkspace& workspace,
-              Launches* launches) {
-  const bool grouped = problem.group_size() > 1;
-  const bool scan = workspace.reverse_slots && needs_scan<S>(launch, problem.grad_final_state);
-  const Arguments<BackwardProblem> arguments(problem, launch, workspace.reverse_slots, scan);
-  const dim3 grid = sweep_grid(problem, launch.segments);
-  if (launch.segments > 1) {
-    launches->add(Sweeps<T, S>::reverse_segment, grid, S::threads, Sweeps<T, S>::reverse_segment_bytes,
-                  arguments);
-  }
-  if (scan) {
-    launches->add([&](void* stream) {
-      return launch_scan<S>(problem, workspace.reverse_slots, launch.segments, problem.grad_final_state, true,
-                            stream);
-    });
-  }
-  launches->add(Sweeps<T, S>::grad_kv(grouped), grid, S::threads, Sweeps<T, S>::grad_kv_bytes(grouped),
-                arguments, workspace.buffers);
+// What the reverse sweeps are given. `all_segments`: see Launch.
+template <class S>
+Arguments<BackwardProblem> reverse_arguments(const Call<BackwardProblem>& call, bool all_segments = false) {
+  const bool scanned = !all_segments && needs_scan<S>(call.segments, call.problem.grad_final_state);
+  return {call, call.region<float>(call.workspace.reverse_states), scanned, all_segments};
 }
 
-// grad q; without the keys' half before it, delta first.
+// Queues what leaves each segment's own sums of the reverse state in the workspace.
 template <class T, class S>
-void add_queries(const BackwardProblem& problem, const Launch& launch, const BackwardWorkspace& workspace,
-                 Launches* launches) {
-  const int64_t group_size = problem.group_size(), rows = problem.batch * problem.heads * problem.seqlen;
-  if (!problem.wants_keys()) {
-    launches->add(row_delta_kernel<T>,
-                  dim3(static_cast<unsigned>(divide_up(rows, delta_rows)),
-                       static_cast<unsigned>(column_groups(problem))),
-                  32 * delta_rows, 0, problem.y, problem.grad_y, workspace.buffers.delta, rows, problem.heads,
-                  problem.seqlen, problem.head_dim, problem.normalize);
-  }
-  launches->add([&](void* stream) {
-    return launch_segment_states<T, S>(problem, launch, problem.initial_state, workspace.slots, stream);
-  });
-  const Arguments<BackwardProblem> arguments(problem, launch, workspace.slots,
-                                             needs_scan<S>(launch, problem.initial_state));
-  launches->add(Sweeps<T, S>::grad_q(group_size > 1), sweep_grid(problem, launch.segments), S::threads,
-                Sweeps<T, S>::grad_q_bytes(group_size), arguments, workspace.buffers);
+void add_reverse_sums(const Call<BackwardProblem>& call, bool all_segments, Launches* launches) {
+  launches->add(Sweeps<T, S>::reverse_segment, sweep_grid(call.problem, call.segments), S::threads,
+                Sweeps<T, S>::reverse_segment_bytes, reverse_arguments<S>(call, all_segments));
 }
 
-template <class T, class S>
-const char* launch_reverse_state(const BackwardProblem& problem, Launch launch, float* slots, void* stream) {
-  launch.all_segments = true;
-  const char* const error = LAUNCH((Sweeps<T, S>::reverse_segment), sweep_grid(problem, launch.segments),
-                                   dim3(S::threads), static_cast<size_t>(Sweeps<T, S>::reverse_segment_bytes),
-                                   stream, Arguments<BackwardProblem>(problem, launch, slots, false));
-  if (*error) return error;
-  return launch_slot_sums<S>(problem, slots, launch.segments, problem.grad_initial_state, true, stream);
+}  // namespace tensor_core
+
+template <FeatureMap map, int feature_dim>
+Family<BackwardProblem> tensor_core_family(const BackwardProblem&) {
+  using namespace tensor_core;
+  using T = bfloat16_t;
+  using S = Slabs<map, feature_dim>;
+  using AnyCall = const Call<BackwardProblem>&;
+  return {[](AnyCall call, Launches* launches) { add_states<T, S>(call, launches); },
+          [](AnyCall call, Launches* launches) {
+            if (call.segments > 1) add_reverse_sums<T, S>(call, false, launches);
+            add_scan<S>(call, call.workspace.reverse_states, call.problem.grad_final_state, true, launches);
+          },
+          [](AnyCall call, Launches* launches) {
+            const int64_t group_size = call.problem.group_size();
+            launches->add(Sweeps<T, S>::grad_q(group_size > 1), sweep_grid(call.problem, call.segments),
+                          S::threads, Sweeps<T, S>::grad_q_bytes(group_size), sweep_arguments<S>(call),
+                          make_buffers(call));
+          },
+          [](AnyCall call, Launches* launches) {
+            const bool grouped = call.problem.group_size() > 1;
+            launches->add(Sweeps<T, S>::grad_kv(grouped), sweep_grid(call.problem, call.segments), S::threads,
+                          Sweeps<T, S>::grad_kv_bytes(grouped), reverse_arguments<S>(call),
+                          make_buffers(call));
+          },
+          [](AnyCall call, Launches* launches) {
+            add_reverse_sums<T, S>(call, true, launches);
+            add_slot_sums<S>(call, call.workspace.reverse_states, call.problem.grad_initial_state, true,
+                             launches);
+          },
+          true};
 }
 
-template <class T, class S>
-const char* launch_backward(const BackwardProblem& problem, const Launch& launch, void* stream) {
-  const BackwardWorkspace workspace = backward_workspace(problem, launch.segments, launch.workspace);
-  const BackwardBuffers& buffers = workspace.buffers;
-  if (problem.part == BackwardPart::reverse_state) {
-    return launch_reverse_state<T, S>(problem, launch, workspace.reverse_slots, stream);
-  }
-  Launches launches(stream);
-  if (problem.wants_keys()) add_keys<T, S>(problem, launch, workspace, &launches);
-  if (problem.wants_queries()) add_queries<T, S>(problem, launch, workspace, &launches);
-  add_finish<T, S>(problem, launch, buffers.query_gradient, problem.q, problem.query_affine, problem.grad_q,
-                   problem.heads, &launches);
-  add_finish<T, S>(problem, launch, buffers.key_gradient, problem.k, problem.key_affine, problem.grad_k,
-                   problem.kv_heads, &launches);
-  if (problem.layer_norm == LayerNorm::token) {
-    add_token_norm_backward<T>(problem, launch.query_statistics, launch.key_statistics,
-                               buffers.query_gradient, buffers.key_gradient, launch.bounds, &launches);
-  }
-  add_affine_sums<float>(problem, launch.segments * column_groups(problem), buffers.query_affine,
-                         buffers.key_affine, &launches);
-  if (problem.grad_initial_state.kv && column_groups(problem) > 1) {
-    const int64_t count = problem.num_sequences * problem.kv_heads * S::public_features;
-    launches.add(sum_groups_kernel<float>, divide_up(count, finish_threads), finish_threads, 0,
-                 buffers.initial_sums, static_cast<int>(column_groups(problem)), count,
-                 static_cast<float*>(problem.grad_initial_state.k));
-  }
-  return launches.error();
-}
-
-}  // namespace rebased::REBASED_BACKEND::tensor_core
+}  // namespace rebased::REBASED_BACKEND

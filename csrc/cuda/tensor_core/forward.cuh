@@ -1,26 +1,30 @@
-// Forward on tensor cores, for 16-bit q, k, v of 8 or 16 features.
+// Forward on tensor cores, for d = 8 and 16; wide_forward.cuh is the same for d = 32.
 //
 // A block walks one segment of one sequence for one kv head, all its query heads, and 64 value columns:
 //   y_i = (sum_{j in chunk, j <= i} sim(i, j) v_j + phi(q'_i) S) / (the same with v = 1, + eps)
-// and then S takes the chunk in. S and the denominator's sums stay in registers from the first chunk to the
-// last, started from slots of the workspace that segment_state_kernel, and scan_kernel for more than a few
-// segments, have filled. Memory: q, k, v are read once per column group, y and r written once, and the slots
-// of the segments before are read, or after a scan the segment's own. Tiles are
-// double buffered: value rows by asynchronous copies, rows of q and k in registers a step ahead, so that one
-// barrier a step is enough. A step is a chunk of one query head.
+// and then adds the chunk to S. S stays in registers from the first chunk to the last, and the denominator's
+// sums in shared memory. Both start from slots of the workspace that segment_state_kernel has filled, and
+// scan_kernel where there are more than a few segments.
+//
+// A step is a chunk of one query head. Asynchronous copies bring v and the rows of q and k of the next step
+// into shared memory while a step computes. Value tiles and feature tiles are double buffered, so that one
+// barrier a step is enough. The row tile is single: a warp copies into it only what it has read itself.
+//
+// Memory: q, k and v are read once per column group, y and r are written once. Of the slots a block reads
+// those of the segments before its own, or after a scan its own alone.
 #pragma once
 
 #include "cuda/tensor_core/product.cuh"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
-// The denominator's part of earlier chunks for a row tile, in a C fragment whose columns are all alike.
+// What earlier chunks add to the denominator of a row tile, as a C fragment whose columns are all the same.
 template <class T, class S>
 DEVICE void denominator(float (&sum)[4], const uint32_t (&rows)[4], const State<S>& state, Range range) {
   const Sums<S::units> sums = state.sums();
   if constexpr (S::polynomial) {
-    float partial[2] = {};                       // of rows g and g + 8: this lane's columns
-    UNROLL for (int n = 0; n < S::units; ++n) {  // (q' Z) q', features 8 n..
+    float partial[2] = {};                       // of rows g and g + 8, over this lane's columns
+    UNROLL for (int n = 0; n < S::units; ++n) {  // (q' Z) q' over the features 8 n .. 8 n + 7
       float product[4] = {};
       multiply_sums<T>(product, rows, sums.k, 2 * n, range);
       const float2 first = unpack<T>(rows[2 * n]), second = unpack<T>(rows[2 * n + 1]);
@@ -50,8 +54,8 @@ struct ForwardOrigins : Origins<T> {
   float* r;
 };
 
-// Blocks per multiprocessor that registers must suffice for. With three a thread has 168; taylor's state and
-// the bookkeeping of several query heads need more.
+// How many blocks per multiprocessor the registers must suffice for. With three blocks a thread has 168
+// registers. The state of taylor and the bookkeeping of several query heads need more.
 template <class S>
 constexpr int forward_blocks(bool grouped) {
   return S::map == FeatureMap::taylor || grouped ? 2 : 3;
@@ -123,7 +127,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(grouped))
                     arguments.layer_norm_eps);
     const bool last_head = head + 1 == group_size;
     const int next_head = last_head ? 0 : head + 1, next = last_head ? first + chunk : first;
-    sync_threads();  // the step's tiles are there, and those of the step before are free
+    sync_threads();  // the tiles of this step are complete, and the tiles of the step before are free
     if (next < rows_end) copy(stage ^ 1, next, next_head);
 
     T* const y = origins->y + head * problem.y.head_stride;
@@ -178,7 +182,8 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(grouped))
   }
 }
 
-// The sums of each segment by themselves, into its slot; of the last one only where launch.all_segments.
+// Leaves the sums over the rows of each segment in the segment's slot; those of the last segment only where
+// launch.all_segments says so.
 template <class T, class S>
 KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(false))
     segment_state_kernel(Arguments<Problem> arguments) {

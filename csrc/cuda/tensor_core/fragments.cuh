@@ -1,55 +1,60 @@
 // Tiles of the tensor-core path, and how a warp reads them as fragments of mma.m16n8k16.
 //
-// A block is four warps and walks a sequence in chunks of 64 tokens; warp w owns value columns 16 w .. 16 w
-// + 15. For lane l of a warp, g = l / 4 and t = l % 4; device.cuh has the layout of a fragment. Four kinds of
-// tile lie in shared memory:
-//   feature tile  (d features [+ some repeated], 64 tokens), stride 72: q' or k' transposed. Rows from d on
-//                 repeat rows 0, 1, ...: the row that lane l addresses in an ldmatrix is free, so a fragment
-//                 rotated by e features, x_((i + e) mod d), costs nothing but starting e rows further down.
-//   row tile      (64 or 128 rows, d features): rows of q and k as they are in memory
-//   value tile    (64 tokens, 64 columns): v, grad y; 16-byte units are permuted by token mod 8
-//   state tile    (64 columns, features), stride an odd number of 16-byte units: a state rounded to T
-//   (backward)
-// The strides and the permutation make eight lanes of an ldmatrix touch all 32 banks.
+// A block is four warps and walks a sequence in chunks of 64 tokens. Warp w owns the value columns 16 w .. 16
+// w + 15. Lane l of a warp has g = l / 4 and t = l % 4; device.cuh has the layout of a fragment by these two.
+// Four kinds of tile lie in shared memory:
+//   feature tile  (d features and some repeated ones, 64 tokens), stride 72: q' or k' transposed. Rows from d
+//                 on repeat rows 0, 1 and so on. A lane may address any row in an ldmatrix, so that a
+//                 fragment rotated by e features, x_((i + e) mod d), is loaded like any other, from e rows
+//                 further down.
+//   row tile      (64 or 128 rows, d features): rows of q and k as they are in memory value tile    (64
+//   tokens, 64 columns): v or grad y, with the 16-byte units of a row permuted by token mod 8 state tile
+//   (64 columns, features), stride an odd number of 16-byte units, in backward alone: a state rounded
+//                 to the element type
+// The strides and the permutation make eight lanes of an ldmatrix touch all 32 banks. In this folder the
+// template parameter T is the element type, bfloat16_t.
 #pragma once
 
 #include "cuda/device/device.cuh"
-#include "cuda/tensor_core/interface.h"
+#include "cuda/plan/tensor_core_shape.h"
 #include "op/feature_map.h"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
+using namespace rebased::tensor_core;
+
 constexpr int tile = 16;               // tokens, features or columns of one fragment
-constexpr int warps = columns / tile;  // three blocks of 4 warps fit where one block of 8 would
+constexpr int warps = columns / tile;  // registers let three blocks of 4 warps run, but one block of 8
 constexpr int threads = 32 * warps;
 constexpr int feature_stride = chunk + 8;
 
-// What a kernel is compiled for, by the name of S: a feature map, of d features.
+// What a kernel is compiled for: a feature map and the number d of its inputs. Kernels call their Slabs S.
 //
-// A state's features come in slabs of 16, each one k-step of an mma, in the public order: for the polynomial
-// maps with d = 16 the circulant offsets e = 0..8, with d = 8 the pairs of offsets (0, 1), (2, 3) and 4; for
-// taylor then k', and the constant 1 by itself. The other maps have one slab. `first_tile` counts tiles of 8
-// features; half slabs have one, and zeros for the rest. With d = 8 a fragment of k' itself has its 8
-// features twice, so that its product with two rotations side by side is a slab. With d = 32 (`wide`) a block
-// has twice the warps, and each holds half of the offsets: wide_state.cuh goes on from there.
+// The features of a state come in slabs of 16, each of them one k-step of an mma, in the public order. The
+// polynomial maps have, with d = 16, one slab for each circulant offset e = 0..8, and with d = 8 one for each
+// pair of offsets (0, 1), (2, 3) and one for offset 4. After these slabs taylor has one for k' and one for
+// the constant 1 alone. The other maps have one slab in all. `first_tile` counts tiles of 8 features. A half
+// slab has one such tile, and zeros in the place of the other. With d = 8 a fragment of k' has its 8 features
+// twice, so that its product with two rotations side by side is a slab. With d = 32 (`wide`) a block has
+// twice the warps, and each warp holds half of the offsets; wide_state.cuh says how.
 template <FeatureMap feature_map, int dim>
 struct Slabs {
   static_assert(dim == 16 || (feature_map == FeatureMap::outer && (dim == 8 || dim == 32)));
   static constexpr FeatureMap map = feature_map;
   static constexpr int feature_dim = dim;
-  static constexpr int units = dim / 8;  // of 8 features, in a row and in a fragment's columns
+  static constexpr int units = dim / 8;  // units of 8 features in a row, and in the columns of a fragment
   static constexpr bool wide = dim == 32;
   static constexpr int threads = wide ? 2 * tensor_core::threads : tensor_core::threads;
   static constexpr int public_features = static_cast<int>(num_features(map, dim));
   static constexpr bool polynomial = is_polynomial(map);
   static constexpr bool taylor = map == FeatureMap::taylor;
   static constexpr int offsets = dim / 2 + 1;
-  static constexpr int slab_offsets = dim < tile ? tile / dim : 1;  // in one slab
+  static constexpr int slab_offsets = dim < tile ? tile / dim : 1;  // offsets in a slab
   static constexpr int circulant = polynomial ? (offsets + slab_offsets - 1) / slab_offsets : 0;
-  static constexpr int linear = circulant, constant = circulant + 1;  // taylor
+  static constexpr int linear = circulant, constant = circulant + 1;  // slabs of taylor
   static constexpr int count = polynomial ? circulant + (taylor ? 2 : 0) : 1;
   static constexpr int circulant_tiles = polynomial ? 2 * circulant - 1 : 0;
-  static constexpr int tiles = wide ? 34 : polynomial ? circulant_tiles + (taylor ? 3 : 0) : 2;  // of a warp
+  static constexpr int tiles = wide ? 34 : polynomial ? circulant_tiles + (taylor ? 3 : 0) : 2;  // a warp's
 
   HOST_DEVICE static constexpr bool is_half(int slab) {
     return polynomial && (slab == circulant - 1 || slab == constant);
@@ -58,48 +63,52 @@ struct Slabs {
     return slab < circulant || !polynomial ? 2 * slab : circulant_tiles + (slab == constant ? 2 : 0);
   }
 
-  // Rows of a feature tile between the two halves of a fragment: of k', and of a slab's rotation.
+  // How many rows of a feature tile lie between the two halves of a fragment, of k' and of the rotation of a
+  // slab.
   static constexpr int half_rows = dim == 8 ? 0 : 8, rotated_half_rows = dim == 8 ? 1 : 8;
   static constexpr int feature_rows = !polynomial ? dim
                                       : dim == 8  ? dim + slab_offsets * circulant - 1
                                                   : dim + dim / 2 - 1;
   static constexpr int feature_tile = feature_rows * feature_stride;
-  // of a state tile, which has the features with a gradient: all but the constant
+  // The tiles of 8 features in a state tile, which has all features but the constant: that one has no
+  // gradient.
   static constexpr int state_tiles = taylor ? tiles - 1 : tiles;
   static constexpr int state_stride = 8 * (state_tiles % 2 ? state_tiles : state_tiles + 1);
-  // Of the symmetric products one of two is kept, so that those off the diagonal stand for two. Inside these
-  // kernels that weight, and the polynomial's a2, sit in the state: query and key features are plain
+  // Of two equal products x_i x_j and x_j x_i one is kept, and stands for both. Inside these kernels the
+  // state carries this weight and the polynomial's a2, so that features of queries and keys are plain
   // products.
-  static constexpr float diagonal_weight = taylor ? 0.5f : 1.0f;  // offset 0
-  static constexpr float offset_weight = 2 * diagonal_weight;     // the others
+  static constexpr float diagonal_weight = taylor ? 0.5f : 1.0f;  // of the products of offset 0
+  static constexpr float offset_weight = 2 * diagonal_weight;     // of all other products
   HOST_DEVICE static constexpr float tile_weight(int feature_tile) {
     return feature_tile < units && polynomial       ? diagonal_weight
            : feature_tile < circulant_tiles || wide ? offset_weight
                                                     : 1.0f;
   }
-  // Where tile n of a warp's state is among all.
+  // The number of the warp's tile n among the tiles of the whole state.
   HOST_DEVICE static constexpr int state_tile(int n, int warp) {
     return !wide ? n : n < 32 ? n + 32 * (warp / warps) : n + 32 + 2 * (1 - warp / warps);
   }
 
-  // Sizes of arrays in shared memory: gamma and beta of one head (in floats) and of the query heads and the
-  // kv head, and Sums of all threads (in float4).
+  // Sizes of arrays in shared memory, in floats: gamma and beta of one head, of the query heads and the kv
+  // head of a block, and of one query head and the kv head. Then, in float4, the Sums of all threads.
   static constexpr int affine_size = 2 * dim, affine_floats = (max_group_size + 1) * affine_size,
                        ungrouped_affine_floats = 2 * affine_size;
-  // The rows of a chunk's queries, once read, have the room to stage a tile for each warp.
+  // Whether the rows of a chunk's queries, once they are read, leave room enough to stage a tile for each
+  // warp.
   static constexpr bool staging_in_rows = dim >= tile;
   static constexpr int sums_size = units * threads;
 };
 
 struct Lane {
-  int warp, lane, group, pair;  // group g and pair t
+  int warp, lane, group, pair;  // group is g and pair is t of the comments
   DEVICE Lane()
       : warp(static_cast<int>(threadIdx.x / 32)),
         lane(static_cast<int>(threadIdx.x % 32)),
         group(static_cast<int>(threadIdx.x % 32 / 4)),
         pair(static_cast<int>(threadIdx.x % 4)) {}
-  // Rows and columns that this lane addresses in an ldmatrix of four 8x8 matrices: matrix m = lane / 8 covers
-  // rows 8 (m / 2).. and columns 8 (m % 2).. of a 16x16 tile, or the other way round.
+  // The row and the column that this lane addresses in an ldmatrix of four 8x8 matrices. Matrix m = lane / 8
+  // covers rows 8 (m / 2) .. + 7 and columns 8 (m % 2) .. + 7 of a 16x16 tile (halves), or rows 8 (m % 2) ..
+  // + 7 and columns 8 (m / 2) .. + 7 (parity).
   DEVICE int row_of_halves(int half_rows = 8) const { return (lane & 7) + (lane >> 4) * half_rows; }
   DEVICE int column_of_halves() const { return ((lane >> 3) & 1) << 3; }
   DEVICE int row_of_parity() const { return (lane & 7) + (((lane >> 3) & 1) << 3); }
@@ -108,27 +117,27 @@ struct Lane {
 
 // ---- feature tiles ----
 
-// A (16 tokens, 16 features).
+// Loads a fragment A (16 tokens, 16 features) of the tile that begins at `token`.
 template <class T, class S>
 DEVICE void load_rows(uint32_t (&a)[4], const T* features, int token, const Lane& lane) {
   ldmatrix_transposed(
       a, features + lane.row_of_halves(S::half_rows) * feature_stride + token + lane.column_of_halves());
 }
 
-// The same, rotated as slab `slab` of the circulant ones has it.
+// The same, with the features rotated as the circulant slab `slab` wants them.
 template <class T, class S>
 DEVICE void load_rotated_rows(uint32_t (&a)[4], const T* features, int token, int slab, const Lane& lane) {
   const int row = lane.row_of_halves(S::rotated_half_rows) + S::slab_offsets * slab;
   ldmatrix_transposed(a, features + row * feature_stride + token + lane.column_of_halves());
 }
 
-// Of d = 32, the same fragments of features `feature` .. + 15: rotated by e, feature + e.
+// The same fragments for d = 32, of the features `feature` .. + 15. Rotated by e they begin at feature + e.
 template <class T>
 DEVICE void load_wide_rows(uint32_t (&a)[4], const T* features, int token, int feature, const Lane& lane) {
   ldmatrix_transposed(
       a, features + (lane.row_of_halves() + feature) * feature_stride + token + lane.column_of_halves());
 }
-template <class T>  // of all 32
+template <class T>  // the fragments of all 32 features
 DEVICE void load_wide_rows(uint32_t (&a)[2][4], const T* features, int token, const Lane& lane) {
   UNROLL for (int part = 0; part < 2; ++part) load_wide_rows(a[part], features, token, tile * part, lane);
 }
@@ -137,7 +146,8 @@ DEVICE void load_wide_terms(uint32_t (&b)[4], const T* features, int token, int 
   ldmatrix(b, features + (lane.row_of_halves() + feature) * feature_stride + token + lane.column_of_halves());
 }
 
-// B of scores (features, 16 tokens): {b[0], b[1]} the first 8 tokens, {b[2], b[3]} the others.
+// Loads a fragment B of the product for scores (features, 16 tokens): {b[0], b[1]} are the first 8 tokens,
+// {b[2], b[3]} the others.
 template <class T, class S>
 DEVICE void load_columns(uint32_t (&b)[4], const T* features, int token, const Lane& lane) {
   if constexpr (S::feature_dim == 8) {
@@ -158,7 +168,7 @@ DEVICE void load_columns(uint32_t (&b)[2][4], const T* features, int token, cons
   }
 }
 
-// B of sums over tokens (16 tokens, 16 features): {b[0], b[1]} the first 8 features.
+// Loads a fragment B of a sum over tokens (16 tokens, 16 features): {b[0], b[1]} are the first 8 features.
 template <class T, class S>
 DEVICE void load_terms(uint32_t (&b)[4], const T* features, int token, const Lane& lane) {
   ldmatrix(b, features + lane.row_of_halves(S::half_rows) * feature_stride + token + lane.column_of_halves());
@@ -174,8 +184,8 @@ DEVICE void multiply(uint32_t (&product)[4], const uint32_t (&a)[4], const uint3
   UNROLL for (int i = 0; i < 4; ++i) product[i] = multiply_pairs<T>(a[i], b[i]);
 }
 
-// The A fragment of slab `slab` of phi(rows), from the fragment `rows` of the tile at `token`. `slab` is a
-// constant once unrolled.
+// Makes the fragment A of slab `slab` of phi(rows), from the fragment `rows` of the tile at `token`. Loops
+// over slabs are unrolled, so that `slab` is a constant here.
 template <class T, class S>
 DEVICE void row_features(uint32_t (&phi)[4], const uint32_t (&rows)[4], const T* features, int token,
                          int slab, const Lane& lane) {
@@ -186,7 +196,7 @@ DEVICE void row_features(uint32_t (&phi)[4], const uint32_t (&rows)[4], const T*
     phi[2] = phi[3] = 0u;
   } else if (S::feature_dim == 16 && slab == 0) {
     multiply<T>(phi, rows, rows);
-  } else if (S::feature_dim == 16 && slab == S::circulant - 1) {  // the other half of the columns
+  } else if (S::feature_dim == 16 && slab == S::circulant - 1) {  // offset 8 is the fragment's other half
     phi[0] = multiply_pairs<T>(rows[0], rows[2]);
     phi[1] = multiply_pairs<T>(rows[1], rows[3]);
     phi[2] = phi[3] = 0u;
@@ -197,14 +207,14 @@ DEVICE void row_features(uint32_t (&phi)[4], const uint32_t (&rows)[4], const T*
   }
 }
 
-// The same for B of sums over tokens: slab `slab` of phi, from the fragment `terms` of the tile at `token`;
-// of a half slab only {phi[0], phi[1]}.
+// Makes the fragment B of slab `slab` of phi for a sum over tokens, from the fragment `terms` of the tile at
+// `token`. Of a half slab it makes {phi[0], phi[1]} alone.
 template <class T, class S>
 DEVICE void term_features(uint32_t (&phi)[4], const uint32_t (&terms)[4], const T* features, int token,
                           int slab, const Lane& lane) {
   if (!S::polynomial || (S::taylor && slab == S::linear)) {
     UNROLL for (int i = 0; i < 4; ++i) phi[i] = terms[i];
-  } else if (S::taylor && slab == S::constant) {  // 1 for padded tokens too: their values are 0
+  } else if (S::taylor && slab == S::constant) {  // 1 for padded tokens too, since their values are 0
     phi[0] = phi[1] = lane.group == 0 ? pack<T>(1.0f, 1.0f) : 0u;
   } else if (S::feature_dim == 16 && slab == 0) {
     multiply<T>(phi, terms, terms);
@@ -214,7 +224,7 @@ DEVICE void term_features(uint32_t (&phi)[4], const uint32_t (&terms)[4], const 
   } else {
     load_rotated_terms<T, S>(phi, features, token, slab, lane);
     multiply<T>(phi, phi, terms);
-    // of d = 8's last offset the second four products repeat the first, and a state has zeros there
+    // with d = 8 the last four products of the last offset repeat the first four, and a state has zeros there
     if (S::is_half(slab) && lane.group >= S::feature_dim / 2) phi[0] = phi[1] = 0u;
   }
 }
@@ -225,28 +235,28 @@ DEVICE int value_offset(int token, int column) {
   return token * columns + ((((column >> 3) ^ (token & 7)) << 3) | (column & 7));
 }
 
-// A (16 columns, 16 tokens), and at once B (16 tokens, 16 columns): {v[0], v[2]} the first 8 columns,
-// {v[1], v[3]} the others.
+// Loads a fragment A (16 columns, 16 tokens). The same registers are a fragment B (16 tokens, 16 columns),
+// with the first 8 columns in {v[0], v[2]} and the others in {v[1], v[3]}.
 template <class T>
 DEVICE void load_values(uint32_t (&v)[4], const T* values, int token, int column, const Lane& lane) {
   ldmatrix_transposed(v,
                       values + value_offset(token + lane.row_of_halves(), column + lane.column_of_halves()));
 }
 
-// A (16 tokens, 16 columns).
+// Loads a fragment A (16 tokens, 16 columns).
 template <class T>
 DEVICE void load_value_rows(uint32_t (&a)[4], const T* values, int token, int column, const Lane& lane) {
   ldmatrix(a, values + value_offset(token + lane.row_of_parity(), column + lane.column_of_parity()));
 }
 
-// B (16 columns, 16 tokens): {b[0], b[1]} the first 8 tokens.
+// Loads a fragment B (16 columns, 16 tokens): {b[0], b[1]} are the first 8 tokens.
 template <class T>
 DEVICE void load_value_columns(uint32_t (&b)[4], const T* values, int token, int column, const Lane& lane) {
   ldmatrix(b, values + value_offset(token + lane.row_of_halves(), column + lane.column_of_halves()));
 }
 
-// Of the 16-byte unit `which` of a row of n of them, which change places from one 128 bytes to the next: then
-// neither a column of units nor eight rows of one word each share a bank.
+// The offset of the 16-byte unit `which` of a row that has n units. The units change places from one 128
+// bytes to the next, so that neither a column of units nor one word of each of eight rows meets a bank twice.
 template <int n>
 DEVICE int unit_offset(int row, int which) {
   return 8 * (n * row + (which ^ row / (8 / n) % n));

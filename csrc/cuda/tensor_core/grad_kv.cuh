@@ -1,20 +1,23 @@
-// Backward on tensor cores, the reverse sweep: grad v and grad k.
+// Backward on tensor cores, the reverse sweep, which makes grad v and grad k.
 //
-// A block walks one segment from its last chunk to its first, with the reverse state of all later chunks in
-// registers: T = sum of phi(q') g^^T and M = -sum of delta q' q'^T, g^ = r grad y, delta = g^ . y.
-//   grad v_j = sum_{i in chunk, i >= j} sim(i, j) g^_i + phi(k'_j) T       the forward product, roles
-//   exchanged grad k'  as gradient.cuh has it; T passes to all warps through shared memory once a
-//   chunk
-// Memory: q, k, v, grad y, y, r are read once per column group, grad k, grad v and grad y . y (for the other
-// sweep) written once. A step is a chunk of one query head; with several, grad v and grad k' of the chunk
-// gather in shared memory, each thread its own, until the last one.
+// A block walks one segment from its last chunk to its first and holds the reverse state of all later chunks:
+// T, the sum of phi(q') ghat^T, in registers, and M, the negative sum of delta q' q'^T, in shared memory.
+// ghat is r grad y and delta is ghat . y.
+//   grad v_j = sum_{i in chunk, i >= j} sim(i, j) ghat_i + phi(k'_j) T, as y of the forward, roles exchanged
+//   grad k'  as gradient.cuh has it; once a chunk all warps get T through shared memory
+// A step is a chunk of one query head. With several query heads grad v and grad k' of the chunk gather in
+// shared memory, where each thread reads and writes its own part, until the step of the last head stores
+// them.
+//
+// Memory: q, k, v, grad y, y and r are read once per column group. grad k, grad v and, for the other sweep,
+// grad y . y are written once.
 #pragma once
 
 #include "cuda/tensor_core/reverse.cuh"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
-// Adds what the steps before have left in `place`, and but for the last step leaves the sum there.
+// Adds what the steps before have left in `place`, and leaves the sum there unless this is the last step.
 DEVICE void gather(float (&value)[4], float4* place, bool first_step, bool last_step) {
   if (!first_step) {
     const float4 before = *place;
@@ -32,7 +35,7 @@ DEVICE void scale_tiles(float (&out)[tile_pair][2][4], float scale) {
   }
 }
 
-// grad v of this warp's 16 columns, all 64 rows of the chunk.
+// grad v of this warp's 16 columns, for all 64 rows of the chunk.
 template <class T, class S>
 DEVICE void value_gradient(const State<S>& state, const QueryRows<T>& query_rows, const ChunkScale& scales,
                            const float* warp_maxima, const T* queries, const T* keys, const T* gradients,
@@ -69,8 +72,8 @@ DEVICE void value_gradient(const State<S>& state, const QueryRows<T>& query_rows
   }
 }
 
-// grad k' of this warp's 16 rows, over all 64 columns: gradient += the chunk's part, and with it T's and M's
-// once.
+// grad k' of this warp's 16 rows, over all 64 columns: `gradient` gets the part of the chunk's queries and,
+// in the first step of a chunk, the parts of T and M.
 template <class T, class S>
 DEVICE void key_gradient(float (&gradient)[S::units][4], const State<S>& state, Range range,
                          const QueryRows<T>& query_rows, const ChunkScale& scales, const T* queries,
@@ -165,7 +168,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
     const bool first_step = head + 1 == group_size, last_step = head == 0;
     share_maximum<T>(warp_maxima, state, lane);
     copy_async_wait<0>();
-    sync_threads();  // the copies are there, and the tiles of the step before are free
+    sync_threads();  // the copies have arrived, and the tiles of the step before are free
     const Range range = shared_range<T>(warp_maxima);
     const ChunkScale scales = chunk_scale<T>(r, rows_end - first, lane);
     const float2 statistics = store_row<T, S>(
@@ -180,7 +183,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
     sync_threads();
     if (next >= 0) copy(next, next_head);
 
-    // q's rows are in the feature tile: their place is free until the next step but one
+    // the rows of q have gone into the feature tile, so that their place is free until the next step but one
     T* const warp_staging =
         (S::staging_in_rows ? row_tile(stage).elements : own_staging) + lane.warp * tile * tile;
 
@@ -209,7 +212,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
                         affine + group_size * S::affine_size, 1.0f, problem.layer_norm, target, warp_staging,
                         lane);
     }
-    if (grouped && first_step) sync_threads();  // grad v gathers in the place of T, which all have read
+    if (grouped && first_step) sync_threads();  // all have read T, in whose place grad v gathers
     T* const grad_v = first_row<T>(problem.grad_v, span, span.kv_head) + first_column() + tile * lane.warp +
                       static_cast<int64_t>(first) * row_stride(problem.grad_v);
     value_gradient<T, S>(state, query_rows, scales, warp_maxima, queries, keys, gradients, warp_staging,

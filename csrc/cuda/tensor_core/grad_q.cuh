@@ -1,11 +1,13 @@
-// Backward on tensor cores, the forward sweep: grad q, from delta that the reverse sweep has left.
+// Backward on tensor cores, the forward sweep, which makes grad q from the delta / r that the reverse sweep
+// has left.
 //
-// As the forward, a block walks its segment with S and the denominator's sums of all earlier chunks in
-// registers. S passes to all warps through shared memory once a chunk; each warp then owns 16 query rows:
-//   grad q'_i = r_i (sum_{j in chunk, j <= i} (g_i . v_j - d_i) sim'(u_ij) k'_j + J(q'_i)^T (S g_i) - 2 a2
-//   d_i Z q'_i)
-// with g = grad y and d = g . y: r is left to the end, so that what is rounded to T is of the size of g.
-// Memory: q, k, v, grad y, r and delta are read once per column group, grad q is written once.
+// A block walks its segment as the forward does, with S and the denominator's sums of all earlier chunks.
+// Once a chunk all warps get S through shared memory, and each warp owns 16 rows of queries. With g = grad y
+// and d = g . y = delta / r
+//   grad q'_i = r_i (sum_{j in chunk, j <= i} (g_i . v_j - d_i) sim'(u_ij) k'_j
+//                    + J(q'_i)^T (S g_i) - 2 a2 d_i Z q'_i)
+// r is multiplied last, so that the numbers which are rounded to the element type are of the size of g.
+// Memory: q, k, v, grad y, r and delta / r are read once per column group, grad q is written once.
 #pragma once
 
 #include "cuda/tensor_core/sweep.cuh"
@@ -82,7 +84,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
     const T* const gradients = tiles.gradients + stage * tiles.value_tile;
     share_maximum<T>(warp_maxima, state, lane);
     copy_async_wait<0>();
-    sync_threads();  // the copies are there, and the tiles of the step before are free
+    sync_threads();  // the copies have arrived, and the tiles of the step before are free
     const Range range = shared_range<T>(warp_maxima);
     const float2 statistics = store_row<T, S>(
         is_key ? keys : queries, token, row_tile(stage), first + token < rows_end,

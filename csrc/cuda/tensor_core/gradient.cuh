@@ -1,22 +1,24 @@
-// What the two backward sweeps share: the gradient of a 16-token tile of q' or k', and its way through affine
-// and LayerNorm to q or k. A warp owns the rows of one such tile of the chunk.
+// What the two backward sweeps share: the gradient of a 16-token tile of q' or k', and its way through map,
+// affine and LayerNorm to q or k. A warp owns the rows of one such tile of the chunk.
 //
-// With g = grad y, g^ = r g, delta = g^ . y and c_ij = g^_i . v_j - delta_i, for the polynomial maps:
-//   grad q'_i = sum_{j <= i} c_ij sim'(u_ij) k'_j + J(q'_i)^T (S g^_i) - 2 a2 delta_i Z q'_i
-//   grad k'_j = sum_{i >= j} c_ij sim'(u_ij) q'_i + J(k'_j)^T (T v_j)  + 2 a2 M k'_j
-// J(x)^T G: of slab e, the gradient of the products x_a x_{a+e}: grad x_a += G_{e,a} x_{a+e} + G_{e,a-e}
-// x_{a-e}. S and T, from the chunks before and after, carry the products' weights. The other maps have one
-// slab and phi'(x) in the place of J. Here q' is scale times what LayerNorm and affine leave, for the
-// polynomial maps.
+// With ghat = r grad y, delta = ghat . y and c_ij = ghat_i . v_j - delta_i the polynomial maps have
+//   grad q'_i = sum_{j <= i} c_ij sim'(u_ij) k'_j + J(q'_i)^T (S ghat_i) - 2 a2 delta_i Z q'_i
+//   grad k'_j = sum_{i >= j} c_ij sim'(u_ij) q'_i + J(k'_j)^T (T v_j)    + 2 a2 M k'_j
+// where the sums run over the chunk, S and Z hold the chunks before it, and T and M the chunks behind it. S
+// and T carry the weights of the products. With G = S ghat_i or T v_j, slab e holds the gradients G_{e,a} of
+// the products x_a x_{a+e}, and J(x)^T G adds G_{e,a} x_{a+e} + G_{e,a-e} x_{a-e} to grad x_a. The other maps
+// have one slab, and phi'(x) in the place of J. For the polynomial maps q' is `scale` times what LayerNorm
+// and affine leave.
 #pragma once
 
 #include "cuda/tensor_core/product.cuh"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
-// ---- the state, for all warps ----
+// ---- the part of the other chunks, through the state ----
 
-// Writes this warp's 16 columns of the state into the state tile (64 columns, features), rounded to T.
+// Writes this warp's 16 columns of the state, rounded to the element type, into the state tile (64 columns,
+// features), which all warps read.
 template <class T, class S>
 DEVICE void publish_state(T* state_tile, const State<S>& state, Range range, const Lane& lane) {
   UNROLL for (int n = 0; n < S::state_tiles; ++n) {
@@ -28,8 +30,8 @@ DEVICE void publish_state(T* state_tile, const State<S>& state, Range range, con
   }
 }
 
-// The gradient of the slab of phi(rows) that starts at feature tile `first`, n = 0, 1 (or 0 of a half slab):
-// values (16 tokens, 64 columns; A fragments) times the state.
+// The gradient of one slab of phi(rows), which begins at tile `first` of 8 features and has n = 2 of them, or
+// 1 where it is a half slab: values (16 tokens, 64 columns), as fragments A, times the state.
 template <class T, class S, int n>
 DEVICE void slab_gradient(float (&gradient)[2][4], const uint32_t (&values)[warps][4], const T* state_tile,
                           int first, const Lane& lane) {
@@ -42,7 +44,7 @@ DEVICE void slab_gradient(float (&gradient)[2][4], const uint32_t (&values)[warp
   }
 }
 
-// x_{a - 1} in the place of x_a, cyclically over the 8 n columns of n C fragments.
+// Puts x_{a - 1} in the place of x_a, cyclically over the 8 n columns of n C fragments.
 template <int n>
 DEVICE void rotate(float (&x)[n][4], const Lane& lane) {
   const int previous = (lane.lane & ~3) | ((lane.pair + 3) & 3);
@@ -56,7 +58,7 @@ DEVICE void rotate(float (&x)[n][4], const Lane& lane) {
   }
 }
 
-// The numbers of an A fragment, in the places of two C fragments.
+// Unpacks the numbers of a fragment A into the places that they have in two C fragments.
 template <class T>
 DEVICE void unpack_rows(float (&x)[2][4], const uint32_t (&rows)[4]) {
   UNROLL for (int i = 0; i < 4; ++i) {
@@ -66,8 +68,8 @@ DEVICE void unpack_rows(float (&x)[2][4], const uint32_t (&rows)[4]) {
   }
 }
 
-// gradient = J(rows)^T (state values): the part of the other chunks. Of the one-slab maps the gradient of
-// phi.
+// gradient = J(rows)^T (state values), the part of the other chunks. For the maps of one slab it is the
+// gradient of phi(rows).
 template <class T, class S>
 DEVICE void state_gradient(float (&gradient)[S::units][4], const uint32_t (&rows)[4],
                            const uint32_t (&values)[warps][4], const T* features, int token,
@@ -75,8 +77,8 @@ DEVICE void state_gradient(float (&gradient)[S::units][4], const uint32_t (&rows
   if constexpr (!S::polynomial) {
     slab_gradient<T, S, 2>(gradient, values, state_tile, 0, lane);
   } else {
-    // sum over e of (G_e x) moved by e, as Horner's rule does it: from the last offset down, one step at a
-    // time
+    // The sum over e of (G_e x) moved by e positions, as Horner's rule forms it: from the last offset down,
+    // moving by one position at each offset.
     float moved[S::units][4] = {}, x[2][4], other[2][4], slab[2][4];
     uint32_t rotated[4];
     unpack_rows<T>(x, rows);
@@ -89,7 +91,7 @@ DEVICE void state_gradient(float (&gradient)[S::units][4], const uint32_t (&rows
       if constexpr (S::feature_dim == 8) {
         gradient[0][j] = slab[0][j] * other[0][j];
         moved[0][j] = slab[0][j] * x[0][j];
-      } else {  // the last offset exchanges the halves: both its terms at once
+      } else {  // the last offset exchanges the halves of x, and both its terms come at once
         gradient[0][j] = slab[0][j] * x[1][j];
         gradient[1][j] = slab[0][j] * x[0][j];
       }
@@ -99,7 +101,7 @@ DEVICE void state_gradient(float (&gradient)[S::units][4], const uint32_t (&rows
       unpack_rows<T>(other, rotated);
       slab_gradient<T, S, 2>(slab, values, state_tile, S::first_tile(i), lane);
       UNROLL for (int n = 1; n >= 0; --n) {
-        const int target = n % S::units;  // with d = 8 both halves of a slab are offsets of their own
+        const int target = n % S::units;  // with d = 8 each half of a slab is an offset of its own
         if (n == 1 || S::slab_offsets == 2) rotate(moved, lane);
         UNROLL for (int j = 0; j < 4; ++j) {
           moved[target][j] += slab[n][j] * x[n][j];
@@ -120,7 +122,8 @@ DEVICE void state_gradient(float (&gradient)[S::units][4], const uint32_t (&rows
   }
 }
 
-// The denominator's part: 2 a2 Z rows, of the one-slab maps z, of taylor sum of k' too.
+// What the denominator's sums contribute: 2 a2 Z rows, and for taylor the sum of k' as well. For the maps of
+// one slab it is z.
 template <class T, class S>
 DEVICE void sums_gradient(float (&gradient)[S::units][4], const uint32_t (&rows)[4], const State<S>& state,
                           Range range) {
@@ -128,7 +131,8 @@ DEVICE void sums_gradient(float (&gradient)[S::units][4], const uint32_t (&rows)
   UNROLL for (int n = 0; n < S::units; ++n) {
     if constexpr (S::polynomial) {
       float product[4] = {};
-      // B (features, features 8 n..): columns of Z, as rows of it, which is symmetric; high and low parts
+      // the fragment B (features, features 8 n .. 8 n + 7) are rows of Z in the place of columns: Z is
+      // symmetric
       multiply_sums<T>(product, rows, sums.k, 2 * n, range);
       UNROLL for (int j = 0; j < 4; ++j) {
         gradient[n][j] = S::offset_weight * range.grow * product[j];
@@ -142,11 +146,12 @@ DEVICE void sums_gradient(float (&gradient)[S::units][4], const uint32_t (&rows)
 
 // ---- the chunk's own tokens ----
 
-// Where the queries are the columns, in float16: c is that times 1 / column_scales.
-//
-// gradient += sum over the column tile `token` of c sim'(u) columns. row_values A (16 tokens, 64 columns) of
-// the rows, column_values the value tile of the columns; c = their product plus the row's or the column's
-// offset, which is -delta, of query rows or query columns.
+// Adds to the gradient of 16 rows what the 16 columns from `token` on contribute: the sum over the columns of
+// c sim'(u) times the column's features. Rows are queries and columns keys, or with queries_are_columns the
+// other way round. c is the product of the row's values (row_values, fragments A of 16 tokens and 64 columns)
+// and the column's values (column_values, a value tile), minus delta of the query; row_offsets or
+// column_offsets hold -delta. With queries_are_columns, in float16, column_values are smaller by a power of
+// two, and column_scales make up for it.
 template <class T, class S, bool queries_are_columns, class Fragment>
 DEVICE void pair_gradient(float (&gradient)[S::units][4], const Fragment& rows,
                           const uint32_t (&row_values)[warps][4], const T* column_features,
@@ -193,17 +198,19 @@ DEVICE void pair_gradient(float (&gradient)[S::units][4], const Fragment& rows,
 
 // ---- through the map, affine and LayerNorm ----
 
-// Where the gradient of a tile's rows goes.
+// Where the gradient of the rows of a tile goes.
 template <class T>
 struct RowTarget {
-  T* rows;  // grad q or grad k, from the tile's first row on; null: `partial` is written instead
+  T* rows;  // grad q or grad k, from the tile's first row on; null where `partial` is written instead
   int stride;
-  float* partial;  // (rows, d): grad of gamma LayerNorm(x) + beta, where another kernel goes on from there
-  float* affine_sums;  // (2 d) in shared memory: this warp's sums of grad gamma and grad beta
+  float* partial;  // (rows, d): the gradient of gamma LayerNorm(x) + beta, from which another kernel goes on
+  float* affine_sums;  // (2 d) in shared memory: this warp's sums for grad gamma and grad beta
 };
 
-// `gradient` is that of the map's argument times 1 / scale; affine holds gamma times scale, and beta. The
-// tile's rows are in the row tile from first_row on, their means and deviations in `statistics`.
+// Takes the gradient of a tile of q' or k' through map, affine and LayerNorm to q or k. `gradient` is the
+// gradient of what the map is applied to. For queries of the polynomial maps that is `scale` times gamma
+// LayerNorm(x) + beta, and `affine` holds gamma and beta times `scale`. The rows of the tile lie in the row
+// tile from first_row on, their means and 1 / deviations in `statistics`.
 template <class T, class S>
 DEVICE void finish_rows(float (&gradient)[S::units][4], const RowTile<T>& row_tile, int first_row,
                         const float2* statistics, int rows_left, const float* affine, float scale,
@@ -233,7 +240,7 @@ DEVICE void finish_rows(float (&gradient)[S::units][4], const RowTile<T>& row_ti
         const float argument = hat * (i ? gamma.y : gamma.x) + (i ? beta.y : beta.x);
         if (S::map == FeatureMap::square) value *= 2.0f * argument;
         if (S::map == FeatureMap::elu) value *= elu_feature_derivative(argument);
-        if (row >= rows_left) value = 0;  // padded rows
+        if (row >= rows_left) value = 0;  // a padded row must add nothing to the sums
         gamma_sum[i] += value * hat;
         beta_sum[i] += value;
       }
@@ -271,7 +278,7 @@ DEVICE void finish_rows(float (&gradient)[S::units][4], const RowTile<T>& row_ti
       }
     }
   }
-  constexpr int width = minimum(2, S::units);  // C fragments stored together
+  constexpr int width = minimum(2, S::units);  // C fragments that are stored together
   UNROLL for (int first = 0; first < S::units; first += width) {
     float part[width][4];
     UNROLL for (int n = 0; n < width; ++n) {

@@ -1,126 +1,107 @@
-// Host side of the tensor-core forward for one element type, map and feature dim.
+// The tensor-core path's family of forward kernels, and what it has in common with the backward's: one block
+// per (sequence, kv head, segment) and column group. Host code.
 #pragma once
 
+#include "cuda/shared/family.cuh"
 #include "cuda/tensor_core/forward.cuh"
 #include "cuda/tensor_core/scan.cuh"
 #include "cuda/tensor_core/wide_forward.cuh"
 
-namespace rebased::REBASED_BACKEND::tensor_core {
+namespace rebased::REBASED_BACKEND {
 
-// Calls function(Slabs of the problem's map and feature dim); supports() has seen to it that there are some.
-template <class Function>
-auto with_slabs(const Problem& problem, Function&& function) {
-  if (problem.feature_dim == 8) return function(Slabs<FeatureMap::outer, 8>());
-  if (problem.feature_dim == 32) return function(Slabs<FeatureMap::outer, 32>());
-  switch (problem.feature_map) {
-    case FeatureMap::outer:
-      return function(Slabs<FeatureMap::outer, 16>());
-    case FeatureMap::square:
-      return function(Slabs<FeatureMap::square, 16>());
-    case FeatureMap::taylor:
-      return function(Slabs<FeatureMap::taylor, 16>());
-    default:
-      return function(Slabs<FeatureMap::elu, 16>());
-  }
+namespace tensor_core {
+
+// The grid of a sweep: one block per (sequence, kv head, segment) and column group.
+inline Grid sweep_grid(const Problem& problem, int segments) {
+  return Grid(problem.num_sequences * problem.kv_heads * segments, column_groups(problem));
 }
-
-inline int64_t slot_floats(const Problem& problem) {
-  return with_slabs(problem, [](auto slabs) { return static_cast<int64_t>(Slot<decltype(slabs)>::size); });
-}
-
-// Blocks of a sweep: (sequence, kv head, segment) by column group.
-inline dim3 sweep_grid(const Problem& problem, int segments) {
-  return dim3(static_cast<unsigned>(problem.num_sequences * problem.kv_heads * segments),
-              static_cast<unsigned>(column_groups(problem)));
-}
-
-inline int64_t slot_count(const Problem& problem, int segments) {
-  return problem.num_sequences * problem.kv_heads * segments * column_groups(problem);
-}
-
-// Segments up to which each block sums the states of those before it by itself: that saves a launch, and up
-// to six memory traffic.
-constexpr int summed_segments = 8;
-
-// Whether scan_kernel makes states to start from out of the segments' own.
+// The grid of the kernels with one thread per float of a slot.
 template <class S>
-bool needs_scan(const Launch& launch, const ConstState& start) {
-  return S::wide || start.kv || launch.segments > summed_segments;
+Grid slot_grid(const Problem& problem) {
+  return Grid(problem.num_sequences * problem.kv_heads, divide_up(Slot<S>::size, scan_threads),
+              column_groups(problem));
 }
 
+// Whether scan_kernel makes the states that segments start from out of the sums of each segment. Where there
+// are no slots there is one segment, which starts from an empty state.
 template <class S>
-const char* launch_scan(const Problem& problem, float* slots, int segments, ConstState start, bool reverse,
-                        void* stream) {
-  const dim3 grid(static_cast<unsigned>(problem.num_sequences * problem.kv_heads),
-                  (Slot<S>::size + scan_threads - 1) / scan_threads,
-                  static_cast<unsigned>(column_groups(problem)));
-  return LAUNCH(scan_kernel<S>, grid, dim3(scan_threads), 0, stream, slots, segments, start, problem.head_dim,
-                reverse);
+bool needs_scan(int segments, const ConstState& start) {
+  return S::wide || start.kv || segments > summed_segments;
 }
 
-template <class T, class S>
-auto* segment_state_kernel_of() {
+template <class S, class AnyProblem>
+void add_scan(const Call<AnyProblem>& call, const Region& region, const ConstState& start, bool reverse,
+              Launches* launches) {
+  float* const slots = call.template region<float>(region);
+  if (!slots || !needs_scan<S>(call.segments, start)) return;
+  launches->add(scan_kernel<S>, slot_grid<S>(call.problem), scan_threads, 0, slots, call.segments, start,
+                call.problem.head_dim, reverse);
+}
+
+// Queues what writes the public state that the slots of all segments add up to. All of them must have been
+// filled.
+template <class S, class AnyProblem>
+void add_slot_sums(const Call<AnyProblem>& call, const Region& slots, const MutableState& target,
+                   bool gradient, Launches* launches) {
+  launches->add(sum_slots_kernel<S>, slot_grid<S>(call.problem), scan_threads, 0,
+                call.template region<const float>(slots), call.segments, static_cast<float*>(target.kv),
+                static_cast<float*>(target.k), call.problem.head_dim, gradient);
+}
+
+// Queues what leaves each segment's own sums of k and v in the workspace.
+template <class T, class S, class AnyProblem>
+void add_segment_sums(const Call<AnyProblem>& call, bool all_segments, Launches* launches) {
+  const auto add = [&](void (*kernel)(Arguments<Problem>)) {
+    float* const slots = call.template region<float>(call.workspace.states);
+    launches->add(kernel, sweep_grid(call.problem, call.segments), S::threads, 0,
+                  Arguments<Problem>(call, slots, false, all_segments));
+  };
   if constexpr (S::wide) {
-    return &wide_segment_state_kernel<T>;
+    add(wide_segment_state_kernel<T>);
   } else {
-    return &segment_state_kernel<T, S>;
+    add(segment_state_kernel<T, S>);
   }
 }
 
-// Fills the slots for start_state. Null slots: there is one segment, from an empty state.
-template <class T, class S>
-const char* launch_segment_states(const Problem& problem, const Launch& launch, ConstState initial_state,
-                                  float* slots, void* stream) {
-  if (!slots) return "";
-  if (launch.segments > 1) {
-    const auto kernel = segment_state_kernel_of<T, S>();
-    const char* error = LAUNCH(kernel, sweep_grid(problem, launch.segments), dim3(S::threads), 0, stream,
-                               Arguments<Problem>(problem, launch, slots, false));
-    if (*error) return error;
-  }
-  if (!needs_scan<S>(launch, initial_state)) return "";
-  return launch_scan<S>(problem, slots, launch.segments, initial_state, false, stream);
+// Queues what fills the slots that start_state reads.
+template <class T, class S, class AnyProblem>
+void add_states(const Call<AnyProblem>& call, Launches* launches) {
+  if (call.segments > 1) add_segment_sums<T, S>(call, false, launches);
+  add_scan<S>(call, call.workspace.states, call.problem.initial_state, false, launches);
 }
 
-// The public state of the slots' sums; every segment's has been made.
-template <class S>
-const char* launch_slot_sums(const Problem& problem, const float* slots, int segments,
-                             const MutableState& target, bool gradient, void* stream) {
-  const dim3 grid(static_cast<unsigned>(problem.num_sequences * problem.kv_heads),
-                  (Slot<S>::size + scan_threads - 1) / scan_threads,
-                  static_cast<unsigned>(column_groups(problem)));
-  return LAUNCH(sum_slots_kernel<S>, grid, dim3(scan_threads), 0, stream, slots, segments,
-                static_cast<float*>(target.kv), static_cast<float*>(target.k), problem.head_dim, gradient);
+// What the sweeps from the first row to the last are given.
+template <class S, class AnyProblem>
+Arguments<AnyProblem> sweep_arguments(const Call<AnyProblem>& call) {
+  return {call, call.template region<float>(call.workspace.states),
+          needs_scan<S>(call.segments, call.problem.initial_state)};
 }
 
-template <class T, class S>
-const char* launch_whole_state(const ForwardProblem& problem, Launch launch, void* stream) {
-  launch.all_segments = true;
-  float* const slots = static_cast<float*>(launch.workspace);
-  const auto kernel = segment_state_kernel_of<T, S>();
-  const char* const error = LAUNCH(kernel, sweep_grid(problem, launch.segments), dim3(S::threads), 0, stream,
-                                   Arguments<Problem>(problem, launch, slots, false));
-  if (*error) return error;
-  return launch_slot_sums<S>(problem, slots, launch.segments, problem.final_state, false, stream);
+}  // namespace tensor_core
+
+template <FeatureMap map, int feature_dim>
+Family<ForwardProblem> tensor_core_family(const ForwardProblem&) {
+  using namespace tensor_core;
+  using T = bfloat16_t;
+  using S = Slabs<map, feature_dim>;
+  using AnyCall = const Call<ForwardProblem>&;
+  return {[](AnyCall call, Launches* launches) { add_states<T, S>(call, launches); },
+          [](AnyCall call, Launches* launches) {
+            const auto add = [&](void (*kernel)(Arguments<ForwardProblem>), int64_t shared_bytes) {
+              launches->add(kernel, sweep_grid(call.problem, call.segments), S::threads, shared_bytes,
+                            sweep_arguments<S>(call));
+            };
+            if constexpr (S::wide) {
+              add(wide_forward_kernel<T>, WideForwardTiles<T>::bytes);
+            } else {
+              add(call.problem.group_size() > 1 ? forward_kernel<T, S, true> : forward_kernel<T, S, false>,
+                  0);
+            }
+          },
+          [](AnyCall call, Launches* launches) {
+            add_segment_sums<T, S>(call, true, launches);
+            add_slot_sums<S>(call, call.workspace.states, call.problem.final_state, false, launches);
+          }};
 }
 
-template <class T, class S>
-const char* launch_forward(const ForwardProblem& problem, const Launch& launch, void* stream) {
-  if (problem.state_only) return launch_whole_state<T, S>(problem, launch, stream);
-  const bool has_slots = launch.segments > 1 || problem.initial_state.kv;
-  float* const slots = has_slots ? static_cast<float*>(launch.workspace) : nullptr;
-  const char* error = launch_segment_states<T, S>(problem, launch, problem.initial_state, slots, stream);
-  if (*error) return error;
-  const dim3 grid = sweep_grid(problem, launch.segments), block(S::threads);
-  const Arguments<ForwardProblem> arguments(problem, launch, slots,
-                                            needs_scan<S>(launch, problem.initial_state));
-  if constexpr (S::wide) {
-    return LAUNCH(wide_forward_kernel<T>, grid, block, static_cast<size_t>(WideForwardTiles<T>::bytes),
-                  stream, arguments);
-  } else {
-    const auto kernel = problem.group_size() > 1 ? forward_kernel<T, S, true> : forward_kernel<T, S, false>;
-    return LAUNCH(kernel, grid, block, 0, stream, arguments);
-  }
-}
-
-}  // namespace rebased::REBASED_BACKEND::tensor_core
+}  // namespace rebased::REBASED_BACKEND

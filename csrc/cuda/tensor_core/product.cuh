@@ -1,16 +1,17 @@
-// The product of a 16-token tile with a state and with the chunk's own tokens, common to y (rows q', columns
-// k', values v) and to grad v (rows k', columns q', values r grad y, and the mask the other way round).
+// The product of tiles of 16 tokens with a state, and with the chunk's own tokens. Forward takes it for y,
+// where rows are q', columns are k' and values are v. The reverse sweep takes it for grad v, where rows are
+// k', columns are q', values are ghat and the mask is the other way round.
 #pragma once
 
 #include "cuda/tensor_core/state.cuh"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
-// Row tiles taken together: each fragment of the state and of the columns is then used twice. With four there
-// are too few registers.
+// How many row tiles are taken together. Each fragment of the state and of the columns is then used twice.
+// For four row tiles there are too few registers.
 constexpr int tile_pair = 2;
 
-// out[i] = phi(rows) S for two row tiles, S this warp's 16 columns of the state.
+// out[i] = phi(rows[i]) S for two row tiles, where S is this warp's 16 columns of the state.
 template <class T, class S>
 DEVICE void multiply_state(float (&out)[tile_pair][2][4], const uint32_t (&rows)[tile_pair][4],
                            const T* features, int token, const State<S>& state, Range range,
@@ -21,7 +22,7 @@ DEVICE void multiply_state(float (&out)[tile_pair][2][4], const uint32_t (&rows)
       const float (&sums)[4] = state.kv[feature_tile];
       return pack<T>(sums[j] * range.shrink, sums[j + 1] * range.shrink);
     };
-    // B (16 features, 8 columns) twice
+    // two fragments B (16 features, 8 columns)
     uint32_t b[4] = {round(first, 0), 0, round(first, 2), 0};
     if (!S::is_half(slab)) b[1] = round(first + 1, 0), b[3] = round(first + 1, 2);
     UNROLL for (int i = 0; i < tile_pair; ++i) {
@@ -39,9 +40,9 @@ DEVICE void multiply_state(float (&out)[tile_pair][2][4], const uint32_t (&rows)
   }
 }
 
-// result += rows B, B (features, 8 columns) from the denominator's sums: features 8 i + 2t and 8 i + 2t + 1
-// in sums[i][first] and the next. They are taken as two T numbers each, high and low, so that r is as exact
-// as q' and k' are.
+// result += rows B, where B (features, 8 columns) comes from the denominator's sums: sums[i][first] and its
+// neighbour hold the features 8 i + 2t and 8 i + 2t + 1. Each sum is split into two numbers of type T, a high
+// and a low part, so that r is as exact as q' and k' are.
 template <class T, int units, int width>
 DEVICE void multiply_sums(float (&result)[4], const uint32_t (&rows)[4], const float (&sums)[units][width],
                           int first, Range range) {
@@ -56,7 +57,7 @@ DEVICE void multiply_sums(float (&result)[4], const uint32_t (&rows)[4], const f
   mma_m16n8k16<T>(result, rows, low[0], low[1]);
 }
 
-// u = rows . columns of a row tile and a column tile, in C fragments.
+// u = rows . tokens for a row tile and a column tile, as C fragments.
 template <class T>
 DEVICE void dot_products(float (&u)[2][4], const uint32_t (&rows)[4], const uint32_t (&tokens)[4]) {
   UNROLL for (int n = 0; n < 2; ++n) {
@@ -64,7 +65,7 @@ DEVICE void dot_products(float (&u)[2][4], const uint32_t (&rows)[4], const uint
     mma_m16n8k16<T>(u[n], rows, tokens[2 * n], tokens[2 * n + 1]);
   }
 }
-template <class T>  // d = 32
+template <class T>  // with d = 32
 DEVICE void dot_products(float (&u)[2][4], const uint32_t (&rows)[2][4], const uint32_t (&tokens)[2][4]) {
   UNROLL for (int n = 0; n < 2; ++n) {
     UNROLL for (int j = 0; j < 4; ++j) u[n][j] = 0;
@@ -85,11 +86,11 @@ DEVICE void similarities(float (&sim)[2][4], const Fragment& rows, const Fragmen
   }
 }
 
-// Row and column of element j of C fragment n of a (16, 16) tile.
+// The row and the column of element j of C fragment n of a (16, 16) tile.
 DEVICE int fragment_row(int j, const Lane& lane) { return lane.group + 8 * (j >> 1); }
 DEVICE int fragment_column(int n, int j, const Lane& lane) { return 8 * n + 2 * lane.pair + (j & 1); }
 
-// Of a (16, 16) tile, each column times its scale.
+// Multiplies each column of a (16, 16) tile by its scale.
 DEVICE void scale_columns(float (&values)[2][4], const float* scales, const Lane& lane) {
   UNROLL for (int n = 0; n < 2; ++n) {
     const float2 scale = load_shared<float2>(scales + 8 * n + 2 * lane.pair);
@@ -97,7 +98,7 @@ DEVICE void scale_columns(float (&values)[2][4], const float* scales, const Lane
   }
 }
 
-// A from C fragments.
+// Rounds two C fragments of a (16, 16) tile into a fragment A.
 template <class T>
 DEVICE void round_tile(uint32_t (&a)[4], const float (&values)[2][4]) {
   UNROLL for (int n = 0; n < 2; ++n) {
@@ -106,10 +107,15 @@ DEVICE void round_tile(uint32_t (&a)[4], const float (&values)[2][4]) {
   }
 }
 
-// The chunk's own part of two row tiles from column tile `token`: out += sim v, and, forward, sum += sim;
-// reverse, in float16, sim is multiplied by its column's scale before it is rounded. Rows look back at
-// columns no later than they are, or, reverse, at no earlier ones. `diagonal` is the row tile of the pair
-// that meets its own tokens here: of the pair it and those on its far side look at this column tile.
+// Adds what the 16 columns from `token` on contribute to two row tiles of the same chunk: out += sim v and,
+// in forward, sum += sim. In reverse, for float16, sim is multiplied by its column's scale before it is
+// rounded.
+//
+// In forward a row sees the columns that are not later than itself, in reverse those that are not earlier.
+// `diagonal` is the number, 0 or 1, of the row tile that consists of the same tokens as the columns: there
+// the mask falls within the tile. In forward row tiles before it see none of these columns and row tiles
+// behind it see all; in reverse it is the other way round. A caller gives -1 in forward, or 2 in reverse,
+// where both row tiles see all columns.
 template <class T, class S, bool reverse, class Fragment>
 DEVICE void attend(float (&out)[tile_pair][2][4], float (&sum)[tile_pair][4],
                    const Fragment (&rows)[tile_pair], const T* columns_features, const T* values, int token,
@@ -135,7 +141,7 @@ DEVICE void attend(float (&out)[tile_pair][2][4], float (&sum)[tile_pair][4],
     round_tile<T>(a, sim);
     mma_m16n8k16<T>(out[i][0], a, v[0], v[2]);
     mma_m16n8k16<T>(out[i][1], a, v[1], v[3]);
-    if constexpr (!reverse) {  // of the rounded scores, as in the numerator
+    if constexpr (!reverse) {  // sums the rounded scores, which the numerator takes too
       const uint32_t one = pack<T>(1.0f, 1.0f);
       mma_m16n8k16<T>(sum[i], a, one, one);
     }

@@ -1,22 +1,24 @@
-// The reverse state of the tensor-core backward: T = sum of phi(q') g^^T and M = -sum of delta q' q'^T over
-// all later rows, with g^ = r grad y and delta = g^ . y. What a chunk adds to it, how float16 holds numbers
-// as small as r, and the kernel that forms a segment's sums by themselves.
+// The reverse state of the tensor-core backward: T, the sum of phi(q') ghat^T, and M, the negative sum of
+// delta q' q'^T, over all later rows, where ghat is r grad y and delta is ghat . y. This file has what a
+// chunk adds to the reverse state, how float16 would hold numbers as small as r, and the kernel that sums the
+// rows of each segment alone.
 #pragma once
 
 #include "cuda/tensor_core/sweep.cuh"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
-// What a step needs to know of each of its 64 query rows, in shared memory. float16 can hold r grad y only in
-// two parts, power_i m_i with a power of two: tiles hold m_i grad y, and the power goes with sim or with c,
-// times the chunk's `scale`, which makes them of ordinary size. Where a chunk's sums are formed for T and M,
-// whose largest terms set the scale, it is `sum_scale`. In bfloat16 m is r, powers and scales are 1, and only
-// minus_delta is used.
+// What a step needs to know of each of its 64 query rows, in shared memory.
+//
+// float16 has no room for r grad y, so that r_i is split into m_i and a power of two. Tiles hold m_i grad y.
+// sim and c are multiplied by the power and by the chunk's `scale`, which makes them of ordinary size; where
+// the chunk is summed for T and M, whose largest terms count, they are multiplied by `sum_scale` in its
+// place. In bfloat16 m is r, powers and scales are 1, and minus_delta alone is used.
 template <class T>
 struct QueryRows {
-  float* minus_delta;    // -m grad y . y
-  float* column_scales;  // power scale
-  float* sum_scales;     // power sum_scale
+  float* minus_delta;    // -(m grad y . y), which is -delta in bfloat16
+  float* column_scales;  // the power times `scale`
+  float* sum_scales;     // the power times `sum_scale`
 
   DEVICE explicit QueryRows(float* arrays)
       : minus_delta(arrays), column_scales(arrays + chunk), sum_scales(arrays + 2 * chunk) {}
@@ -30,8 +32,8 @@ struct ChunkScale {
 DEVICE float power_of_two(float value) { return bit_cast<float>(bit_cast<uint32_t>(value) & 0x7f800000u); }
 DEVICE float inverse_power(float power) { return bit_cast<float>((254u << 23) - bit_cast<uint32_t>(power)); }
 
-// From r of the chunk's rows: the smallest sets `scale`, as a first token's r may be anything; the largest
-// `sum_scale`.
+// The scales of a chunk, from r of its rows. The smallest r sets `scale`, since r of a first token may be
+// anything; the largest sets `sum_scale`.
 template <class T>
 DEVICE ChunkScale chunk_scale(const float* r, int rows, const Lane& lane) {
   if constexpr (is_bfloat16<T>) {
@@ -54,8 +56,9 @@ DEVICE ChunkScale chunk_scale(const float* r, int rows, const Lane& lane) {
   }
 }
 
-// In place r grad y, as far as QueryRows says; delta (global, or null) = grad y . y, 0 where rows are not
-// normalised. Eight lanes share a row, and a warp's rows follow each other.
+// Turns a tile of grad y into ghat = r grad y in place (for float16 into m grad y, see QueryRows). Writes
+// grad y . y, or 0 where the op does not normalise, to `delta` in global memory unless it is null. Eight
+// lanes share a row, and the rows of a warp follow each other.
 template <class T, int block_threads = threads>
 DEVICE void scale_gradients(T* gradients, const T* y, const float* r, const QueryRows<T>& rows,
                             const ChunkScale& scales, float* delta, int rows_left, bool normalize) {
@@ -69,7 +72,7 @@ DEVICE void scale_gradients(T* gradients, const T* y, const float* r, const Quer
     const uint4 g = load_shared<uint4>(gradients + offset), other = load_shared<uint4>(y + offset);
     const uint32_t words[4] = {g.x, g.y, g.z, g.w}, others[4] = {other.x, other.y, other.z, other.w};
     uint32_t scaled[4];
-    float factor = r[token], power = 1.0f;  // of padded rows 0
+    float factor = r[token], power = 1.0f;  // r of padded rows is 0
     if (!is_bfloat16<T> && factor != 0.0f) {
       power = power_of_two(factor);
       factor *= inverse_power(power);
@@ -92,12 +95,12 @@ DEVICE void scale_gradients(T* gradients, const T* y, const float* r, const Quer
     }
     if (unit == i) own_dot = dot;
   }
-  // one access for all of the warp's rows, as it then covers whole sectors
+  // one access for all rows of the warp, which then covers whole sectors
   const int own = first + step * unit;
   if (delta && unit < warp_rows / step && own < rows_left) delta[own] = own_dot;
 }
 
-// The chunk's part of the reverse state.
+// Adds the queries of a chunk to the reverse state.
 template <class T, class S>
 DEVICE void add_reverse_chunk(State<S>& state, const T* queries, const T* gradients, const QueryRows<T>& rows,
                               const ChunkScale& scales, const Lane& lane) {
@@ -110,8 +113,8 @@ DEVICE void add_reverse_chunk(State<S>& state, const T* queries, const T* gradie
   }
 }
 
-// The reverse sums of each segment by themselves, into its slot; of the first one only where
-// launch.all_segments.
+// Leaves the reverse sums over the rows of each segment in the segment's slot; those of the first segment
+// only where launch.all_segments says so.
 template <class T, class S>
 KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(false))
     reverse_segment_kernel(Arguments<BackwardProblem> arguments) {

@@ -1,25 +1,45 @@
-// Between global memory and the tiles of the tensor-core path: which rows a block walks, LayerNorm + affine +
-// map of a row of q or k on its way into a feature tile, copies of value rows, stores of finished tiles.
+// The way between global memory and the tiles of the tensor-core path: which rows a block walks, how a row of
+// q or k goes through LayerNorm, affine and map into a feature tile, copies of value rows, and stores of
+// finished tiles.
 #pragma once
 
+#include "cuda/shared/affine.cuh"
+#include "cuda/shared/column_groups.cuh"
+#include "cuda/shared/row_norm.cuh"
 #include "cuda/tensor_core/fragments.cuh"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
-// What a kernel is given: the problem's double constants as floats, and int strides of rows, as Problem's
-// conversions and 64-bit products would cost instructions in every chunk.
+// What a sweep needs to know of its call beyond the problem.
+struct Launch {
+  int segments;                   // runs of chunks of a sequence that different blocks walk
+  const int64_t* bounds;          // clamped cu_seqlens on the device, or null
+  const float* query_statistics;  // "token" LayerNorm: (batch, seqlen, 2), mean and 1 / deviation; or null
+  const float* key_statistics;
+  void* workspace;    // of the call
+  bool all_segments;  // whether the last segment's own state is wanted too (in reverse the first's)
+};
+
+// What a kernel is given. The problem's constants are doubles; here they are floats, since converting them
+// would cost instructions in every chunk.
 template <class AnyProblem>
 struct Arguments {
   AnyProblem problem;
   Launch launch;
   float scale, eps, layer_norm_eps;
   int group_size;  // query heads per kv head
-  float* slots;    // of segments' states in the workspace, or null
-  bool scanned;    // they hold the states to start from, else each segment's own sums
+  float* slots;    // the slots of segments' states in the workspace, or null
+  bool scanned;    // whether the slots hold the states to start from, or each segment's own sums
 
-  Arguments(const AnyProblem& problem, const Launch& launch, float* slots, bool scanned)
-      : problem(problem),
-        launch(launch),
+  template <class GivenProblem>
+  Arguments(const Call<GivenProblem>& call, float* slots, bool scanned, bool all_segments = false)
+      : problem(call.problem),
+        launch{call.segments,
+               call.template region<const int64_t>(call.workspace.bounds),
+               call.template region<const float>(call.workspace.query_statistics),
+               call.template region<const float>(call.workspace.key_statistics),
+               call.problem.workspace,
+               all_segments},
         scale(static_cast<float>(problem.scale)),
         eps(static_cast<float>(problem.eps)),
         layer_norm_eps(static_cast<float>(problem.layer_norm_eps)),
@@ -28,7 +48,8 @@ struct Arguments {
         scanned(scanned) {}
 };
 
-// In elements; supports() has seen to it that it fits.
+// The row stride, in elements, as an int: its products cost fewer instructions than 64-bit ones. supports()
+// has checked that it fits.
 template <class Rows>
 DEVICE int row_stride(const Rows& rows) {
   return static_cast<int>(rows.row_stride);
@@ -39,12 +60,10 @@ DEVICE int row_stride(const Rows& rows) {
 // blockIdx.x counts (sequence, kv head, segment), blockIdx.y the groups of 64 value columns.
 struct Span {
   int64_t sequence, batch, kv_head;
-  int64_t begin;  // first row
-  int64_t slot;   // of this block's state in the workspace
+  int64_t begin;  // the block's first row
+  int64_t slot;   // the number of this block's slot in the workspace
   int rows, segment, first_column;
 };
-
-DEVICE int first_column() { return columns * static_cast<int>(blockIdx.y); }
 
 DEVICE Span find_span(const Problem& problem, const Launch& launch) {
   Span span;
@@ -75,8 +94,9 @@ DEVICE T* first_row(const MutableRows& rows, const Span& span, int64_t head) {
          span.begin * rows.row_stride;
 }
 
-// Which rows a block walks and where those of its first heads begin, value rows at its first column. One
-// thread works this out and leaves it in shared memory: in registers it would push out a part of the state.
+// Which rows a block walks, and where the rows of its first heads begin; value rows begin at the block's
+// first column. One thread works this out and leaves it in shared memory, since in registers it would push
+// out a part of the state.
 template <class T>
 struct Origins {
   Span span;
@@ -99,42 +119,34 @@ struct Origins {
 
 // ---- q and k ----
 
-// (group_size + 1, 2 d) in shared memory: gamma and beta of each query head of the block, then of its kv
-// head. The polynomial maps' scale is folded into the query heads'.
+// Loads gamma and beta of each query head of the block, then of its kv head, into shared memory (group_size +
+// 1, 2 d). For the polynomial maps the parameters of the query heads are multiplied by the scale.
 template <class S, class AnyProblem>
 DEVICE void load_affine(float* affine, const Arguments<AnyProblem>& arguments, int64_t kv_head) {
-  const Problem& problem = arguments.problem;
-  const int group_size = arguments.group_size;
-  for (int i = static_cast<int>(threadIdx.x); i < (group_size + 1) * S::affine_size; i += S::threads) {
-    const int head = i / S::affine_size, feature = i % S::feature_dim;
-    const bool is_beta = i % S::affine_size >= S::feature_dim, is_key = head == group_size;
-    const Affine& source = is_key ? problem.key_affine : problem.query_affine;
-    const int64_t row = is_key ? kv_head : kv_head * group_size + head;
-    const float* values = static_cast<const float*>(is_beta ? source.beta : source.gamma);
-    const int64_t stride = is_beta ? source.beta_head_stride : source.gamma_head_stride;
-    const float value = values ? values[row * stride + feature] : (is_beta ? 0.0f : 1.0f);
-    const bool scaled = !is_key && is_polynomial(problem.feature_map);
-    affine[i] = scaled ? value * arguments.scale : value;
-  }
+  rebased::REBASED_BACKEND::load_affine<S::feature_dim, S::threads>(
+      affine, arguments.problem, kv_head, arguments.group_size, [&](float value, bool is_key) {
+        const bool scaled = !is_key && is_polynomial(arguments.problem.feature_map);
+        return scaled ? value * arguments.scale : value;
+      });
 }
 
-// Rows of q and k on their way. Each of the first four warps copies the rows that its threads then read, one
-// each: no barrier is needed but sync_warp.
+// Rows of q and k on their way into feature tiles. Each of the first four warps copies the rows that its own
+// threads then read, one row each, so that sync_warp is all the synchronisation needed.
 template <class T>
 struct RowTile {
-  T* elements;         // (threads, d), the 16-byte units of a row permuted by unit_offset
-  float2* statistics;  // (threads), of "token" LayerNorm
+  T* elements;         // (threads, d), with the 16-byte units of a row permuted by unit_offset
+  float2* statistics;  // (threads): mean and 1 / deviation of "token" LayerNorm
 };
 
-// Starts the copy of a warp's rows, `index` that of this thread, zeros past `end`, into the same rows of the
-// tile. As many lanes share a row as it has 16-byte units, so that each access of the warp covers whole
-// sectors of 32 bytes.
+// Starts the copy of the warp's rows into the same rows of the tile, with zeros past the row `end`. `index`
+// is the row of this thread. As many lanes share a row as it has 16-byte units, so that each access of the
+// warp covers whole sectors of 32 bytes.
 template <class T, class S>
 DEVICE void copy_rows(const RowTile<T>& tile, const T* rows, int stride, const float* statistics, int index,
                       int end) {
   constexpr int units = S::units, rows_at_once = 32 / units;
   const int thread = thread_index_anew(), lane = thread % 32;
-  // lanes write side by side; unit_offset tells which unit of a row belongs there
+  // lanes write side by side, and unit_offset says which unit of a row belongs to the place of a lane
   const int row = index - lane + lane / units, unit = lane % units ^ lane / 8 % units;
   const T* source = rows + static_cast<int64_t>(row) * stride + 8 * unit;
   T* const target = tile.elements + (thread - lane) * S::feature_dim + 8 * lane;
@@ -148,7 +160,7 @@ DEVICE void copy_rows(const RowTile<T>& tile, const T* rows, int stride, const f
   copy_async<8>(tile.statistics + thread, statistics + (present ? 2 * index : 0), present ? 8 : 0);
 }
 
-// Elements 8 `which` .. of a row, from 16 bytes of it.
+// Unpacks the elements 8 which .. 8 which + 7 of a row from the 16 bytes that hold them.
 template <class T, int dim>
 DEVICE void unpack_unit(float (&x)[dim], int which, const uint4& unit) {
   const uint32_t words[4] = {unit.x, unit.y, unit.z, unit.w};
@@ -159,25 +171,14 @@ DEVICE void unpack_unit(float (&x)[dim], int which, const uint4& unit) {
   }
 }
 
-// Mean and 1 / standard deviation.
-template <int dim>
-DEVICE float2 row_statistics(const float (&x)[dim], LayerNorm layer_norm, float2 given, float epsilon) {
-  if (layer_norm == LayerNorm::none) return {0.0f, 1.0f};
-  if (layer_norm == LayerNorm::token) return given;
-  float mean = 0, variance = 0;
-  UNROLL for (int i = 0; i < dim; ++i) mean += x[i];
-  mean *= 1.0f / dim;
-  UNROLL for (int i = 0; i < dim; ++i) variance += (x[i] - mean) * (x[i] - mean);
-  return {mean, reciprocal_sqrt(variance * (1.0f / dim) + epsilon)};
-}
-
-// What a feature tile holds of x: the maps with one slab are applied here, in float.
+// What a feature tile holds in the place of x: the maps with one slab are applied here, in float.
 template <class S>
 DEVICE float stored_feature(float x) {
   return S::map == FeatureMap::square ? x * x : S::map == FeatureMap::elu ? elu_feature(x) : x;
 }
 
-// Brings this thread's row, if present, into column `token` of a feature tile and gives its statistics.
+// Writes this thread's row, or zeros where none is present, into column `token` of a feature tile. Returns
+// the row's mean and 1 / deviation.
 template <class T, class S>
 DEVICE float2 store_row(T* features, int token, const RowTile<T>& tile, bool present, const float* affine,
                         LayerNorm layer_norm, float layer_norm_eps) {
@@ -207,7 +208,7 @@ DEVICE float2 store_row(T* features, int token, const RowTile<T>& tile, bool pre
 
 // ---- value rows ----
 
-// Starts the copy of 64 rows into a value tile, zeros past the last row and past the last column.
+// Starts the copy of 64 rows into a value tile, with zeros past the last row and past the last column.
 template <int block_threads = threads, class T>
 DEVICE void copy_values(T* values, const T* rows, int stride, int first, int end, int columns_left) {
   constexpr int units = columns / 8, step = block_threads / units;  // 16-byte units of a row, rows at once
@@ -222,8 +223,8 @@ DEVICE void copy_values(T* values, const T* rows, int stride, int first, int end
   }
 }
 
-// Stores a (16, 8 n) tile of n = 1 or 2 C fragments, rounded to T, by way of `staging`: 256 elements of
-// shared memory that belong to the warp.
+// Stores a tile (16, 8 n) of n = 1 or 2 C fragments, rounded to T. Its way leads through `staging`, 256
+// elements of shared memory that belong to the warp.
 template <class T, int n>
 DEVICE void store_tile(T* staging, const float (&values)[n][4], T* rows, int stride, int rows_left,
                        int columns_left, const Lane& lane) {

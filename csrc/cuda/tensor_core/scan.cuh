@@ -1,9 +1,11 @@
-// Sums of the segments' states, in the order of the segments and so with the same bits every time: running
-// ones for the segments to start from, or of all of them, as the public state that they leave behind.
+// Sums of the segments' states, in the order of the segments and so with the same bits every time.
+// scan_kernel makes the states that the segments start from, sum_slots_kernel the state that all segments
+// together leave behind.
 //
-// scan_kernel, before: the slot of each segment holds its own sums (of the last one, in scan order, nothing).
-// After: the sums of all segments before it, from the initial state on; in reverse order for the backward's
-// state. One thread per float of a slot, so that all accesses are side by side.
+// Before scan_kernel the slot of each segment holds the sums of its own rows; the slot of the last segment,
+// in the order of the scan, holds nothing. Afterwards a slot holds the sums over all segments before its own,
+// from the initial state on. For the state of the backward the order is reversed. One thread takes one float
+// of all slots, so that accesses are side by side.
 #pragma once
 
 #include "cuda/device/load_ahead.cuh"
@@ -11,7 +13,8 @@
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
-// Entry `index` of the slot of column group `group`, from a public state (or state gradient) of one kv head.
+// Entry `index` of the slot of column group `group`, from the public state, or the gradient of a state, of
+// one kv head.
 template <class S>
 DEVICE float public_entry(const float* kv, const float* k, int index, int group, int64_t head_dim,
                           bool gradient) {
@@ -50,7 +53,7 @@ KERNEL void LAUNCH_BOUNDS(scan_threads, 1)
     sum = public_entry<S>(static_cast<const float*>(start.kv) + head * features * head_dim,
                           static_cast<const float*>(start.k) + head * features, index, group, head_dim,
                           reverse);
-    // the Gram gradient and the others of the denominator count once, not once for each column group
+    // the gradients of the Gram matrix and of the other sums count once, not once for each column group
     if (reverse && group > 0 && index >= Slot<S>::k) sum = 0;
   }
   const int64_t step = static_cast<int64_t>(gridDim.z) * Slot<S>::size;
@@ -63,9 +66,10 @@ KERNEL void LAUNCH_BOUNDS(scan_threads, 1)
   *(reverse ? first : last) = sum;
 }
 
-// The public state (or state gradient) kv, k of each kv head: the sum of its segments' own slots. A
-// gradient's terms of the denominator are each column group's own, a state's are the same in all of them.
-// grid (num_sequences * kv_heads, blocks of slot entries, column groups)
+// Writes the public state, or the gradient of a state, of each kv head: the sum of the slots of its segments.
+// The denominator's terms of a gradient differ from one column group to the next, and are summed over the
+// groups. Those of a state are the same in all groups. grid (num_sequences * kv_heads, blocks of slot
+// entries, column groups)
 template <class S>
 KERNEL void LAUNCH_BOUNDS(scan_threads, 1)
     sum_slots_kernel(const float* slots, int segments, float* kv, float* k, int64_t head_dim, bool gradient) {
@@ -92,7 +96,7 @@ KERNEL void LAUNCH_BOUNDS(scan_threads, 1)
         sum_of(group) * (1.0f / state_weight<S>(n, gradient));
     return;
   }
-  // of entries that a slot holds several times, one thread stores the public one
+  // of an entry that a slot holds several times, one thread stores the public one
   int feature = -1;
   float weight = 1;
   if (index < L::linear) {

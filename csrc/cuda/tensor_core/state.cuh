@@ -1,16 +1,17 @@
-// The running state of the tensor-core path, in registers: sums over tokens of phi(k) v^T and of what the
-// denominator needs. The backward's reverse state is the same with (q', r grad y, -delta) for (k', v, 1).
+// The running state of the tensor-core path, in registers: sums over tokens of phi(k') v^T, and of what the
+// denominator needs. The reverse state of the backward is the same sum with q', ghat and -delta in the places
+// of k', v and 1.
 //
-// It is float32, and a chunk's sum is formed apart and then added: tensor cores truncate as they accumulate,
-// which over many chunks would be a drift.
+// The state is float32. The sum over a chunk is formed apart and then added to the state: tensor cores
+// truncate as they accumulate, and over many chunks that would become a drift.
 #pragma once
 
 #include "cuda/tensor_core/rows.cuh"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
-// Registers of a thread that are needed twice a chunk, and so have their place in shared memory: an array
-// (units, threads) of float4, each thread's part read and written by it alone.
+// The denominator's sums of a thread. They are needed twice a chunk only, so that they live in shared memory,
+// as an array (units, threads) of float4 of which each thread reads and writes its own part alone.
 template <int units>
 struct Sums {
   float k[units][4];
@@ -18,11 +19,11 @@ struct Sums {
 
 template <class S>
 struct State {
-  // kv[n]: C fragment of (16 columns of this warp, features 8 n .. 8 n + 7). Rounded to T in pairs it is B of
-  // (features, columns): the product with phi(q) reads it where it is.
+  // kv[n] is the C fragment (16 columns of this warp, features 8 n .. 8 n + 7). Rounded to T in pairs, the
+  // same registers are a fragment B (features, columns), and the product with phi(q') takes them as they are.
   float kv[S::tiles][4];
-  float linear[2][2];  // taylor: sum of k', laid out like the sums below of maps with one slab
-  float count;         // taylor: number of keys
+  float linear[2][2];  // of taylor: the sum of k', laid out as sums() has the sums of maps with one slab
+  float count;         // of taylor: the number of keys
   float4* place;
 
   DEVICE explicit State(float4* sums) : place(sums + threadIdx.x) {}
@@ -34,9 +35,10 @@ struct State {
     set_sums({});
   }
 
-  // The denominator's sums, the same in every warp. Polynomial maps: the Gram matrix sum of k' k'^T, k[n] its
-  // C fragment (16, features 8 n .. 8 n + 7), with d = 8 its 8 rows twice; it is symmetric. Others: sum of
-  // phi(k), features 8 n + 2t and 8 n + 2t + 1 in k[n][0] and k[n][1], and again in k[n][2] and k[n][3].
+  // The denominator's sums, which are the same in every warp. The polynomial maps have the Gram matrix Z, the
+  // sum of k' k'^T, which is symmetric: k[n] is its C fragment (16 rows, features 8 n .. 8 n + 7), with d = 8
+  // its 8 rows twice. The other maps have z, the sum of phi(k'): the features 8 n + 2t and 8 n + 2t + 1 are
+  // in k[n][0] and k[n][1], and again in k[n][2] and k[n][3].
   DEVICE Sums<S::units> sums() const {
     Sums<S::units> result;
     UNROLL for (int n = 0; n < S::units; ++n) {
@@ -52,15 +54,15 @@ struct State {
   }
 };
 
-// Powers of two that bring numbers into the range of T before they are rounded, and products of them back:
-// float16 ends at 65504, which a sum over a few thousand tokens passes, and grad y / sum(sim) is soon below
-// its smallest numbers. bfloat16 has float's range.
+// Two powers of two: `shrink` brings numbers into the range of T before they are rounded, `grow` brings the
+// products of these numbers back. float16 ends at 65504, which a sum over a few thousand tokens passes, and r
+// grad y is soon below the smallest float16. bfloat16 has the range of float and needs neither.
 struct Range {
   float shrink, grow;
 };
 
-// For numbers up to `bound`, which become at most 16: that leaves room for products with values of ordinary
-// size.
+// The range for numbers up to `bound`, which become at most 16. That leaves room for products with values of
+// ordinary size.
 DEVICE Range range_of(float bound) {
   const int exponent =
       static_cast<int>(bit_cast<uint32_t>(minimum(maximum(bound, 1e-30f), 1e30f)) >> 23) - 127;
@@ -75,7 +77,7 @@ DEVICE float warp_maximum(float value) {
   return value;
 }
 
-// Of this warp's columns of the state; the range of its sums.
+// The largest magnitude in this warp's columns of the state; and the range of the denominator's sums.
 template <class S>
 DEVICE float state_maximum(const State<S>& state) {
   float bound = 0;
@@ -99,14 +101,15 @@ DEVICE Range sums_range(const State<S>& state) {
   }
 }
 
-// The range of a state: each warp leaves the maximum of its columns in shared memory. After sync_warp a warp
-// finds its own range, after a barrier all find the same. Read where it is used: known before a loop, it
-// would bring all of the state, multiplied, into registers there.
+// The range of a state. share_maximum leaves the maximum of the warp's columns in shared memory; then
+// own_range gives the range of this warp's columns and, after a barrier, shared_range the range of the whole
+// state. Kernels call them where the range is used: known before a loop, it would make the compiler multiply
+// all of the state there, in further registers.
 template <class T, class S>
 DEVICE void share_maximum(float* warp_maxima, const State<S>& state, const Lane& lane) {
   if constexpr (!is_bfloat16<T>) {
     const float bound = state_maximum(state);
-    sync_warp();  // all lanes have read the one before
+    sync_warp();  // all lanes have read the maximum of the chunk before
     if (lane.lane == 0) warp_maxima[lane.warp] = bound;
     sync_warp();
   }
@@ -130,13 +133,14 @@ DEVICE Range shared_range(const float* warp_maxima) {
   }
 }
 
-// ---- in the workspace: registers as they are, 16 bytes per thread side by side ----
+// ---- slots in the workspace: registers as they are, 16 bytes per thread side by side ----
 
 template <class S>
 struct Slot {
   static constexpr int sum_tiles = S::units * (S::wide ? 2 : 1);
   static constexpr int kv = 0, k = kv + S::tiles * S::threads * 4, linear = k + sum_tiles * 32 * 4,
                        count = linear + (S::taylor ? 32 * 4 : 0), size = count + 16;
+  static_assert(size == slot_floats(S::map, S::feature_dim), "the plan has sized the workspace by this");
 };
 
 DEVICE void add(float (&sums)[4], const float4& value) {
@@ -163,8 +167,9 @@ DEVICE void add_slot(State<S>& state, const float* slot, const Lane& lane) {
   }
 }
 
-// The state that a block begins with: what scan_kernel has left in its slot, or the sum of the slots before
-// it, in their order and so with the scan's bits; `reverse`, of those after it.
+// Sets the state that a block begins with. Where scan_kernel has run, it is what that kernel has left in the
+// block's slot. Otherwise it is the sum of the slots before the block's, or in `reverse` of those behind it,
+// in the order in which scan_kernel adds them, and so with the same bits.
 template <class S, class AnyProblem>
 DEVICE void start_state(State<S>& state, const Arguments<AnyProblem>& arguments, const Span& span,
                         bool reverse, const Lane& lane) {
@@ -203,7 +208,8 @@ DEVICE void store_state(float* slot, const State<S>& state, const Lane& lane) {
 
 // ---- the public order of features (feature_map.h) ----
 
-// Of entry i of a tile of 8 features; -1 for unused ones: d = 8's last four, and those of taylor's constant.
+// The public number of entry i of a tile of 8 features. It is -1 for entries that are not used: the last four
+// with d = 8, and all but the first in the tile of taylor's constant.
 template <class S>
 HOST_DEVICE constexpr int public_feature(int feature_tile, int i) {
   if (!S::taylor) return 8 * feature_tile + i < S::public_features ? 8 * feature_tile + i : -1;
@@ -212,7 +218,7 @@ HOST_DEVICE constexpr int public_feature(int feature_tile, int i) {
   return i == 0 ? 0 : -1;
 }
 
-// Of the product of x_i and x_j.
+// The public number of the product x_i x_j.
 template <class S>
 HOST_DEVICE constexpr int public_product(int i, int j) {
   const int offset = (j - i + S::feature_dim) % S::feature_dim;
@@ -222,19 +228,20 @@ HOST_DEVICE constexpr int public_product(int i, int j) {
   return (S::taylor ? 1 + S::feature_dim : 0) + entry;
 }
 
-// A state here is its public entry times the tile's weight; a gradient of a state is the public one as it is.
+// By what these kernels multiply an entry of a public state: a state carries the weight of its tile. The
+// gradient of a state is taken as it is.
 template <class S>
 HOST_DEVICE constexpr float state_weight(int feature_tile, bool gradient) {
   return gradient ? 1.0f : S::tile_weight(feature_tile);
 }
-// The same for entry (i, j) of the Gram matrix: a gradient belongs to both (i, j) and (j, i).
+// The same for entry (i, j) of the Gram matrix. A public gradient is shared by the entries (i, j) and (j, i).
 template <class S>
 HOST_DEVICE constexpr float gram_weight(int i, int j, bool gradient) {
   return !gradient ? 1.0f : 1.0f / (i == j ? S::diagonal_weight : S::offset_weight);
 }
 
-// Stores a state, or a state's gradient, in the public order. kv (features, head_dim) from this block's first
-// column on, k (features) or null where another block stores it.
+// Stores a state, or the gradient of a state, in the public order: kv (features, head_dim) from this block's
+// first column on, and k (features), which is null where another block stores it.
 template <class S>
 DEVICE void export_state(float* kv, float* k, const State<S>& state, bool gradient, int64_t head_dim,
                          int columns_left, const Lane& lane) {
@@ -268,8 +275,9 @@ DEVICE void export_state(float* kv, float* k, const State<S>& state, bool gradie
 
 // ---- a chunk's contribution ----
 
-// How add_chunk weighs tokens, by arrays of 64 floats in shared memory: the denominator's terms by `sums`,
-// in float16 these and the values by `scales` too. All that is added is then multiplied by `grow`.
+// How add_chunk weighs tokens, by arrays of 64 floats in shared memory. The terms of the denominator are
+// multiplied by `sums`; in float16 these terms and the values are multiplied by `scales` as well. All that is
+// added is multiplied by `grow`.
 struct TokenWeights {
   const float *sums, *scales;
   float grow;
@@ -280,11 +288,13 @@ struct TokenWeights {
   }
 };
 
-// Adds sum over the chunk's tokens of phi(k) v^T, and of the denominator's terms. count is the caller's.
+// Adds to the state the sums over the chunk's tokens of phi(k') v^T and of the denominator's terms. The
+// caller adds to `count`.
 template <class T, class S, bool weighted>
 DEVICE void add_chunk(State<S>& state, const T* features, const T* values, const TokenWeights& weights,
                       const Lane& lane) {
-  // half a chunk at a time, rolled: fragments of all of it would not fit beside the state
+  // Half a chunk at a time, in a loop that is not unrolled: the fragments of a whole chunk would not fit
+  // beside the state.
   constexpr int part = chunk / 2;
   NO_UNROLL for (int begin = 0; begin < chunk; begin += part) {
     uint32_t v[part / tile][4], terms[part / tile][4];
@@ -317,7 +327,7 @@ DEVICE void add_chunk(State<S>& state, const T* features, const T* values, const
     float sum[2][4] = {}, linear[2][4] = {};
     UNROLL for (int i = 0; i < part / tile; ++i) {
       const uint32_t one = pack<T>(1.0f, 1.0f);
-      uint32_t ones[4] = {one, one, one, one};  // A: the weights along the tokens, in every row
+      uint32_t ones[4] = {one, one, one, one};  // fragment A: the weights of the tokens in every row
       if constexpr (weighted) {
         const int token = begin + tile * i + 2 * lane.pair;
         const auto weight = [&](int next) { return weights.of_sum<T>(token + next); };

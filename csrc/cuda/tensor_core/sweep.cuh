@@ -1,14 +1,14 @@
-// What the two backward sweeps share of memory: buffers in the workspace, tiles in shared memory, where a
-// block's rows begin, and the sums of affine gradients.
+// What the two backward sweeps have in common: buffers in the workspace, tiles in shared memory, where the
+// rows of a block begin, and the sums of the gradients of gamma and beta.
 #pragma once
 
 #include "cuda/tensor_core/gradient.cuh"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
-// What the backward kernels find in the workspace beyond states.
+// What the backward kernels find in the workspace beside the states.
 struct BackwardBuffers {
-  float* delta;           // (column groups, batch, heads, seqlen): grad y . y over the group's columns
+  float* delta;           // (column groups, batch, heads, seqlen): delta / r, over a group's columns
   float* query_gradient;  // (column groups, batch, heads, seqlen, d): see RowTarget::partial; or null
   float* key_gradient;    // (column groups, batch, kv_heads, seqlen, d)
   float* query_affine;    // (num_sequences, heads, segments, column groups, 2, d): blocks' sums
@@ -21,13 +21,13 @@ template <class T, class S>
 struct SweepTiles {
   static constexpr int value_tile = chunk * columns;
   static constexpr int state_tile = columns * S::state_stride;
-  static constexpr int float4s = 16 / sizeof(T);  // elements
+  static constexpr int float4s = 16 / sizeof(T);  // elements in the place of a float4
 
   T *values, *gradients;  // two stages each
-  T* y;                   // reverse sweep only
+  T* y;                   // in the reverse sweep alone
   T* state;
-  float4* gathered_values;  // with several query heads: 8 per thread, in the state's place
-  float4* rest;             // gathering, 2 per thread
+  float4* gathered_values;  // with several query heads: 8 per thread, in the place of the state
+  float4* rest;             // with several query heads: 2 per thread, for grad k'
 
   DEVICE SweepTiles(void* memory, bool reverse, bool gathers)
       : values(static_cast<T*>(memory)),
@@ -46,7 +46,7 @@ struct SweepTiles {
   }
 };
 
-// Starts the copy of 64 floats, zeros past `end`.
+// Starts the copy of 64 floats, with zeros past `end`.
 DEVICE void copy_floats(float* target, const float* source, int first, int end) {
   const int i = static_cast<int>(threadIdx.x);
   if (i >= chunk) return;
@@ -54,32 +54,8 @@ DEVICE void copy_floats(float* target, const float* source, int first, int end) 
   copy_async<4>(target + i, present ? source + first + i : source, present ? 4 : 0);
 }
 
-// delta of all rows, where no reverse sweep leaves it: a warp per row and column group, 0 where rows are not
-// normalised. grid (blocks of rows, column groups)
-constexpr int delta_rows = 8;  // of a block
-
-template <class T>
-KERNEL void LAUNCH_BOUNDS(32 * delta_rows, 1)
-    row_delta_kernel(ConstRows y, ConstRows grad_y, float* delta, int64_t rows, int64_t heads, int64_t seqlen,
-                     int64_t head_dim, bool normalize) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * delta_rows + threadIdx.x / 32;
-  if (index >= rows) return;
-  const int64_t row = index % seqlen, head = index / seqlen % heads, batch = index / seqlen / heads;
-  const auto at = [&](const ConstRows& x, int64_t column) {
-    const int64_t offset = batch * x.batch_stride + head * x.head_stride + row * x.row_stride + column;
-    return convert<float>(static_cast<const T*>(x.data)[offset]);
-  };
-  const int64_t first = columns * blockIdx.y, end = minimum(first + columns, head_dim);
-  float sum = 0;
-  for (int64_t column = first + threadIdx.x % 32; normalize && column < end; column += 32) {
-    sum += at(y, column) * at(grad_y, column);
-  }
-  UNROLL for (int distance = 1; distance < 32; distance *= 2) sum += shuffle_xor(sum, distance);
-  if (threadIdx.x % 32 == 0) delta[blockIdx.y * rows + index] = sum;
-}
-
-// Blocks per multiprocessor that registers must suffice for, of the kernels with a state and the gradient of
-// a tile.
+// How many blocks per multiprocessor the registers must suffice for, in the kernels that hold a state and the
+// gradient of a tile.
 template <class S>
 constexpr int backward_blocks(bool grouped) {
   return S::polynomial || grouped ? 2 : 3;
@@ -89,7 +65,7 @@ template <class T>
 struct BackwardOrigins : Origins<T> {
   const T *y, *grad_y;
   const float* r;
-  int64_t row;  // of (batch, heads, seqlen) for the first query head
+  int64_t row;  // number of the first row of the first query head, in (batch, heads, seqlen)
 
   DEVICE void set(const Arguments<BackwardProblem>& arguments) {
     Origins<T>::set(arguments);
@@ -114,7 +90,8 @@ struct BackwardOrigins : Origins<T> {
   }
 };
 
-// Sums of affine gradients of the block's warps, in shared memory, to its row of `target`.
+// Adds up what the warps of the block have summed, in shared memory, for grad gamma and grad beta, and writes
+// it to row `row` of `target`.
 template <class S>
 DEVICE void store_affine_sums(float* target, const float* sums, int64_t row) {
   if (threadIdx.x >= S::affine_size) return;

@@ -1,8 +1,11 @@
-// Forward of `outer` at d = 32 on tensor cores. As forward.cuh, with the state of
-// wide_state.cuh: a warp's y of a row tile is a half, and the other half is that of the warp with
-// the same columns and the other features. Of each pair of row tiles a warp finishes the one that its half of
-// the features counts, and leaves what it has of the other in shared memory: two more barriers a step. Each
-// warp looks at every other column tile. Memory as there; one block fits a multiprocessor.
+// Forward of `outer` with d = 32 on tensor cores: forward.cuh with the state of wide_state.cuh, in which two
+// warps share the same value columns and each of them holds half of the features.
+//
+// What a warp computes of y of a row tile is therefore one of two summands; its partner, the other warp of
+// the same columns, has the other. Of each pair of row tiles the warp of half h finishes tile h, and leaves
+// its summand of the other tile in shared memory for its partner. That costs two more barriers a step. Of the
+// chunk's own columns each warp takes every other tile of 16. Memory traffic is that of forward.cuh; one
+// block fits a multiprocessor.
 #pragma once
 
 #include "cuda/tensor_core/forward.cuh"
@@ -10,8 +13,8 @@
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
-// The denominators' part of earlier chunks, q'^T Z q', into row_sums (2, 64): of row tile w % 4 what the 16
-// rows of Z that belong to this warp's half give.
+// Writes into row_sums (2, 64) what earlier chunks add to the denominators, q'^T Z q'. Warp w does so for row
+// tile w % 4, with the 16 rows of Z that belong to its half.
 template <class T>
 DEVICE void share_denominators(float* row_sums, const T* queries, const float4* gram, const WideLane& lane) {
   const int token = lane.column;
@@ -28,7 +31,7 @@ DEVICE void share_denominators(float* row_sums, const T* queries, const float4* 
     }
   }
   const Range range = is_bfloat16<T> ? Range{1.0f, 1.0f} : range_of(warp_maximum(bound));
-  UNROLL for (int n = 0; n < 2; ++n) {  // (q' Z) q', features 16 half + 8 n..
+  UNROLL for (int n = 0; n < 2; ++n) {  // (q' Z) q' over the features 16 half + 8 n .. + 7
     float product[4] = {};
     UNROLL for (int part = 0; part < 2; ++part)
         multiply_sums<T>(product, rows[part], sums[part], 2 * n, range);
@@ -47,7 +50,7 @@ template <class T>
 struct WideForwardTiles {
   T *values, *queries, *keys;  // two stages each
   Exchange exchange;
-  float2* row_sums;  // (pairs, threads), exchanged alike
+  float2* row_sums;  // (pairs, threads): the denominators' summands, exchanged like those of y
 
   DEVICE explicit WideForwardTiles(char* memory)
       : values(reinterpret_cast<T*>(memory)),
@@ -130,7 +133,7 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1) wide_forward_kernel(Arguments<Forwar
     }
     const bool last_head = head + 1 == group_size;
     const int next_head = last_head ? 0 : head + 1, next = last_head ? first + chunk : first;
-    sync_threads();  // the step's tiles are there, and those of the step before are free
+    sync_threads();  // the tiles of this step are complete, and the tiles of the step before are free
     if (next < rows_end) copy(stage ^ 1, next, next_head);
 
     T* const y = origins->y + head * problem.y.head_stride;
@@ -192,7 +195,8 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1) wide_forward_kernel(Arguments<Forwar
   }
 }
 
-// The sums of each segment but the last by themselves, into its slot.
+// Leaves the sums over the rows of each segment in the segment's slot; those of the last segment only where
+// launch.all_segments says so.
 template <class T>
 KERNEL void LAUNCH_BOUNDS(Wide::threads, 1) wide_segment_state_kernel(Arguments<Problem> arguments) {
   const Problem& problem = arguments.problem;

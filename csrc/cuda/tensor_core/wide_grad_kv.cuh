@@ -1,6 +1,6 @@
-// Backward of `outer` at d = 32 on tensor cores, the reverse sweep: grad_kv.cuh with the state of
-// wide_state.cuh and the gradients of wide_gradient.cuh. Memory as there; one block
-// fits a multiprocessor.
+// Backward of `outer` with d = 32 on tensor cores, the reverse sweep, which makes grad v and grad k:
+// grad_kv.cuh with the state of wide_state.cuh and the gradients of wide_gradient.cuh. Memory traffic is that
+// of grad_kv.cuh; one block fits a multiprocessor.
 #pragma once
 
 #include "cuda/tensor_core/grad_kv.cuh"  // gather, scale_tiles
@@ -8,7 +8,7 @@
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
-// grad v of the chunk: this warp's 16 columns, and of each pair of row tiles one.
+// grad v of the chunk: this warp finishes its 16 columns of one row tile of each pair.
 template <class T>
 DEVICE void value_gradient(const WideState& state, const QueryRows<T>& query_rows, const ChunkScale& scales,
                            const float* warp_maxima, const WideSweepTiles<T>& tiles, const T* gradients,
@@ -114,7 +114,7 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1)
     const bool first_step = head + 1 == group_size, last_step = head == 0;
     share_maximum<T>(warp_maxima, state, lane);
     copy_async_wait<0>();
-    sync_threads();  // the copies are there, and the tiles of the step before are free
+    sync_threads();  // the copies have arrived, and the tiles of the step before are free
     const Range range = wide_shared_range<T>(warp_maxima);
     const ChunkScale scales = chunk_scale<T>(r, rows_end - first, lane);
     if (has_row) {

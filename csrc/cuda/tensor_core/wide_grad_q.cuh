@@ -1,6 +1,5 @@
-// Backward of `outer` at d = 32 on tensor cores, the forward sweep: grad_q.cuh with the state of
-// wide_state.cuh and the gradients of wide_gradient.cuh. One block fits a
-// multiprocessor.
+// Backward of `outer` with d = 32 on tensor cores, the forward sweep, which makes grad q: grad_q.cuh with the
+// state of wide_state.cuh and the gradients of wide_gradient.cuh. One block fits a multiprocessor.
 #pragma once
 
 #include "cuda/tensor_core/wide_reverse.cuh"
@@ -23,7 +22,7 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1)
   const WideSweepTiles<T> tiles(memory, false);
   const WideLane lane;
   const int group_size = arguments.group_size;
-  // (query heads, warps, 64), where the reverse sweep gathers
+  // (query heads, warps, 64), in the memory where the reverse sweep gathers
   float* const affine_sums = reinterpret_cast<float*>(tiles.gathered_values);
   for (int i = static_cast<int>(threadIdx.x); i < group_size * warps * Wide::affine_size; i += Wide::threads)
     affine_sums[i] = 0;
@@ -77,7 +76,7 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1)
     const T* const gradients = tiles.gradients + stage * tiles.value_tile;
     share_maximum<T>(warp_maxima, state, lane);
     copy_async_wait<0>();
-    sync_threads();  // the copies are there, and the tiles of the step before are free
+    sync_threads();  // the copies have arrived, and the tiles of the step before are free
     const Range range = wide_shared_range<T>(warp_maxima);
     if (has_row) {
       const float2 statistics = store_row<T, Wide>(is_key ? tiles.keys : tiles.queries, token,

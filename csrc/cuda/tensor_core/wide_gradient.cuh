@@ -1,10 +1,11 @@
-// The gradient of a row tile of q' or k' for `outer` at d = 32: gradient.cuh with the state of
-// wide_state.cuh. Row tile w % 4 is that of warp w; its two warps, h = 0 and 1, each add up what
-// their offsets, their rows of the Gram matrix and every other column tile give, and h = 0 finishes the sum.
+// The gradient of a row tile of q' or k' for `outer` with d = 32: gradient.cuh with the state of
+// wide_state.cuh. Row tile w % 4 belongs to warp w, and so to two warps, of the halves h = 0 and h = 1. Each
+// of the two adds up what its offsets, its rows of the Gram matrix and every other column tile contribute,
+// and the warp with h = 0 finishes the sum.
 //
-// The state rounded to T passes to all warps in two turns, as shared memory does not hold all of it beside
-// the rest: first each warp's offsets 8 h + 4 .. 8 h + 7 and the half offset 16, then 8 h .. 8 h + 3, in the
-// order in which Horner's rule wants them.
+// The state, rounded to the element type, reaches all warps in two turns, since shared memory has no room for
+// all of it at once. The first turn brings the offsets 8 h + 4 .. 8 h + 7 of both halves and the half offset
+// 16, the second the offsets 8 h .. 8 h + 3: the order in which Horner's rule wants them.
 #pragma once
 
 #include "cuda/tensor_core/reverse.cuh"
@@ -12,7 +13,7 @@
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
-constexpr int turn_offsets = 4;                                           // of each half in a turn
+constexpr int turn_offsets = 4;                                           // offsets of each half in a turn
 constexpr int turn_features = 2 * turn_offsets * Wide::feature_dim + 16;  // and the half offset
 constexpr int wide_state_stride = turn_features + 8;                      // an odd number of 16-byte units
 static_assert(wide_state_stride / 8 % 2 == 1);
@@ -37,8 +38,8 @@ DEVICE void publish_state(T* state_tile, const WideState& state, Range range, co
 }
 
 // The gradient of 16 features of phi(rows), from position `feature` of a turn on: the values of the row tile
-// at `token` (16 tokens, 64 columns) times the state. Their fragments are loaded again each time: there are
-// no registers to keep them.
+// at `token` (16 tokens, 64 columns) times the state. The fragments of the values are loaded again each time,
+// since there are no registers to keep them.
 template <class T>
 DEVICE void wide_slab_gradient(float (&gradient)[2][4], const T* values, int token, const T* state_tile,
                                int feature, const Lane& lane) {
@@ -53,8 +54,8 @@ DEVICE void wide_slab_gradient(float (&gradient)[2][4], const T* values, int tok
   }
 }
 
-// A tile's gradient on its way through the offsets: `fixed` adds up G_e x moved back by e, `moved` by
-// Horner's rule what moves forward.
+// The gradient of a tile while the sum over the offsets is formed. With gradient.cuh's G, `fixed` sums the
+// terms G_{e,a} x_{a+e}, and `moved` sums the terms G_{e,a-e} x_{a-e} by Horner's rule.
 struct WideGradient {
   float fixed[Wide::units][4], moved[Wide::units][4];
 
@@ -64,14 +65,14 @@ struct WideGradient {
     }
   }
 
-  // This warp's offsets of a turn; both warps take part in all of it.
+  // Adds this warp's offsets of a turn. Both warps of a row tile must call it in every turn.
   template <class T, int turn>
   DEVICE void add_turn(const T* values, const T* features, int token, const T* state_tile,
                        const WideLane& lane) {
     constexpr int half_features = turn_offsets * Wide::feature_dim;
     float slab[2][4], x[2][4], other[2][4];
     uint32_t rows[4];
-    if (turn == 0 && lane.half == 1) {  // offset 16 exchanges the halves: both its terms at once
+    if (turn == 0 && lane.half == 1) {  // offset 16 exchanges the halves of x: both its terms at once
       wide_slab_gradient(slab, values, token, state_tile, 2 * half_features, lane);
       load_wide_rows(rows, features, token, 0, lane);
       unpack_rows<T>(x, rows);
@@ -104,7 +105,7 @@ struct WideGradient {
     }
   }
 
-  // After both turns, the sum; `moved` of the second half still has 8 features to go.
+  // The sum, after both turns. What `moved` of the warp with h = 1 holds is to be moved by 8 more features.
   DEVICE void finish(float (&gradient)[Wide::units][4], Range range, const WideLane& lane) const {
     UNROLL for (int n = 0; n < Wide::units; ++n) {
       UNROLL for (int j = 0; j < 4; ++j) {
@@ -115,7 +116,8 @@ struct WideGradient {
   }
 };
 
-// gradient += factors[row half] 2 Z rows, this warp's half of the columns; Z as publish_gram has left it.
+// gradient += factors[half] 2 Z rows for each half of the rows, in the columns of this warp's half. Z lies in
+// `gram`, where WideState keeps it.
 template <class T>
 DEVICE void add_gram_gradient(float (&gradient)[Wide::units][4], const uint32_t (&rows)[2][4],
                               const float4* gram, const float (&factors)[2], const WideLane& lane) {
@@ -129,7 +131,7 @@ DEVICE void add_gram_gradient(float (&gradient)[Wide::units][4], const uint32_t 
     }
   }
   const Range range = is_bfloat16<T> ? Range{1.0f, 1.0f} : range_of(warp_maximum(bound));
-  UNROLL for (int n = 0; n < 2; ++n) {  // features 16 half + 8 n..
+  UNROLL for (int n = 0; n < 2; ++n) {  // the features 16 half + 8 n .. + 7
     float product[4] = {};
     UNROLL for (int part = 0; part < 2; ++part)
         multiply_sums<T>(product, rows[part], sums[part], 2 * n, range);
@@ -141,8 +143,8 @@ DEVICE void add_gram_gradient(float (&gradient)[Wide::units][4], const uint32_t 
   }
 }
 
-// Brings the two parts of a row tile's gradient together in the warp with h = 0; `memory` has room for 4
-// float4 of each of 128 threads. A barrier.
+// Adds up the two summands of the gradient of a row tile in the warp with h = 0. `memory` has room for 4
+// float4 of each of 128 threads. Contains a barrier.
 DEVICE void join_gradients(float (&gradient)[Wide::units][4], float4* memory, const WideLane& lane) {
   float4* const place = memory + threadIdx.x % threads;
   if (lane.half == 1) {

@@ -1,5 +1,6 @@
-// The two backward sweeps of `outer` at d = 32 on tensor cores: what they share of memory, and the kernel
-// that forms a segment's reverse sums, as sweep.cuh and reverse.cuh have it.
+// What the two backward sweeps of `outer` with d = 32 on tensor cores share: their tiles in shared memory, as
+// sweep.cuh has them, and the kernel that sums the reverse state over the rows of each segment, as
+// reverse.cuh has it.
 #pragma once
 
 #include "cuda/tensor_core/wide_gradient.cuh"
@@ -15,10 +16,10 @@ struct WideSweepTiles {
 
   T *values, *gradients, *rows;  // two stages each
   T *queries, *keys, *state, *staging;
-  T* y;                        // reverse sweep only
-  Exchange exchange;           // its tiles; grad q alone needs only `joined` of them
-  float4* gathered_values;     // with several query heads: as many as in `exchange`
-  float4* gathered_gradients;  // `joined`
+  T* y;                        // in the reverse sweep alone
+  Exchange exchange;           // its tiles; the sweep for grad q needs only `joined` of them
+  float4* gathered_values;     // with several query heads: as many as the tiles of `exchange`
+  float4* gathered_gradients;  // with several query heads: `joined`
 
   DEVICE WideSweepTiles(char* memory, bool reverse)
       : values(reinterpret_cast<T*>(memory)),
@@ -41,7 +42,7 @@ struct WideSweepTiles {
   }
 };
 
-// The range of the whole state; see the other shared_range.
+// The range of the whole state, as shared_range gives it for the state of four warps.
 template <class T>
 DEVICE Range wide_shared_range(const float* warp_maxima) {
   if constexpr (is_bfloat16<T>) {
@@ -53,7 +54,8 @@ DEVICE Range wide_shared_range(const float* warp_maxima) {
   }
 }
 
-// The reverse sums of each segment but the first by themselves, into its slot.
+// Leaves the reverse sums over the rows of each segment in the segment's slot; those of the first segment
+// only where launch.all_segments says so.
 template <class T>
 KERNEL void LAUNCH_BOUNDS(Wide::threads, 1)
     wide_reverse_segment_kernel(Arguments<BackwardProblem> arguments) {

@@ -1,11 +1,14 @@
-// The running state of `outer` at d = 32 on tensor cores: 544 features, too many for four warps.
+// The running state of `outer` with d = 32 on tensor cores. It has 544 features, too many for the registers
+// of four warps.
 //
-// A block has eight warps. With h = w / 4, warp w holds value columns 16 (w % 4) .. + 15 of the features of
-// offsets 8 h .. 8 h + 7, and for h = 1 those of offset 16 too: 17 k-steps of 16 features, 136 registers.
-// What a product with the state or with the chunk gives is then the sum of two warps, each with its own
-// offsets and, of the chunk, every other column tile. The Gram matrix of the denominator is shared out too:
-// the C tile of rows 16 h .. and columns 8 (w % 4) .. is warp w's, and lies in shared memory for the others
-// to read.
+// A block has eight warps. Warp w belongs to the half h = w / 4 and holds the value columns 16 (w % 4) .. +
+// 15 of the features of the offsets 8 h .. 8 h + 7; with h = 1 it holds those of offset 16 as well. That
+// makes at most 17 k-steps of 16 features, in 136 registers. A product with the state, or with the chunk's
+// own tokens, is then the sum of what two warps compute, each from its own offsets and, within the chunk,
+// from every other column tile.
+//
+// The Gram matrix of the denominator is divided among the warps too. Warp w keeps the tile of the rows 16 h
+// .. + 15 and the columns 8 (w % 4) .. + 7, in shared memory, where the other warps read it.
 #pragma once
 
 #include "cuda/tensor_core/product.cuh"
@@ -15,18 +18,19 @@ namespace rebased::REBASED_BACKEND::tensor_core {
 using Wide = Slabs<FeatureMap::outer, 32>;
 constexpr int wide_warps = Wide::threads / 32;
 constexpr int wide_steps =
-    Wide::tiles / 2;  // of 16 features; the last one is offset 16, which half the warps have
+    Wide::tiles / 2;  // k-steps of 16 features; the last one is offset 16, which half of the warps have
 
 struct WideLane : Lane {
-  int half, column;  // h, and the first of the warp's columns
+  int half, column;  // h, and the first of the warp's value columns
   DEVICE WideLane() : half(warp / warps), column(tile * (warp % warps)) {}
 };
 
 struct WideState {
-  float kv[Wide::tiles][4];  // as State's; Wide::state_tile tells which features
-  float4* place;             // of this thread's part of the Gram matrix
+  float kv[Wide::tiles][4];  // laid out as in State; Wide::state_tile says which features a tile holds
+  float4* place;             // where this thread's part of the Gram matrix lies
 
-  // gram (warps, lanes) in shared memory; add_chunk changes it, after a barrier since others have read it.
+  // `gram` (warps, lanes) lies in shared memory. add_chunk changes it, and a barrier must stand between that
+  // and the last read by another warp.
   DEVICE explicit WideState(float4* gram) : place(gram + threadIdx.x) {}
 
   DEVICE void clear() {
@@ -56,7 +60,7 @@ DEVICE void store_state(float* slot, const WideState& state) {
   if (threadIdx.x < 4) store_global(slot + Slot<Wide>::count + 4 * threadIdx.x, float4{0, 0, 0, 0});
 }
 
-// In the public order; see the other export_state.
+// Stores the state in the public order, as export_state of state.cuh does.
 DEVICE void export_state(float* kv, float* k, const WideState& state, bool gradient, int64_t head_dim,
                          int columns_left, const WideLane& lane) {
   UNROLL for (int n = 0; n < Wide::tiles; ++n) {
@@ -83,7 +87,8 @@ DEVICE void export_state(float* kv, float* k, const WideState& state, bool gradi
 
 // ---- products ----
 
-// Of this warp's part of the state, into warp_maxima; see the other share_maximum.
+// Leaves the largest magnitude in this warp's part of the state in warp_maxima, as share_maximum of state.cuh
+// does.
 template <class T>
 DEVICE void share_maximum(float* warp_maxima, const WideState& state, const Lane& lane) {
   if constexpr (!is_bfloat16<T>) {
@@ -92,16 +97,16 @@ DEVICE void share_maximum(float* warp_maxima, const WideState& state, const Lane
       UNROLL for (int i = 0; i < 4; ++i) bound = maximum(bound, fabsf(state.kv[n][i]));
     }
     bound = warp_maximum(bound);
-    sync_warp();  // all lanes have read the one before
+    sync_warp();  // all lanes have read the maximum of the chunk before
     if (lane.lane == 0) warp_maxima[lane.warp] = bound;
     sync_warp();
   }
 }
 
-// Calls take(step, feature) for each of this warp's k-steps with an even (part 0) or odd (part 1) number. Its
-// features are the products of rows 16 part + i and feature + i of a feature tile, i = 0..15. All lanes of a
-// warp take the same steps. The barriers keep the compiler from loading for many steps at once: it would run
-// out of registers.
+// Calls take(step, feature) for each of this warp's k-steps that has an even (part 0) or odd (part 1) number.
+// The features of such a step are the products of the rows 16 part + i and feature + i of a feature tile, for
+// i = 0..15. All lanes of a warp take the same steps. sync_warp keeps the compiler from loading for many
+// steps at once, for which there are no registers.
 template <int part, class Take>
 DEVICE void for_wide_steps(const WideLane& lane, const Take& take) {
   UNROLL for (int step = part; step < wide_steps; step += 2) {
@@ -111,7 +116,7 @@ DEVICE void for_wide_steps(const WideLane& lane, const Take& take) {
   }
 }
 
-// out[i] = phi(rows) S for two row tiles, over this warp's features alone.
+// out[i] = phi(rows[i]) S for two row tiles, over the features of this warp alone.
 template <class T>
 DEVICE void multiply_state(float (&out)[tile_pair][2][4], const uint32_t (&rows)[tile_pair][2][4],
                            const T* features, int token, const WideState& state, Range range,
@@ -140,13 +145,13 @@ DEVICE void multiply_state(float (&out)[tile_pair][2][4], const uint32_t (&rows)
   }
 }
 
-// What the two warps of the same columns exchange, in shared memory: of each of the chunk's pairs of row
-// tiles two C fragments of each thread.
+// What the two warps of the same value columns exchange through shared memory: for each pair of row tiles of
+// the chunk, two C fragments of each thread.
 struct Exchange {
   static constexpr int pairs = chunk / (tile * tile_pair), size = 2 * pairs * Wide::threads;
   float4* tiles;  // (pairs, 2, threads)
 
-  // Of the pair this warp keeps tile `lane.half` and gives away the other.
+  // Gives the other warp this warp's summand of one tile of the pair. This warp keeps tile lane.half.
   DEVICE void give(int pair, const float (&out)[tile_pair][2][4], const WideLane& lane) const {
     UNROLL for (int n = 0; n < 2; ++n) {
       float value[4];
@@ -156,7 +161,7 @@ struct Exchange {
     }
   }
 
-  // After a barrier: the kept tile, over all features and column tiles.
+  // To be called after a barrier: the tile that this warp keeps, summed over all features and column tiles.
   DEVICE void take(int pair, float (&whole)[2][4], const float (&out)[tile_pair][2][4],
                    const WideLane& lane) const {
     const int partner = static_cast<int>(threadIdx.x) ^ threads;
@@ -169,7 +174,8 @@ struct Exchange {
   }
 };
 
-// Adds sum over the chunk's tokens of phi(k) v^T and of k k^T; see the other add_chunk.
+// Adds to the state the sums over the chunk's tokens of phi(k') v^T and of k' k'^T, as add_chunk of state.cuh
+// does.
 template <class T, bool weighted>
 DEVICE void add_chunk(WideState& state, const T* features, const T* values, const TokenWeights& weights,
                       const WideLane& lane) {

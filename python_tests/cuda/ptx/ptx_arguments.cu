@@ -49,10 +49,11 @@ int main() {
   problem.r = reinterpret_cast<void*>(r);
   problem.final_state = {reinterpret_cast<void*>(final_kv), reinterpret_cast<void*>(final_k)};
 
-  const tensor_core::Launch launch;
-  const cuda::tensor_core::Arguments<ForwardProblem> arguments(problem, launch, nullptr, false);
-  const dim3 grid = cuda::tensor_core::sweep_grid(problem, launch.segments);
-  std::printf("%u %u %d ", grid.x, grid.y, cuda::tensor_core::threads);
+  const Plan plan;
+  const cuda::tensor_core::Arguments<ForwardProblem> arguments(cuda::make_call(problem, plan), nullptr,
+                                                               false);
+  const cuda::Grid grid = cuda::tensor_core::sweep_grid(problem, plan.segments);
+  std::printf("%d %d %d ", static_cast<int>(grid.x), static_cast<int>(grid.y), cuda::tensor_core::threads);
   const auto* bytes = reinterpret_cast<const unsigned char*>(&arguments);
   for (size_t i = 0; i < sizeof arguments; ++i) std::printf("%02x", bytes[i]);
   std::printf("\n");

@@ -1,0 +1,148 @@
+// The plans of the families of kernels with tiles of a fixed shape: their segments and their workspace.
+#include <algorithm>
+
+#include "cuda/plan/float32_shape.h"
+#include "cuda/plan/parts.h"
+#include "cuda/plan/tensor_core_shape.h"
+
+namespace rebased {
+namespace {
+
+Plan refused(Path path) {
+  Plan plan;
+  plan.path = path;
+  plan.error = not_taken;
+  return plan;
+}
+
+// With how many segments, up to `most`, the last block ends earliest. Blocks come in waves of as many as
+// `resident` on every multiprocessor can hold. Few warps leave a scheduler idle, so a wave takes no less time
+// with one warp on a scheduler than with two; from there on in proportion: measured on an H100
+// (issue_of_a_warp and issue_at_most of benchmarks/speed/gpu_model.py). There a block that sums the states
+// before it took about a quarter of a chunk's time for each of them, and the pass that makes the states, over
+// all segments but one, two fifths of what the sweep behind it takes.
+int fastest_segments(int64_t blocks, int64_t chunks, const Device& device, int64_t resident, int64_t threads,
+                     int64_t most) {
+  constexpr int64_t summed_states = tensor_core::summed_segments;
+  const int64_t room = resident * device.multiprocessors;
+  const int64_t warps_on_scheduler = std::max<int64_t>(threads / 128, 1);
+  const auto wave = [&](int64_t on_multiprocessor) {
+    return on_multiprocessor == 0 ? 0 : std::max<int64_t>(28 * on_multiprocessor * warps_on_scheduler, 60);
+  };
+  const auto waves = [&](int64_t count) {
+    return count / room * wave(resident) + wave(divide_up(count % room, device.multiprocessors));
+  };
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t segments = 1; segments <= std::clamp<int64_t>(most, 1, 128); ++segments) {
+    const int64_t quarters = 4 * divide_up(chunks, segments) + std::min(segments, summed_states) - 1;
+    const int64_t time = quarters * (5 * waves(blocks * segments) + 2 * waves(blocks * (segments - 1)));
+    if (time < least) {
+      least = time;
+      best = segments;
+    }
+  }
+  return static_cast<int>(best);
+}
+
+// How a family's blocks fill a multiprocessor.
+struct Blocks {
+  int64_t resident, threads;  // blocks of the sweep that a multiprocessor holds, and the threads of one
+  int64_t least_rows;         // of a segment
+};
+
+Plan plan_fixed(Path path, const Problem& problem, const Device& device, int64_t chunk,
+                const Blocks& blocks) {
+  Plan plan;
+  plan.path = path;
+  plan.column_groups = static_cast<int>(fixed_shape::column_groups(problem));
+  const int64_t rows = mean_rows(problem);
+  plan.segments =
+      fastest_segments(problem.num_sequences * problem.kv_heads * plan.column_groups, divide_up(rows, chunk),
+                       device, blocks.resident, blocks.threads, rows / blocks.least_rows);
+  if (plan_override().segments) plan.segments = plan_override().segments;
+  add_preparation_regions(problem, &plan);
+  return plan;
+}
+
+// Of GeneralTiles a float32 plan has only what says how chunks are cut and where a slot's entries are.
+Plan plan_float32(const Problem& problem, const Device& device, Sweep sweep, int chunk,
+                  int64_t shared_floats) {
+  if (shared_floats * 4 > device.shared_memory_per_block) return refused(Path::float32);
+  Plan plan = plan_fixed(Path::float32, problem, device, chunk, {2, float32_path::threads, 512});
+  plan.shared_memory_bytes = shared_floats * 4;
+  GeneralTiles& tiles = plan.tiles;
+  tiles.chunk = chunk;
+  tiles.threads = float32_path::threads;
+  tiles.value_stride = static_cast<int>(problem.head_dim);
+  tiles.num_features = float32_path::state_features(problem.feature_map);
+  tiles.padded_features = float32_path::padded_features(problem.feature_map);
+  tiles.state_in_shared = true;
+  const bool split = plan.segments > 1;
+  add_state_regions(problem, sweep, tiles.slot_size() * 4, split, split, &plan);
+  if (sweep.backward) add_gradient_regions(problem, sweep, false, &plan);
+  add_carries(problem, float32_path::carry_size(problem.feature_map, problem.group_size()), &plan);
+  return plan;
+}
+
+template <class AnyProblem>
+Plan plan_tensor_core_sweep(const AnyProblem& problem, const Device& device) {
+  if (!tensor_core::supports(problem) ||
+      tensor_core::shared_memory_bytes(problem) > device.shared_memory_per_block) {
+    return refused(Path::tensor_core);
+  }
+  // d = 32: blocks twice as large, of a thread's most registers, and four times the state
+  const bool wide = problem.feature_dim == 32, backward = sweep_of(problem).backward;
+  const bool many_registers =
+      problem.feature_dim == 16 &&
+      (problem.feature_map == FeatureMap::taylor || (problem.feature_map == FeatureMap::outer && backward));
+  return plan_fixed(Path::tensor_core, problem, device, tensor_core::chunk,
+                    {wide             ? 1
+                     : many_registers ? 2
+                                      : 3,
+                     wide ? 256 : 128, wide ? 1024 : 512});
+}
+
+// Of the slots of all column groups of a block.
+int64_t tensor_core_slot_bytes(const Problem& problem, const Plan& plan) {
+  return tensor_core::slot_floats(problem.feature_map, problem.feature_dim) * plan.column_groups * 4;
+}
+
+}  // namespace
+
+Plan plan_float32(const ForwardProblem& problem, const Device& device) {
+  if (!float32_path::supports(problem)) return refused(Path::float32);
+  const int size = float32_path::ForwardTiles(problem.feature_map, problem.group_size()).size;
+  return plan_float32(problem, device, sweep_of(problem), float32_path::ForwardShape::chunk, size);
+}
+
+Plan plan_float32(const BackwardProblem& problem, const Device& device) {
+  if (!float32_path::supports(problem)) return refused(Path::float32);
+  const auto size = [&](bool reverse) {
+    return float32_path::BackwardTiles(problem.feature_map, reverse, problem.group_size()).size;
+  };
+  return plan_float32(problem, device, sweep_of(problem), float32_path::BackwardShape::chunk,
+                      std::max(size(false), size(true)));
+}
+
+// Blocks of an unsplit sequence have slots only for a state that they are given, or that only is asked for.
+Plan plan_tensor_core(const ForwardProblem& problem, const Device& device) {
+  Plan plan = plan_tensor_core_sweep(problem, device);
+  if (*plan.error) return plan;
+  add_state_regions(problem, sweep_of(problem), tensor_core_slot_bytes(problem, plan),
+                    plan.segments > 1 || problem.initial_state.kv || problem.state_only, false, &plan);
+  return plan;
+}
+
+Plan plan_tensor_core(const BackwardProblem& problem, const Device& device) {
+  Plan plan = plan_tensor_core_sweep(problem, device);
+  if (*plan.error) return plan;
+  const bool split = plan.segments > 1, only_state = problem.part == BackwardPart::reverse_state;
+  add_state_regions(problem, sweep_of(problem), tensor_core_slot_bytes(problem, plan),
+                    split || problem.initial_state.kv, split || problem.grad_final_state.kv || only_state,
+                    &plan);
+  add_gradient_regions(problem, sweep_of(problem), true, &plan);
+  if (!only_state) add_initial_sums_region(problem, &plan);
+  return plan;
+}
+
+}  // namespace rebased
