@@ -16,16 +16,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ._checks import GivenOptions, Options, check_bool, check_call, check_options, fail, untraced
-from .autograd import Attention, ops
+from .autograd import Attention, AttentionWithState, ops
 from .state import RebasedState
 
 # what an operator, or the options' checks before it, raise for arguments that are wrong
 _REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError, AttributeError)
 # in calls of microseconds a look-up counts
 _functorch_is_active = torch._C._are_functorch_transforms_active
+_autocast_is_on = torch._C._is_any_autocast_enabled
 _increment_version = torch._C._increment_version  # what torch.autograd.graph.increment_version calls
 # `typed` keeps True and 1 apart; what cannot be hashed raises a TypeError
 _cached_options = functools.lru_cache(maxsize=256, typed=True)(check_options)
+_NO_STATE = (None, None)
 
 
 @overload
@@ -139,41 +141,45 @@ def rebased_attention(
     """
     inputs = (q, k, v, gamma_q, beta_q, gamma_k, beta_k)
     options = (feature_map, layer_norm, scale, eps, layer_norm_eps, normalize)
-    state = (None, None) if initial_state is None else initial_state
-    if (
-        _is_plain(q, 4, state)
-        and (initial_state is None or not any(x is None for x in state))
-        and type(return_state) is bool
-        and _fit(q, inputs[3:], cu_seqlens)
-    ):
+    if _is_plain(q, 4) and (return_state is False or return_state is True):
         try:
-            width = q.shape[3]
-            if type(width) is int:  # it is a tensor while torch.jit.trace follows
+            if (
+                (initial_state is None or _is_state(initial_state))
+                and (cu_seqlens is None or cu_seqlens.is_contiguous())
+                and type(width := q.shape[3]) is int  # it is a tensor while torch.jit.trace follows
+            ):
                 checked = _cached_options(*options, width)
-                return _attend([*inputs, *state], cu_seqlens, checked, return_state)
+                return _attend(inputs, initial_state or _NO_STATE, cu_seqlens, checked, return_state)
         except _REFUSALS:
-            check_call(inputs, options, initial_state, cu_seqlens)
-            raise
+            pass  # check_call says why, or casts what the operator does not
     tensors, cu_seqlens, checked = untraced(check_call, inputs, options, initial_state, cu_seqlens)
-    return _attend(tensors, cu_seqlens, checked, check_bool("return_state", return_state))
+    return_state = check_bool("return_state", return_state)
+    return _attend(tensors[:7], tensors[7:], cu_seqlens, checked, return_state)
 
 
 def _attend(
-    tensors: list[Tensor | None], cu_seqlens: Tensor | None, options: Options, return_state: bool
+    inputs: Sequence[Any], state: Sequence[Any], cu_seqlens: Any, options: Options, return_state: bool
 ) -> Tensor | tuple[Tensor, RebasedState]:
+    result: Any
+    with_state = return_state or state[0] is not None
     if (
-        torch.compiler.is_compiling()
         # a trace holds the operator itself, or it could be neither checked nor saved; it has no gradients
-        or (torch.is_grad_enabled() and not torch._C._is_tracing())
+        (torch.is_grad_enabled() and (torch.compiler.is_compiling() or not torch._C._is_tracing()))
         or forward_ad._current_level >= 0  # where the bare operator would give silent zeros
         or _functorch_is_active()
+        or torch.compiler.is_compiling()
     ):
-        result = Attention.apply(  # type: ignore[no-untyped-call]
-            *tensors, cu_seqlens, return_state, *options
+        if not with_state:
+            result = Attention.apply(*inputs, cu_seqlens, options)  # type: ignore[no-untyped-call]
+            return result  # type: ignore[no-any-return]
+        result = AttentionWithState.apply(  # type: ignore[no-untyped-call]
+            return_state, options, *inputs, *state, cu_seqlens
         )
         y, *final = result if return_state else (result,)
+    elif with_state:
+        y, _, *final = ops.forward_with_state.default(*inputs, *state, cu_seqlens, *options, return_state)
     else:
-        y, _, *final = ops.forward.default(*tensors, cu_seqlens, *options, return_state)
+        y, _ = ops.forward.default(*inputs, cu_seqlens, *options)
     return (y, RebasedState(*final)) if return_state else y
 
 
@@ -221,11 +227,10 @@ def rebased_attention_step(
     """
     inputs = (q, k, v, gamma_q, beta_q, gamma_k, beta_k)
     options = (feature_map, layer_norm, scale, eps, layer_norm_eps, normalize)
-    if _is_plain(q, 3, state) and not torch.is_grad_enabled() and _fit(q, inputs[3:], state_index):
+    if _is_plain(q, 3) and _is_state(state) and not torch.is_grad_enabled():
         # the operator looks at everything before it touches the state
         try:
-            width = q.shape[2]
-            if type(width) is int:
+            if type(width := q.shape[2]) is int:
                 kv, k_sum = state
                 # what _refuse_modes looks at, for in calls of microseconds a function counts
                 if (
@@ -239,8 +244,7 @@ def rebased_attention_step(
                     _refuse_modes(inputs, state, state_index)
                 return _run_step(inputs, state, state_index, _cached_options(*options, width))
         except _REFUSALS:
-            _check_step(inputs, options, state, state_index)
-            raise
+            pass  # as in rebased_attention
     checked = untraced(_check_step, inputs, options, state, state_index)
     if not torch.compiler.is_compiling():
         _refuse_modes(*checked[:3])
@@ -296,26 +300,16 @@ def _run_step(
     return y
 
 
-def _is_plain(q: Tensor, dims: int, state: tuple[Any, ...]) -> bool:
+def _is_plain(q: Any, dims: int) -> bool:
     """Whether an operator can take the arguments as they are, if they are right."""
     return (
         type(q) is Tensor
         and (q.is_cpu or q.is_cuda)
         and q.dim() == dims
-        and isinstance(state, tuple)
-        and len(state) == 2
-        and not torch.is_autocast_enabled("cpu" if q.is_cpu else "cuda")  # q.device.type takes its time
+        and not _autocast_is_on()
         and not torch.compiler.is_compiling()
     )
 
 
-def _fit(q: Tensor, parameters: Sequence[Any], index: Tensor | None) -> bool:
-    """Whether the operator, which casts and copies nothing, can take these."""
-    sums = torch.float64 if q.dtype is torch.float64 else torch.float32
-    try:  # a loop, since this is for calls of microseconds
-        for x in parameters:
-            if x is not None and x.dtype is not sums:
-                return False
-        return index is None or (index.dtype is torch.int64 and index.is_contiguous())
-    except AttributeError:  # no tensor
-        return False
+def _is_state(state: Any) -> bool:
+    return isinstance(state, tuple) and len(state) == 2 and state[0] is not None and state[1] is not None

@@ -32,22 +32,26 @@ def _require_one_device(q: Tensor, *others: Any) -> None:
             raise ValueError(f"rebased_cuda: all tensors must be on q's device {q.device}, got {x.device}")
 
 
+def _fake_outputs(q: Tensor, *others: Any, head_dim: Any) -> tuple[Tensor, Tensor]:
+    _require_one_device(q, *others)
+    batch, heads, seqlen, _ = q.shape
+    return _empty_rows(q, heads, head_dim), q.new_empty(batch, heads, seqlen, dtype=accumulator(q.dtype))
+
+
 @torch.library.register_fake("rebased_cuda::forward")
-def _(  # type: ignore[no-untyped-def]
-    q, k, v, gamma_q, beta_q, gamma_k, beta_k, initial_kv, initial_k, cu_seqlens, feature_map, *options
-):
-    _require_one_device(q, k, v, gamma_q, beta_q, gamma_k, beta_k, initial_kv, initial_k, cu_seqlens)
-    return_state = options[-1]
-    batch, heads, seqlen, feature_dim = q.shape
-    sums = accumulator(q.dtype)
-    y = _empty_rows(q, heads, v.shape[3])
-    r = q.new_empty(batch, heads, seqlen, dtype=sums)
+def _(q, k, v, gamma_q, beta_q, gamma_k, beta_k, cu_seqlens, *options):  # type: ignore[no-untyped-def]
+    return _fake_outputs(q, k, v, gamma_q, beta_q, gamma_k, beta_k, cu_seqlens, head_dim=v.shape[3])
+
+
+@torch.library.register_fake("rebased_cuda::forward_with_state")
+def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
+    cu_seqlens, feature_map, return_state = rest[6], rest[7], rest[-1]
+    y, r = _fake_outputs(q, k, v, *rest[:7], head_dim=v.shape[3])
     if not return_state:
-        return y, r, q.new_empty(0, dtype=sums), q.new_empty(0, dtype=sums)
-    states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    sizes = (states, k.shape[1], num_features(feature_map, feature_dim))
-    kv = q.new_empty(*sizes, v.shape[3], dtype=sums)
-    return y, r, kv, q.new_empty(*sizes, dtype=sums)
+        return y, r, r.new_empty(0), r.new_empty(0)
+    states = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sizes = (states, k.shape[1], num_features(feature_map, q.shape[3]))
+    return y, r, r.new_empty(*sizes, v.shape[3]), r.new_empty(sizes)
 
 
 @torch.library.register_fake("rebased_cuda::forward_state")
@@ -59,9 +63,15 @@ def _(k, v, gamma_k, beta_k, cu_seqlens, feature_map, *options):  # type: ignore
 
 
 @torch.library.register_fake("rebased_cuda::backward")
+def _(grad_y, q, k, v, gamma_q, beta_q, gamma_k, beta_k, *rest):  # type: ignore[no-untyped-def]
+    rows = (_empty_rows(x, x.shape[1], x.shape[3]) for x in (q, k, v))
+    sizes = (0 if x is None else x.shape for x in (gamma_q, beta_q, gamma_k, beta_k))
+    return *rows, *(q.new_empty(size, dtype=accumulator(q.dtype)) for size in sizes)
+
+
+@torch.library.register_fake("rebased_cuda::backward_with_state")
 def _(grad_y, grad_kv, grad_k, q, k, v, *rest):  # type: ignore[no-untyped-def]
-    parameters, initial_kv, cu_seqlens, feature_map = rest[:4], rest[4], rest[6], rest[9]
-    part = rest[15] if len(rest) > 15 else "all"
+    parameters, initial_kv, cu_seqlens, feature_map, part = rest[:4], rest[4], rest[6], rest[9], rest[-1]
     queries, keys = part in ("queries", "all"), part in ("keys", "all")
 
     def rows(like: Tensor, wanted: bool) -> Tensor:
@@ -90,8 +100,13 @@ def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
 
 
+def _present(gradients: Any, inputs: Any) -> list[Any]:
+    """The operators return tensors without elements for the gradients of what was absent."""
+    return [None if x is None else gradient for gradient, x in zip(gradients, inputs, strict=False)]
+
+
 class Attention(torch.autograd.Function):
-    """forward and backward as one differentiable function of q, k, v, the parameters and the initial state.
+    """y as one differentiable function of q, k, v and the parameters.
 
     Saved for backward: the inputs, y and r (one number a row). There is no setup_context, so torch.func
     transforms (vmap, jacrev, forward mode) raise instead of giving wrong numbers.
@@ -107,14 +122,28 @@ class Attention(torch.autograd.Function):
         beta_q: Tensor | None,
         gamma_k: Tensor | None,
         beta_k: Tensor | None,
-        initial_kv: Tensor | None,
-        initial_k: Tensor | None,
         cu_seqlens: Tensor | None,
-        return_state: bool,
-        *options: Any,
-    ) -> Any:
-        inputs = (q, k, v, gamma_q, beta_q, gamma_k, beta_k, initial_kv, initial_k, cu_seqlens)
-        y, r, kv, state_k = ops.forward.default(*inputs, *options, return_state)
+        options: tuple[Any, ...],
+    ) -> Tensor:
+        y, r = ops.forward.default(q, k, v, gamma_q, beta_q, gamma_k, beta_k, cu_seqlens, *options)
+        ctx.save_for_backward(q, k, v, gamma_q, beta_q, gamma_k, beta_k, cu_seqlens, y, r)
+        ctx.options = options
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> Any:
+        saved = ctx.saved_tensors
+        # without create_graph there is no second derivative to refuse
+        function: Any = AttentionBackward.apply if torch.is_grad_enabled() else ops.backward.default
+        return *_present(function(grad_y, *saved, *ctx.options), saved), None, None
+
+
+class AttentionWithState(torch.autograd.Function):
+    """y, and with return_state the state, as a function of the initial state too."""
+
+    @staticmethod
+    def forward(ctx: Any, return_state: bool, options: tuple[Any, ...], *inputs: Tensor | None) -> Any:
+        y, r, kv, state_k = ops.forward_with_state.default(*inputs, *options, return_state)
         ctx.save_for_backward(*inputs, y, r)
         ctx.options = options
         ctx.state_shape = kv.shape
@@ -131,16 +160,15 @@ class Attention(torch.autograd.Function):
         if grad_kv is not None or grad_k is not None:
             grad_kv = y.new_zeros(ctx.state_shape, dtype=r.dtype) if grad_kv is None else grad_kv
             grad_k = y.new_zeros(ctx.state_shape[:3], dtype=r.dtype) if grad_k is None else grad_k
-        # without create_graph there is no second derivative to refuse
-        function: Any = AttentionBackward.apply if torch.is_grad_enabled() else ops.backward.default
-        gradients = function(grad_y, grad_kv, grad_k, *inputs, y, r, *ctx.options)
-        # the operator returns tensors without elements for what was absent
-        present = (g if x is not None else None for g, x in zip(gradients, inputs[:9], strict=True))
-        return *present, *(None,) * (2 + len(ctx.options))
+        given = (grad_y, grad_kv, grad_k, *inputs, y, r, *ctx.options, "all")
+        function: Any = AttentionBackward.apply
+        if not torch.is_grad_enabled():
+            function = ops.backward_with_state.default
+        return None, None, *_present(function(*given), inputs), None
 
 
 class AttentionBackward(torch.autograd.Function):
-    """The backward operator as a function of its own, whose backward says that there is none.
+    """A backward operator as a function of its own, whose backward says that there is none.
 
     once_differentiable looks only at the incoming gradients: behind y.sum(), which hands in a constant, a
     second derivative would run through it and be wrong.
@@ -148,7 +176,8 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        return ops.backward.default(*arguments)
+        with_state = arguments[-1] == "all"  # its last argument is the part
+        return (ops.backward_with_state if with_state else ops.backward).default(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:

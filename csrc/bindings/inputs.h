@@ -15,21 +15,24 @@ struct Options {
   bool normalize;
 };
 
+struct Parameters {
+  const OptionalTensor &gamma_q, &beta_q, &gamma_k, &beta_k;
+};
+
 // q, k, v as (batch, heads, rows, width), or (batch, heads, width) for one row, the parameters and
 // cu_seqlens, in layouts that backends understand. Holds the copies for as long as the Problem points into
 // them.
 class Inputs {
  public:
-  Inputs(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& gamma_q,
-         const OptionalTensor& beta_q, const OptionalTensor& gamma_k, const OptionalTensor& beta_k,
+  Inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Parameters& parameters,
          const OptionalTensor& cu_seqlens)
       : q(with_memory(kNames[0], q, &extents[0])),
         k(with_memory(kNames[1], k, &extents[1])),
         v(with_memory(kNames[2], v, &extents[2])),
-        gamma_q(as_contiguous(with_memory(kNames[3], gamma_q, &extents[3]))),
-        beta_q(as_contiguous(with_memory(kNames[4], beta_q, &extents[4]))),
-        gamma_k(as_contiguous(with_memory(kNames[5], gamma_k, &extents[5]))),
-        beta_k(as_contiguous(with_memory(kNames[6], beta_k, &extents[6]))),
+        gamma_q(as_contiguous(with_memory(kNames[3], parameters.gamma_q, &extents[3]))),
+        beta_q(as_contiguous(with_memory(kNames[4], parameters.beta_q, &extents[4]))),
+        gamma_k(as_contiguous(with_memory(kNames[5], parameters.gamma_k, &extents[5]))),
+        beta_k(as_contiguous(with_memory(kNames[6], parameters.beta_k, &extents[6]))),
         cu_seqlens(as_contiguous(with_memory(kNames[7], cu_seqlens, &extents[7]))) {
     require(k.dim() == q.dim() && v.dim() == q.dim(), "q, k, v: must have as many dimensions each");
     this->q = with_dense_rows(q);

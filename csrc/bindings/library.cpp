@@ -1,8 +1,10 @@
 // The torch operators of rebased_cuda: schemas, and one implementation over three backends (native CPU, CUDA,
 // and in a test build the CUDA kernels emulated on the CPU).
-//   forward, backward, step   the op
-//   forward_state             with `part` of backward: pieces of the first two, between which processes that
-//                             share a sequence exchange states (rebased_cuda/context_parallel/)
+//   forward, backward, step   the op, without a state that comes in or goes out of the first two
+//   forward_with_state        the same with one: in a call of microseconds every argument and result counts
+//   backward_with_state       the gradients of that; with `part`, and
+//   forward_state             pieces between which processes that share a sequence exchange states
+//                             (rebased_cuda/context_parallel/)
 //
 // Everything goes through torch's stable ABI, so one build serves every later torch. Only int64_t, double,
 // bool, std::string, Tensor and optionals of these cross it intact.
@@ -15,32 +17,60 @@
 namespace rebased {
 namespace {
 
+const OptionalTensor kNone;
 constexpr const char* kInitialState[2] = {"initial_state.kv", "initial_state.k"};
 
+struct Outputs {
+  Tensor y, r;
+  std::optional<StateOutputs> final_state;
+};
+
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                   OptionalTensor gamma_q, OptionalTensor beta_q,
-                                                   OptionalTensor gamma_k, OptionalTensor beta_k,
-                                                   OptionalTensor initial_kv, OptionalTensor initial_k,
-                                                   OptionalTensor cu_seqlens, std::string feature_map,
-                                                   std::string layer_norm, double scale, double eps,
-                                                   double layer_norm_eps, bool normalize, bool return_state) {
+Outputs run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Parameters& parameters,
+                    const OptionalTensor& initial_kv, const OptionalTensor& initial_k,
+                    const OptionalTensor& cu_seqlens, const Options& options, bool with_state,
+                    bool return_state) {
   const Backend backend(q);
   require(q.dim() == 4, "q, k, v: must have four dimensions");
-  const Inputs inputs(q, k, v, gamma_q, beta_q, gamma_k, beta_k, cu_seqlens);
-  auto problem = inputs.problem<ForwardProblem>(
-      {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, Backend::on_host);
+  const Inputs inputs(q, k, v, parameters, cu_seqlens);
+  auto problem = inputs.problem<ForwardProblem>(options, Backend::on_host);
   const StateInputs initial(problem, kInitialState, initial_kv, initial_k);
   if (initial_kv) inputs.require_same_device(*initial_kv), inputs.require_same_device(*initial_k);
   problem.initial_state = initial.pointers();
-  Tensor y = empty_rows(q, problem.batch, problem.heads, problem.seqlen, problem.head_dim);
-  Tensor r = empty(q, {problem.batch, problem.heads, problem.seqlen}, accumulator_type(problem.dtype));
-  StateOutputs final_state(problem, q, return_state);
-  problem.y = mutable_rows(y);
-  problem.r = r.mutable_data_ptr();
-  problem.final_state = final_state.pointers;
+  Outputs outputs{empty_rows(q, problem.batch, problem.heads, problem.seqlen, problem.head_dim),
+                  empty(q, {problem.batch, problem.heads, problem.seqlen}, accumulator_type(problem.dtype)),
+                  std::nullopt};
+  if (with_state) {
+    outputs.final_state.emplace(problem, q, return_state);
+    problem.final_state = outputs.final_state->pointers;
+  }
+  problem.y = mutable_rows(outputs.y);
+  problem.r = outputs.r.mutable_data_ptr();
   run(backend, problem, q);
-  return {y, r, final_state.kv, final_state.k};
+  return outputs;
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor gamma_q,
+                                   OptionalTensor beta_q, OptionalTensor gamma_k, OptionalTensor beta_k,
+                                   OptionalTensor cu_seqlens, std::string feature_map, std::string layer_norm,
+                                   double scale, double eps, double layer_norm_eps, bool normalize) {
+  Outputs outputs =
+      run_forward<Backend>(q, k, v, {gamma_q, beta_q, gamma_k, beta_k}, kNone, kNone, cu_seqlens,
+                           {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, false, false);
+  return {std::move(outputs.y), std::move(outputs.r)};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_with_state(
+    const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor gamma_q, OptionalTensor beta_q,
+    OptionalTensor gamma_k, OptionalTensor beta_k, OptionalTensor initial_kv, OptionalTensor initial_k,
+    OptionalTensor cu_seqlens, std::string feature_map, std::string layer_norm, double scale, double eps,
+    double layer_norm_eps, bool normalize, bool return_state) {
+  const Outputs outputs = run_forward<Backend>(
+      q, k, v, {gamma_q, beta_q, gamma_k, beta_k}, initial_kv, initial_k, cu_seqlens,
+      {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, true, return_state);
+  return {outputs.y, outputs.r, outputs.final_state->kv, outputs.final_state->k};
 }
 
 // What the rows of k and v leave behind: the state after them, from an empty one.
@@ -52,7 +82,7 @@ std::tuple<Tensor, Tensor> forward_state(const Tensor& k, const Tensor& v, Optio
   const Backend backend(k);
   require(k.dim() == 4, "k, v: must have four dimensions");
   extent_of("k", k);  // Inputs would call it q
-  const Inputs inputs(k, k, v, std::nullopt, std::nullopt, gamma_k, beta_k, cu_seqlens);
+  const Inputs inputs(k, k, v, {kNone, kNone, gamma_k, beta_k}, cu_seqlens);
   auto problem =
       inputs.problem<ForwardProblem>({feature_map, layer_norm, 1, 0, layer_norm_eps, true}, Backend::on_host);
   problem.state_only = true;
@@ -62,7 +92,10 @@ std::tuple<Tensor, Tensor> forward_state(const Tensor& k, const Tensor& v, Optio
   return {final_state.kv, final_state.k};
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+struct Gradients {
+  Tensor q, k, v, gamma_q, beta_q, gamma_k, beta_k;
+  std::optional<StateOutputs> initial_state;
+};
 
 BackwardPart backward_part_of(const std::string& name) {
   if (name == "all") return BackwardPart::all;
@@ -76,18 +109,16 @@ BackwardPart backward_part_of(const std::string& name) {
 // Gradients that `part` does not ask for are absent. Those of the initial state are there where one is given,
 // and of reverse_state always: the state that flows out of these rows towards the rows before them.
 template <class Backend>
-Gradients backward(const Tensor& grad_y, OptionalTensor grad_kv, OptionalTensor grad_k, const Tensor& q,
-                   const Tensor& k, const Tensor& v, OptionalTensor gamma_q, OptionalTensor beta_q,
-                   OptionalTensor gamma_k, OptionalTensor beta_k, OptionalTensor initial_kv,
-                   OptionalTensor initial_k, OptionalTensor cu_seqlens, const Tensor& y, const Tensor& r,
-                   std::string feature_map, std::string layer_norm, double scale, double eps,
-                   double layer_norm_eps, bool normalize, std::string part) {
+Gradients run_backward(const Tensor& grad_y, const OptionalTensor& grad_kv, const OptionalTensor& grad_k,
+                       const Tensor& q, const Tensor& k, const Tensor& v, const Parameters& parameters,
+                       const OptionalTensor& initial_kv, const OptionalTensor& initial_k,
+                       const OptionalTensor& cu_seqlens, const Tensor& y, const Tensor& r,
+                       const Options& options, BackwardPart part, bool with_state) {
   const Backend backend(q);
   require(q.dim() == 4, "q, k, v: must have four dimensions");
-  const Inputs inputs(q, k, v, gamma_q, beta_q, gamma_k, beta_k, cu_seqlens);
-  auto problem = inputs.problem<BackwardProblem>(
-      {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, Backend::on_host);
-  problem.part = backward_part_of(part);
+  const Inputs inputs(q, k, v, parameters, cu_seqlens);
+  auto problem = inputs.problem<BackwardProblem>(options, Backend::on_host);
+  problem.part = part;
   const StateInputs initial(problem, kInitialState, initial_kv, initial_k),
       grad_final(problem, {"grad_kv", "grad_k"}, grad_kv, grad_k);
   for (const OptionalTensor* tensor : {&initial_kv, &initial_k, &grad_kv, &grad_k}) {
@@ -127,19 +158,49 @@ Gradients backward(const Tensor& grad_y, OptionalTensor grad_kv, OptionalTensor 
     return gradient;
   };
   const bool queries = problem.wants_queries(), keys = problem.wants_keys();
-  Tensor grad_query = rows_like(queries, q, problem.heads, problem.feature_dim, &problem.grad_q);
-  Tensor grad_key = rows_like(keys, k, problem.kv_heads, problem.feature_dim, &problem.grad_k);
-  Tensor grad_value = rows_like(keys, v, problem.kv_heads, problem.head_dim, &problem.grad_v);
-  Tensor grad_gamma_q = parameter_like(queries, inputs.gamma_q, &problem.grad_query_affine.gamma);
-  Tensor grad_beta_q = parameter_like(queries, inputs.beta_q, &problem.grad_query_affine.beta);
-  Tensor grad_gamma_k = parameter_like(keys, inputs.gamma_k, &problem.grad_key_affine.gamma);
-  Tensor grad_beta_k = parameter_like(keys, inputs.beta_k, &problem.grad_key_affine.beta);
-  StateOutputs grad_initial(problem, q,
-                            problem.part == BackwardPart::reverse_state || (keys && initial_kv.has_value()));
-  problem.grad_initial_state = grad_initial.pointers;
+  Gradients gradients{
+      rows_like(queries, q, problem.heads, problem.feature_dim, &problem.grad_q),
+      rows_like(keys, k, problem.kv_heads, problem.feature_dim, &problem.grad_k),
+      rows_like(keys, v, problem.kv_heads, problem.head_dim, &problem.grad_v),
+      parameter_like(queries, inputs.gamma_q, &problem.grad_query_affine.gamma),
+      parameter_like(queries, inputs.beta_q, &problem.grad_query_affine.beta),
+      parameter_like(keys, inputs.gamma_k, &problem.grad_key_affine.gamma),
+      parameter_like(keys, inputs.beta_k, &problem.grad_key_affine.beta),
+      std::nullopt,
+  };
+  if (with_state) {
+    const bool present = part == BackwardPart::reverse_state || (keys && initial_kv.has_value());
+    gradients.initial_state.emplace(problem, q, present);
+    problem.grad_initial_state = gradients.initial_state->pointers;
+  }
   run(backend, problem, q);
-  return {grad_query,   grad_key,    grad_value,      grad_gamma_q,  grad_beta_q,
-          grad_gamma_k, grad_beta_k, grad_initial.kv, grad_initial.k};
+  return gradients;
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_y, const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor gamma_q,
+    OptionalTensor beta_q, OptionalTensor gamma_k, OptionalTensor beta_k, OptionalTensor cu_seqlens,
+    const Tensor& y, const Tensor& r, std::string feature_map, std::string layer_norm, double scale,
+    double eps, double layer_norm_eps, bool normalize) {
+  Gradients g = run_backward<Backend>(
+      grad_y, kNone, kNone, q, k, v, {gamma_q, beta_q, gamma_k, beta_k}, kNone, kNone, cu_seqlens, y, r,
+      {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, BackwardPart::all, false);
+  return {std::move(g.q),      std::move(g.k),       std::move(g.v),     std::move(g.gamma_q),
+          std::move(g.beta_q), std::move(g.gamma_k), std::move(g.beta_k)};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_with_state(
+    const Tensor& grad_y, OptionalTensor grad_kv, OptionalTensor grad_k, const Tensor& q, const Tensor& k,
+    const Tensor& v, OptionalTensor gamma_q, OptionalTensor beta_q, OptionalTensor gamma_k,
+    OptionalTensor beta_k, OptionalTensor initial_kv, OptionalTensor initial_k, OptionalTensor cu_seqlens,
+    const Tensor& y, const Tensor& r, std::string feature_map, std::string layer_norm, double scale,
+    double eps, double layer_norm_eps, bool normalize, std::string part) {
+  const Gradients g = run_backward<Backend>(
+      grad_y, grad_kv, grad_k, q, k, v, {gamma_q, beta_q, gamma_k, beta_k}, initial_kv, initial_k, cu_seqlens,
+      y, r, {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, backward_part_of(part), true);
+  return {g.q, g.k, g.v, g.gamma_q, g.beta_q, g.gamma_k, g.beta_k, g.initial_state->kv, g.initial_state->k};
 }
 
 // The values of state_index, where reading them costs no synchronisation. A step of two sequences into one
@@ -185,7 +246,7 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor ga
             double eps, double layer_norm_eps, bool normalize) {
   const Backend backend(q);
   require(q.dim() == 3, "q, k, v: must have three dimensions");
-  const Inputs inputs(q, k, v, gamma_q, beta_q, gamma_k, beta_k, std::nullopt);
+  const Inputs inputs(q, k, v, {gamma_q, beta_q, gamma_k, beta_k}, kNone);
   auto problem = inputs.problem<StepProblem>({feature_map, layer_norm, scale, eps, layer_norm_eps, normalize},
                                              Backend::on_host);
   problem.num_slots = state_kv.size(0);
@@ -234,6 +295,8 @@ void implement(Library& library) {
 #endif
   library.impl("forward", TORCH_BOX(&forward<Backend>));
   library.impl("backward", TORCH_BOX(&backward<Backend>));
+  library.impl("forward_with_state", TORCH_BOX(&forward_with_state<Backend>));
+  library.impl("backward_with_state", TORCH_BOX(&backward_with_state<Backend>));
   library.impl("step", TORCH_BOX(&step<Backend>));
   library.impl("forward_state", TORCH_BOX(&forward_state<Backend>));
 }
@@ -247,14 +310,23 @@ STABLE_TORCH_LIBRARY(rebased_cuda, library) {
 #endif
   library.def(
       "forward(Tensor q, Tensor k, Tensor v, Tensor? gamma_q, Tensor? beta_q, Tensor? gamma_k, "
+      "Tensor? beta_k, Tensor? cu_seqlens, str feature_map, str layer_norm, float scale, float eps, "
+      "float layer_norm_eps, bool normalize) -> (Tensor, Tensor)");
+  library.def(
+      "backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? gamma_q, Tensor? beta_q, "
+      "Tensor? gamma_k, Tensor? beta_k, Tensor? cu_seqlens, Tensor y, Tensor r, str feature_map, "
+      "str layer_norm, float scale, float eps, float layer_norm_eps, bool normalize) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "forward_with_state(Tensor q, Tensor k, Tensor v, Tensor? gamma_q, Tensor? beta_q, Tensor? gamma_k, "
       "Tensor? beta_k, Tensor? initial_kv, Tensor? initial_k, Tensor? cu_seqlens, str feature_map, "
       "str layer_norm, float scale, float eps, float layer_norm_eps, bool normalize, bool return_state) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
   library.def(
-      "backward(Tensor grad_y, Tensor? grad_kv, Tensor? grad_k, Tensor q, Tensor k, Tensor v, "
+      "backward_with_state(Tensor grad_y, Tensor? grad_kv, Tensor? grad_k, Tensor q, Tensor k, Tensor v, "
       "Tensor? gamma_q, Tensor? beta_q, Tensor? gamma_k, Tensor? beta_k, Tensor? initial_kv, "
       "Tensor? initial_k, Tensor? cu_seqlens, Tensor y, Tensor r, str feature_map, str layer_norm, "
-      "float scale, float eps, float layer_norm_eps, bool normalize, str part=\"all\") -> "
+      "float scale, float eps, float layer_norm_eps, bool normalize, str part) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "forward_state(Tensor k, Tensor v, Tensor? gamma_k, Tensor? beta_k, Tensor? cu_seqlens, "

@@ -290,7 +290,7 @@ def _order() -> list[list[str]]:
     class Ops:
         def __getattr__(self, name: str) -> Any:
             def call(*arguments: Any) -> Any:
-                events.append(arguments[-1] if name == "backward" else name)
+                events.append(arguments[-1] if name == "backward_with_state" else name)
                 return getattr(original, name)(*arguments)
 
             return call
@@ -324,14 +324,14 @@ def test_the_exchange_goes_on_behind_computation(two_processes):
     backward = ["reverse_state", "send", "queries", "wait", "keys"]
     layer = ["proj_k", "proj_v", "forward_state", "send", "proj_q"]
     assert first == [
-        ["forward_state", "send", "forward", "wait"],
+        ["forward_state", "send", "forward_with_state", "wait"],
         backward,
-        [*layer, "forward", "wait", "proj_o"],
+        [*layer, "forward_with_state", "wait", "proj_o"],
     ]
     assert second == [
-        ["forward_state", "send", "wait", "forward"],
+        ["forward_state", "send", "wait", "forward_with_state"],
         backward,
-        [*layer, "wait", "forward", "proj_o"],
+        [*layer, "wait", "forward_with_state", "proj_o"],
     ]
 
 

@@ -220,7 +220,7 @@ def test_raw_operator_has_a_backstop():
     """Whoever calls the operator itself gets a ValueError, not a crash."""
     q, k, v = torch.randn(Q), torch.randn(K), torch.randn(V)
     options = ("outer", "none", 1.0, 1e-6, 1e-5, True)
-    forward, step = torch.ops.rebased_cuda.forward, torch.ops.rebased_cuda.step
+    forward, step = torch.ops.rebased_cuda.forward_with_state, torch.ops.rebased_cuda.step
     nothing = [None] * 4
     for bad in (
         (q[0], k, v, *nothing, None, None, None),

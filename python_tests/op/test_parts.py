@@ -29,17 +29,17 @@ def _check(problem: Problem, limit: float) -> None:
     """The parts against the whole: what is float32 to `limit`, 16-bit gradients to their rounding."""
     tensors, state, cu_seqlens, options = _calls(problem)
     generator = torch.Generator().manual_seed(1)
-    y, r, *final = ops.forward(*tensors, *state, *cu_seqlens, *options, True)
-    _, _, *from_zero = ops.forward(*tensors, None, None, *cu_seqlens, *options, True)
+    y, r, *final = ops.forward_with_state(*tensors, *state, *cu_seqlens, *options, True)
+    _, _, *from_zero = ops.forward_with_state(*tensors, None, None, *cu_seqlens, *options, True)
     added = ops.forward_state(*tensors[1:3], *tensors[5:], *cu_seqlens, *options[:2], options[4])
     grad_y = torch.randn(y.shape, generator=generator).to(y)
     grad_end = [torch.randn(x.shape, generator=generator).to(x) for x in final]
     inputs = (*tensors, *state, *cu_seqlens, y, r, *options)
-    whole = ops.backward(grad_y, *grad_end, *inputs)
-    to_zero = ops.backward(grad_y, None, None, *inputs)
-    queries = ops.backward(grad_y, None, None, *inputs, "queries")
-    keys = ops.backward(grad_y, *grad_end, *inputs, "keys")
-    alone = ops.backward(
+    whole = ops.backward_with_state(grad_y, *grad_end, *inputs, "all")
+    to_zero = ops.backward_with_state(grad_y, None, None, *inputs, "all")
+    queries = ops.backward_with_state(grad_y, None, None, *inputs, "queries")
+    keys = ops.backward_with_state(grad_y, *grad_end, *inputs, "keys")
+    alone = ops.backward_with_state(
         grad_y, None, None, *tensors, None, None, *cu_seqlens, y, r, *options, "reverse_state"
     )
     for x, expected in zip((*added, *alone[7:]), (*from_zero, *to_zero[7:]), strict=True):
@@ -125,10 +125,10 @@ def test_opcheck(device, packed):
         (*tensors[1:3], *tensors[5:], *cu_seqlens, *options[:2], options[4]),
         test_utils=tests,
     )
-    y, r, *_ = ops.forward(*tensors, *state, *cu_seqlens, *options, False)
+    y, r, *_ = ops.forward_with_state(*tensors, *state, *cu_seqlens, *options, False)
     assert r.dtype == accumulator(y.dtype)
     for part in ("queries", "keys", "reverse_state", "all"):
         arguments = (torch.ones_like(y), None, None, *tensors, *state, *cu_seqlens, y, r, *options, part)
-        torch.library.opcheck(ops.backward.default, arguments, test_utils=tests)
+        torch.library.opcheck(ops.backward_with_state.default, arguments, test_utils=tests)
     with pytest.raises(ValueError, match="part: must be"):
-        ops.backward(*arguments[:-1], "values")
+        ops.backward_with_state(*arguments[:-1], "values")

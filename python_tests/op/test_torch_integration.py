@@ -31,16 +31,22 @@ VARIANTS = ("plain", "packed", "bare", "transposed")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("return_state", [False, True])
 def test_opcheck_forward(variant, return_state):
-    torch.library.opcheck(ops.forward.default, (*_inputs(variant), *OPTIONS, return_state))
+    *given, kv, k_sum, cu_seqlens = _inputs(variant)
+    torch.library.opcheck(ops.forward.default, (*given, cu_seqlens, *OPTIONS))
+    given += [kv, k_sum, cu_seqlens]
+    torch.library.opcheck(ops.forward_with_state.default, (*given, *OPTIONS, return_state))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_opcheck_backward(variant):
     inputs = _inputs(variant)
-    y, r, kv, k = ops.forward(*inputs, *OPTIONS, True)
-    gradients = [torch.randn_like(x) for x in (y, kv, k)]
-    torch.library.opcheck(ops.backward.default, (*gradients, *inputs, y, r, *OPTIONS))
-    torch.library.opcheck(ops.backward.default, (gradients[0], None, None, *inputs, y, r, *OPTIONS))
+    y, r, kv, k = ops.forward_with_state(*inputs, *OPTIONS, True)
+    grad_y, *grad_end = [torch.randn_like(x) for x in (y, kv, k)]
+    *given, _, _, cu_seqlens = inputs
+    torch.library.opcheck(ops.backward.default, (grad_y, *given, cu_seqlens, y, r, *OPTIONS))
+    for end in (grad_end, [None, None]):
+        arguments = (grad_y, *end, *inputs, y, r, *OPTIONS, "all")
+        torch.library.opcheck(ops.backward_with_state.default, arguments)
 
 
 @pytest.mark.parametrize("index", [None, [1, -1]])
@@ -85,6 +91,20 @@ def test_compile_without_graph_break(backend, dynamic):
         got = torch.autograd.grad(compiled(*inputs), inputs)
         for g, e in zip(got, expected, strict=True):
             assert relative_error(g, e) <= 1e-5
+
+
+def test_compile_of_a_call_without_a_state():
+    torch._dynamo.reset()
+    inputs = _compile_inputs()[:5]
+
+    def loss(q, k, v, gamma, beta):
+        return rebased_attention(q, k, v, gamma, None, gamma, beta, layer_norm="token").square().sum()
+
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(*inputs), inputs)
+    for g, e in zip(got, expected, strict=True):
+        assert relative_error(g, e) <= 1e-5
 
 
 def test_compile_of_the_step():

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._checks import GivenOptions, Options, check_bool, check_call
-from ..autograd import Attention, AttentionBackward, ops
+from ..autograd import AttentionBackward, AttentionWithState, ops
 from ..state import RebasedState
 from .exchange import Exchange, Group, Packing, State, add_states, check_shard_lengths, process_group
 
@@ -105,7 +105,7 @@ class _Attention(torch.autograd.Function):
 
         def answer(start_kv: Tensor | None, start_k: Tensor | None) -> Any:
             inputs = (q, k, v, gamma_q, beta_q, gamma_k, beta_k, start_kv, start_k, call.cu_seqlens)
-            y, r, *_ = ops.forward(*inputs, *call.options, False)
+            y, r, *_ = ops.forward_with_state(*inputs, *call.options, False)
             ctx.save_for_backward(*inputs, y, r)
             return y
 
@@ -153,7 +153,7 @@ class _AttentionBackward(AttentionBackward):
         def part(name: str, grad_end: Any, start: Any, bounds: Tensor | None, rows: int = q.shape[2]) -> Any:
             grad_y_, q_, k_, v_, y_, r_ = (x[:, :, :rows] for x in (grad_y, q, k, v, y, r))
             inputs = (q_, k_, v_, *parameters, *start, bounds, y_, r_)
-            return ops.backward(grad_y_, *grad_end, *inputs, *call.options, name)
+            return ops.backward_with_state(grad_y_, *grad_end, *inputs, *call.options, name)
 
         none, start = (None, None), (start_kv, start_k)
         bounds = cu_seqlens if call.crossing is None else call.crossing.head_rows
@@ -294,8 +294,8 @@ def context_parallel_rebased_attention(
     )
     begun = None if exchange is None else _taken(exchange, given, call)
     if call.cu_seqlens is None and cu_seqlens is not None:  # no sequence: nothing to tell the others
-        result: Any = Attention.apply(  # type: ignore[no-untyped-call]
-            *tensors, torch.zeros_like(cu_seqlens), call.return_state, *call.options
+        result: Any = AttentionWithState.apply(  # type: ignore[no-untyped-call]
+            call.return_state, call.options, *tensors, torch.zeros_like(cu_seqlens)
         )
     else:
         result = _Attention.apply(*tensors, call, begun)  # type: ignore[no-untyped-call]

@@ -58,11 +58,11 @@ def _prepare(function: Callable[..., Tensor], direction: str, device: str) -> Pr
 
 def _prepare_operator(direction: str, device: str) -> Prepared:
     """forward, or for a forward + backward the backward alone."""
-    inputs = (*(x.detach() for x in _inputs(device)), None, None, None)
+    inputs = (*(x.detach() for x in _inputs(device)), None)
     if direction == DIRECTIONS[0]:
-        return _call(lambda: ops.forward.default(*inputs, *OPTIONS, False))
-    y, r, *_ = ops.forward.default(*inputs, *OPTIONS, False)
-    return _call(lambda: ops.backward.default(y, None, None, *inputs, y, r, *OPTIONS))
+        return _call(lambda: ops.forward.default(*inputs, *OPTIONS))
+    y, r = ops.forward.default(*inputs, *OPTIONS)
+    return _call(lambda: ops.backward.default(y, *inputs, y, r, *OPTIONS))
 
 
 def _layer_norm(device: str) -> Prepared:

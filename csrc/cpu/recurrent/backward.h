@@ -125,6 +125,13 @@ struct ElementwiseBackward : ElementwiseCall<T>, GradientTargets<T> {
     sums.copy(sizes.state_kv, sizes.feature_pad, scratch.state + sizes.state_kv);
   }
 
+  // The state that a sweep begins with, the other way round.
+  void start_turned(const Scratch& scratch, bool zero) const {
+    if (zero)
+      return this->clear(scratch.turned, sizes.state_kv);  // of few tokens, turning it is most of the work
+    turn_state(scratch.state, width(), sizes.value_columns, scratch.turned);
+  }
+
   // grad q of a chunk. scratch.turned holds S before it, and scratch.state z.
   void query_chunk(const Item& item, const Scratch& scratch, int64_t row) const {
     T* z = scratch.state + sizes.state_kv;
@@ -217,11 +224,11 @@ struct ElementwiseBackward : ElementwiseCall<T>, GradientTargets<T> {
   void sweep_queries(const Item& first, int64_t count, const Scratch& scratch,
                      const Start& start_state) const {
     this->for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {
-      start_state(item, true, own.state);
+      const bool zero = start_state(item, true, own.state);
       this->pad_affine(own, item);
       this->clear(own.grad_affine, group() * 2 * width());
       this->clear(query_affine_of(item), group() * 2 * sizes.feature_dim);
-      turn_state(own.state, width(), sizes.value_columns, own.turned);
+      start_turned(own, zero);
       own.long_sums[0]->start(sizes, item.end - item.begin, own.turned, own.state + sizes.state_kv);
     });
     for (int64_t row = first.begin; row < first.end; row += sizes.chunk)
@@ -236,13 +243,13 @@ struct ElementwiseBackward : ElementwiseCall<T>, GradientTargets<T> {
   void sweep_keys(const Item& first, int64_t count, const Scratch& scratch, const Start& start_state,
                   bool with_keys, int begin, int end) const {
     this->for_heads(first, count, scratch, [&](const Item& item, const Scratch& own) {
-      start_state(item, false, own.state);
+      const bool zero = start_state(item, false, own.state);
       this->pad_affine(own, item);
       this->clear(own.grad_affine, 2 * width());
       LongSums<T>& sums = *own.long_sums[0];
       if (!with_keys) return sums.start(sizes, item.end - item.begin, own.state);
       this->clear(key_affine_of(item), 2 * sizes.feature_dim);
-      turn_state(own.state, width(), sizes.value_columns, own.turned);
+      start_turned(own, zero);
       sums.start(sizes, item.end - item.begin, own.turned, own.state + sizes.state_kv);
     });
     const int64_t chunks = (first.end - first.begin + sizes.chunk - 1) / sizes.chunk;
