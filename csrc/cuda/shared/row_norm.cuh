@@ -19,7 +19,7 @@ struct Norm {
   DEVICE A affine(A x, int i) const { return (gamma ? gamma[i] : A(1)) * x + (beta ? beta[i] : A(0)); }
 };
 
-// Which operand a tile is loaded from, at the head of a block and at a chunk.
+// The normalisation of a head's rows; `at` is that of the rows from `row` on.
 template <class A>
 struct HeadNorm {
   const Affine& affine;
