@@ -135,7 +135,11 @@ class Attention(torch.autograd.Function):
         saved = ctx.saved_tensors
         # without create_graph there is no second derivative to refuse
         function: Any = AttentionBackward.apply if torch.is_grad_enabled() else ops.backward.default
-        return *_present(function(grad_y, *saved, *ctx.options), saved), None, None
+        gradients = function(grad_y, *saved, *ctx.options)
+        _, _, _, gamma_q, beta_q, gamma_k, beta_k, *_ = saved
+        if gamma_q is None or beta_q is None or gamma_k is None or beta_k is None:
+            gradients = _present(gradients, saved)
+        return *gradients, None, None
 
 
 class AttentionWithState(torch.autograd.Function):

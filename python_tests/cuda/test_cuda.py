@@ -1,11 +1,13 @@
 """What only a GPU can show: streams, graph capture, a second device, sizes past 2^31 and 65,535."""
 
+import copy
+
 import pytest
 import torch
 from problems import MAPS, Problem, relative_error, run, run_reference
 
 import rebased_cuda
-from rebased_cuda import RebasedState, rebased_attention, rebased_attention_step
+from rebased_cuda import ReBasedAttention, RebasedState, rebased_attention, rebased_attention_step
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and rebased_cuda.build_info()["cuda"]),
@@ -66,6 +68,36 @@ def test_graph_capture_of_forward_backward_and_step(dtype):
         x.zero_()
     graph.replay()
     for a, b in zip(captured, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_graphed_callables():
+    """A layer whose forward and backward are replayed as graphs computes what it computes eagerly."""
+    layer = ReBasedAttention(192, 12).cuda()
+    eager = copy.deepcopy(layer)
+    sample, x, grad_y = (torch.randn(2, 100, 192, device="cuda") for _ in range(3))
+    graphed = torch.cuda.make_graphed_callables(layer, (sample.requires_grad_(),))
+    results = []
+    for module in (graphed, eager):
+        leaves = [x.clone().requires_grad_(), *module.parameters()]
+        y = module(leaves[0])
+        results.append([y.detach().clone(), *(g.clone() for g in torch.autograd.grad(y, leaves, grad_y))])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_backward_in_the_calling_thread():
+    problem = Problem(seqlen=300, feature_dim=16, head_dim=64, dtype=torch.float32, device="cuda")
+    inputs = [x for x in problem.inputs(requires_grad=True)[:7] if x is not None]
+
+    def gradients():
+        y = rebased_attention(*inputs, **problem.options())
+        return torch.autograd.grad(y.square().sum(), inputs)
+
+    expected = gradients()
+    with torch.autograd.set_multithreading_enabled(False):
+        got = gradients()
+    for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
 
 
