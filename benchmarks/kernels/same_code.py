@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.kernels.kernel import readable_name
+from benchmarks.kernels.kernel import read_kernels
 from benchmarks.kernels.sass import Function, disassemble
 from benchmarks.kernels.toolchain import (
     ROOT,
@@ -29,37 +29,35 @@ Place = tuple[str, str, int]  # source, kernel, architecture
 
 @dataclass(frozen=True)
 class Code:
-    """What a cubin has of one kernel."""
+    """What a compilation made of one kernel."""
 
     digest: str  # of its instructions
     registers: int
     shared: int  # bytes, static
 
 
-def read_code(cubin: bytes) -> dict[str, Code]:
-    """The kernels of a cubin by symbol, from the ELF sections .text.SYMBOL and .nv.shared.SYMBOL."""
-    table, size, count, names = (
-        *struct.unpack_from("<Q", cubin, 0x28),
-        *struct.unpack_from("<HHH", cubin, 0x3A),
-    )
+def digests(cubin: bytes) -> dict[str, str]:
+    """By symbol, a hash of every kernel's instructions: those of the ELF section .text.SYMBOL."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
     sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + i * size) for i in range(count)]
-    texts, shared = {}, {}
-    for name, _, _, _, offset, length, _, info, _, _ in sections:
+    found = {}
+    for name, _, _, _, offset, length, *_ in sections:
         begin = sections[names][4] + name
         kind, _, symbol = cubin[begin : cubin.index(b"\0", begin)].decode().rpartition(".")
         if kind == ".text":
-            digest = hashlib.sha256(cubin[offset : offset + length]).hexdigest()
-            texts[symbol] = (digest, info >> 24)
-        elif kind == ".nv.shared":
-            shared[symbol] = length
-    return {symbol: Code(*text, shared.get(symbol, 0)) for symbol, text in texts.items()}
+            found[symbol] = hashlib.sha256(cubin[offset : offset + length]).hexdigest()
+    return found
 
 
 def kernels_of(compilations: list[Compilation]) -> dict[Place, tuple[Code, Compilation, str]]:
     found = {}
     for one in compilations:
-        for symbol, code in read_code(one.cubin.read_bytes()).items():
-            found[one.source.name, readable_name(symbol), one.architecture] = (code, one, symbol)
+        code = digests(one.cubin.read_bytes())
+        for kernel in read_kernels(one):
+            place = (one.source.name, kernel.name, one.architecture)
+            of_kernel = Code(code[kernel.symbol], kernel.registers, kernel.static_shared)
+            found[place] = (of_kernel, one, kernel.symbol)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from benchmarks.kernels import instructions, profile, registers, toolchain
+from benchmarks.kernels import instructions, profile, registers, same_code, toolchain
 from benchmarks.kernels.instructions import Figures, Nest, per_chunk
 from benchmarks.kernels.kernel import Kernel
 from benchmarks.kernels.sass import Function
@@ -49,6 +50,22 @@ def test_instructions():
         assert errors == []
         figures += found
     assert instructions.problems(figures) == []
+
+
+@with_programs("nvcc", "nvdisasm")
+def test_same_code_knows_a_move_from_a_change(tmp_path, capsys):
+    chosen = ["--architectures", "90", "--instances", "step_float64"]
+    shutil.copytree(toolchain.ROOT / "csrc", tmp_path / "csrc")
+    step = tmp_path / "csrc/cuda/decode/step.cuh"
+    text = step.read_text()
+    step.write_text("// A comment and a line more change no instruction.\n\n" + text)
+    assert same_code.main([str(tmp_path), *chosen]) == 0
+    assert "kernels in both: the same" in capsys.readouterr().out
+
+    assert text.count("reciprocal(denominator + ") == 1
+    step.write_text(text.replace("reciprocal(denominator + ", "reciprocal(denominator - "))
+    assert same_code.main([str(tmp_path), *chosen]) == 1
+    assert "step_float64.cu" in capsys.readouterr().out
 
 
 # ---- the checks themselves, with no compiler ----
