@@ -34,10 +34,13 @@ class Ceilings:
 def measure(device: str) -> Ceilings:
     flops = {}
     for dtype in ("float32", "float64", "bfloat16"):
-        size = SIZE[device]
-        a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
-        out = torch.empty_like(a)
-        flops[dtype] = 2 * size**3 / _seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)
+        for size in (SIZE[device] // 4, SIZE[device]):
+            a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+            out = torch.empty_like(a)
+            seconds = _seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)
+            flops[dtype] = 2 * size**3 / seconds
+            if 4**3 * seconds > 1:  # bfloat16 where the processor has no instructions for it
+                break
     flops["float16"] = flops["bfloat16"]
     source = torch.ones(COPIED[device] // 4, device=device)
     target = torch.empty_like(source)

@@ -1,10 +1,12 @@
 // The torch operators of rebased_cuda: schemas, and one implementation over three backends (native CPU, CUDA,
 // and in a test build the CUDA kernels emulated on the CPU).
-//   forward, backward, step   the op, without a state that comes in or goes out of the first two
-//   forward_with_state        the same with one: in a call of microseconds every argument and result counts
-//   backward_with_state       the gradients of that; with `part`, and
-//   forward_state             pieces between which processes that share a sequence exchange states
-//                             (rebased_cuda/context_parallel/)
+//   forward, backward          the op and its gradients, where no state comes in or goes out
+//   forward_with_state and     the same with states. They are operators of their own, since in a call of
+//   backward_with_state        microseconds every argument and every result costs time
+//   step                       one token more, whose state is updated in place
+//   forward_state              the state that rows of k and v leave behind. With this operator and the `part`
+//                              of backward_with_state, processes that share a sequence exchange states
+//                              (rebased_cuda/context_parallel/)
 //
 // Everything goes through torch's stable ABI, so one build serves every later torch. Only int64_t, double,
 // bool, std::string, Tensor and optionals of these cross it intact.

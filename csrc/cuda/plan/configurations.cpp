@@ -53,14 +53,15 @@ std::pair<Plan, std::string> planned(const Shape& shape) {
   return described(p, make_plan(p, device));
 }
 
-// In operations, roughly.
+// About how many operations the call takes.
 int64_t work_of(const Shape& shape) {
   const int64_t d = shape.feature_dim, dv = shape.head_dim;
   const int64_t state = std::max<int64_t>(num_features(shape.feature_map, d) * dv, 256);
   return shape.seqlen * shape.heads * (state + 64 * (d + dv));
 }
 
-// Results of a few numbers; and a sequence that does not fill a chunk, of whose rows some threads have none.
+// Whether the call's results are a few numbers, or its sequence does not fill a chunk, so that some threads
+// have no row.
 bool says_little(const Shape& shape, const Plan& plan) {
   const int64_t chunk = plan.path == Path::tensor_core ? tensor_core::chunk : plan.tiles.chunk;
   const bool fills_no_chunk = shape.direction != Direction::step && shape.seqlen <= chunk;

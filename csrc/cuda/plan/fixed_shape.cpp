@@ -15,12 +15,12 @@ Plan refused(Path path) {
   return plan;
 }
 
-// With how many segments, up to `most`, the last block ends earliest. Blocks come in waves of as many as
-// `resident` on every multiprocessor can hold. Few warps leave a scheduler idle, so a wave takes no less time
-// with one warp on a scheduler than with two; from there on in proportion: measured on an H100
-// (issue_of_a_warp and issue_at_most of benchmarks/speed/gpu_model.py). There a block that sums the states
-// before it took about a quarter of a chunk's time for each of them, and the pass that makes the states, over
-// all segments but one, two fifths of what the sweep behind it takes.
+// The number of segments, at most `most`, with which the last block ends earliest. Blocks come in waves of as
+// many as all multiprocessors hold, `resident` on each of them. Few warps leave a scheduler idle, so a wave
+// takes no less time with one warp on a scheduler than with two; from there on in proportion: measured on an
+// H100 (issue_of_a_warp and issue_at_most of benchmarks/speed/gpu_model.py). There a block that sums the
+// states before it took about a quarter of a chunk's time for each of them, and the pass that makes the
+// states, over all segments but one, two fifths of what the sweep behind it takes.
 int fastest_segments(int64_t blocks, int64_t chunks, const Device& device, int64_t resident, int64_t threads,
                      int64_t most) {
   constexpr int64_t summed_states = tensor_core::summed_segments;
@@ -64,7 +64,8 @@ Plan plan_fixed(Path path, const Problem& problem, const Device& device, int64_t
   return plan;
 }
 
-// Of GeneralTiles a float32 plan has only what says how chunks are cut and where a slot's entries are.
+// A float32 plan fills in only those of its GeneralTiles that say how chunks are cut and where a slot's
+// entries are.
 Plan plan_float32(const Problem& problem, const Device& device, Sweep sweep, int chunk,
                   int64_t shared_floats) {
   if (shared_floats * 4 > device.shared_memory_per_block) return refused(Path::float32);
@@ -102,7 +103,7 @@ Plan plan_tensor_core_sweep(const AnyProblem& problem, const Device& device) {
                      wide ? 256 : 128, wide ? 1024 : 512});
 }
 
-// Of the slots of all column groups of a block.
+// The bytes that one block's slots take, of all its column groups.
 int64_t tensor_core_slot_bytes(const Problem& problem, const Plan& plan) {
   return tensor_core::slot_floats(problem.feature_map, problem.feature_dim) * plan.column_groups * 4;
 }

@@ -76,7 +76,7 @@ struct BackwardShape {
                        state_stride = columns + 4;
 };
 
-// Of both sweeps of backward.
+// Shared memory of either sweep of backward, as offsets in floats.
 struct BackwardTiles {
   int state, sums;  // S, or T and M
   int queries, keys;
@@ -110,7 +110,7 @@ struct BackwardTiles {
         size(affine_sums + static_cast<int>(reverse ? 1 : group_size) * (threads / 32) * affine_size) {}
 };
 
-// Of the kernel that forms a segment's sums by themselves.
+// Shared memory of the kernel that forms a segment's sums by themselves, as offsets in floats.
 template <class Shape>
 struct StateTiles {
   int state, sums, features, values;

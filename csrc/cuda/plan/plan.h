@@ -101,9 +101,10 @@ struct Workspace {
 // state what its roundings took away, and give it back with the next chunk (compensated summation).
 constexpr int64_t compensated_rows = 4096;
 
-// Of the block whose sequence begins at `first_row` and has number `sequence`, where blocks past
-// `1 << rows_log2` tokens have carries. Sequences that are packed do not get a slot each, which thousands of
-// short ones would fill memory with: those that are longer begin more than that many tokens apart.
+// The carry slot of the block whose sequence begins at `first_row` and has number `sequence`, where blocks
+// past `1 << rows_log2` tokens have carries. Packed sequences do not get a slot each, since thousands of
+// short ones would fill memory with slots: sequences long enough to have carries begin more than that many
+// tokens apart.
 REBASED_HOST_DEVICE inline int64_t carry_slot(bool packed, int64_t first_row, int64_t sequence,
                                               int rows_log2) {
   return packed ? first_row >> rows_log2 : sequence;

@@ -7,7 +7,7 @@
 
 namespace rebased::REBASED_BACKEND {
 
-// Of the values, where blockIdx.y counts the column groups.
+// The block's first value column, where blockIdx.y counts the column groups.
 DEVICE int first_column() { return fixed_shape::columns * static_cast<int>(blockIdx.y); }
 
 constexpr int finish_threads = 128;
