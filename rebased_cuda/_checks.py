@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -187,8 +188,8 @@ def check_state(
             raise fail(f"{name}.{part}", f"q's device {like.device}", x.device)
 
 
-def check_index(name: str, index: Tensor, like: Tensor, size: int | None = None) -> Tensor:
-    """cu_seqlens, or state_index of `size` elements, contiguous and int64."""
+def check_index(name: str, index: Tensor, like: Tensor, size: int | None = None, called: str = "q") -> Tensor:
+    """cu_seqlens, or state_index of `size` elements, contiguous and int64; errors call `like` `called`."""
     if not isinstance(index, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(index).__name__}")
     check_layout(name, index)
@@ -197,7 +198,7 @@ def check_index(name: str, index: Tensor, like: Tensor, size: int | None = None)
     if index.dim() != 1:
         raise fail(name, "one dimension", f"shape {tuple(index.shape)}")
     if index.device != like.device:
-        raise fail(name, f"q's device {like.device}", index.device)
+        raise fail(name, f"{called}'s device {like.device}", index.device)
     if size is None:
         if index.shape[0] < 1:
             raise fail(name, "at least one element", f"shape {tuple(index.shape)}")
@@ -210,6 +211,15 @@ def check_index(name: str, index: Tensor, like: Tensor, size: int | None = None)
         raise fail(name, f"shape ({size},)", f"shape {tuple(index.shape)}")
     check_memory(name, index)
     return index.to(torch.int64).contiguous()
+
+
+def check_bounds(bounds: list[int], seqlen: int) -> None:
+    """The values of cu_seqlens."""
+    if any(a > b for a, b in pairwise([0, *bounds, seqlen])):
+        raise ValueError(
+            "cu_seqlens: must not decrease and must stay within 0 and the sequence length "
+            f"{seqlen}, got {bounds}"
+        )
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

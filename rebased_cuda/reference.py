@@ -33,7 +33,6 @@ Every public function here raises a ValueError or a TypeError that names the arg
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,6 +40,7 @@ from torch import Tensor
 
 from ._checks import (
     check_bool,
+    check_bounds,
     check_index,
     check_number,
     check_options,
@@ -426,11 +426,7 @@ def _bounds(cu_seqlens: Tensor, q: Tensor) -> list[int]:
     if q.shape[0] != 1:
         raise fail("q", "batch size 1 where cu_seqlens is given", f"shape {tuple(q.shape)}")
     bounds: list[int] = index.tolist()
-    if any(a > b for a, b in pairwise([0, *bounds, q.shape[2]])):
-        raise ValueError(
-            "cu_seqlens: must not decrease and must stay within 0 and the sequence length "
-            f"{q.shape[2]}, got {bounds}"
-        )
+    check_bounds(bounds, q.shape[2])
     return bounds
 
 

@@ -383,7 +383,7 @@ def test_bad_inputs_are_named(make):
     before = flat(state).clone()
     with pytest.raises(ValueError, match=rf"^{name}_t: .*\(3, 9, 24\)"):
         layer.step(x, state)
-    with pytest.raises(ValueError, match=r"^(state|cache)"):
+    with pytest.raises(ValueError, match=r"^state"):
         layer.step(x[:2, 0], state)
     assert torch.equal(flat(state), before)
 
@@ -468,7 +468,7 @@ def test_a_wrong_token_is_named_and_nothing_is_written(make, wrong):
     layer = make()
     _, state = layer.prefill(tokens())
     before = flat(state).clone()
-    name = "x_t" if make is attention else "(u_t|cache: expected u_t's)"
+    name = "x_t" if make is attention else "(u_t|state: expected u_t's)"
     with pytest.raises((TypeError, ValueError), match=f"^{name}"):
         layer.step(wrong(tokens()[:, 0]), state)
     assert torch.equal(flat(state), before)
@@ -556,7 +556,7 @@ def test_a_wrong_cache_is_named_and_not_written(wrong):
     cache = layer.prefill(tokens())[1]
     before = cache.clone()
     given = wrong(cache)
-    with pytest.raises((TypeError, ValueError), match=r"^cache: (expected|its storage)"):
+    with pytest.raises((TypeError, ValueError), match=r"^state: (expected|its storage)"):
         layer.step(tokens()[:, 0], given)
     assert torch.equal(cache, before)
     if wrong is interleaved:
@@ -594,7 +594,7 @@ def test_a_cache_and_a_token_may_lie_in_one_buffer_but_not_on_each_other():
     assert torch.equal(buffer[..., 2], u_t)
     for column in (0, 1):
         before = buffer.clone()
-        with pytest.raises(ValueError, match=r"^cache: expected memory apart from u_t's"):
+        with pytest.raises(ValueError, match=r"^state: expected memory apart from u_t's"):
             layer.step(buffer[..., column], buffer[..., :2])
         assert torch.equal(buffer, before)
 
@@ -605,7 +605,7 @@ def test_a_cache_of_inference_mode_stays_there():
         cache = layer.prefill(u)[1]
         layer.step(u[:, 0], cache)
     before = cache.clone()
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"^cache: was made under torch\.inference_mode"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"^state: was made under torch\.inference_mode"):
         layer.step(u[:, 0], cache)
     assert torch.equal(cache, before)
     with torch.no_grad():

@@ -584,15 +584,15 @@ FUNCTIONS: dict[str, Function] = {
     ),
     "GatedShortConvolution.step": Function(
         lambda **values: GatedShortConvolution(WIDTH).step(**values),
-        lambda rng: {"u_t": torch.rand(2, WIDTH), "cache": torch.rand(2, WIDTH, 2)},
+        lambda rng: {"u_t": torch.rand(2, WIDTH), "state": torch.rand(2, WIDTH, 2)},
         {
             "u_t": tensor((1,)),
-            "cache": Argument(
-                {**tensor((0, 1, 2)).ways, "alias": _in_memory_of("cache")},
+            "state": Argument(
+                {**tensor((0, 1, 2)).ways, "alias": _in_memory_of("state")},
                 dict.fromkeys(("range", "nan", "inf"), "any number may stand in a tensor"),
             ),
         },
-        written=("cache",),
+        written=("state",),
         of=(GatedShortConvolution.step,),
         grad=(False,),
         left_out=("self",),

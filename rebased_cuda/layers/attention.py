@@ -7,11 +7,20 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_bool, check_options, fail
+from .._checks import check_bool, check_options, check_state, fail, untraced
 from ..attention import rebased_attention, rebased_attention_step
 from ..reference import attention_matrix
-from ..state import MAX_FEATURE_DIM, MAX_HEAD_DIM, RebasedState, check_size
-from .base import ContextParallelLayer, call, check_input, refuse_gradients, refuse_mask, token_mask
+from ..state import MAX_FEATURE_DIM, MAX_HEAD_DIM, RebasedState, check_size, num_features
+from .base import (
+    ContextParallelLayer,
+    call,
+    check_input,
+    check_token,
+    check_writable,
+    refuse_gradients,
+    refuse_in_shards,
+)
+from .sequences import Rows, Slots, pack
 
 
 class QueryKeyNorm(nn.LayerNorm):
@@ -173,7 +182,14 @@ class ReBasedAttention(ContextParallelLayer):
             f"head_dim={self.head_dim}, feature_map={self.feature_map!r}, layer_norm={self.layer_norm!r}"
         )
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        state: RebasedState | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """Causal attention of every token to itself and those before it.
 
         Args:
@@ -181,46 +197,77 @@ class ReBasedAttention(ContextParallelLayer):
             attention_mask: (B, N) bool or integers, nonzero for tokens, 0 for padding, on x's device. Padding
                 may stand anywhere: the tokens of a row count as one sequence, as if nothing were between
                 them. It is packed away inside with no synchronisation and no shape that depends on the mask.
+            state: what came before, of B sequences, as `prefill` gave it; never modified. Gradients flow into
+                it. float32 (float64 for float64).
+            cu_seqlens: (S + 1,) int32 or int64 on x's device: S sequences packed along N (then B is 1, and
+                the state of S sequences), sequence s in rows cu_seqlens[s] to cu_seqlens[s + 1]. On the CPU
+                the values are checked, on a GPU clamped. Not together with attention_mask.
 
         Returns:
-            y (B, N, hidden_size), 0 at padding.
+            y (B, N, hidden_size), 0 at padding and in rows of no sequence.
 
         Raises:
-            ValueError, TypeError: x or attention_mask is not as above, or x is not in the weights' dtype
-                (under autocast any dtype but float64 may meet any other) or not on their device.
+            ValueError, TypeError: an argument is not as above, or x is not in the weights' dtype (under
+                autocast any dtype but float64 may meet any other) or not on their device.
         """
-        return self._attend(x, attention_mask, False)[0]
+        return self._attend(x, attention_mask, state, cu_seqlens, None, False)[0]
 
-    def prefill(self, x: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, RebasedState]:
-        """`forward`, and the state to go on from with `step`: (y, state) with B sequences in the state.
+    def prefill(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        state: RebasedState | None = None,
+        cu_seqlens: Tensor | None = None,
+        state_index: Tensor | None = None,
+    ) -> tuple[Tensor, RebasedState]:
+        """`forward`, and the state to go on from, with `step` or with more tokens at once.
 
-        The state is float32 (float64 for float64). Gradients flow out of it; for decoding call this under
-        torch.no_grad().
+        Args:
+            x, attention_mask, state, cu_seqlens: as in `forward`.
+            state_index: (B,), or with cu_seqlens (S,), int32 or int64 on x's device. Then `state` is a pool
+                (slots, ...), **updated in place**: sequence b goes on from slot state_index[b], and what it
+                leaves is written there. A sequence that begins needs a slot of zeros: whoever hands a slot on
+                empties it with ``state.kv[slot] = 0`` and ``state.k[slot] = 0``. -1 skips a sequence, as in
+                `rebased_attention_step`: y is 0 there and nothing is written.
+
+        Returns:
+            (y, state), of B sequences, or S with cu_seqlens; with state_index the pool itself. The state is
+            float32 (float64 for float64). Gradients flow out of it; for decoding call this under
+            torch.no_grad().
+
+        Raises:
+            ValueError, TypeError: as `forward`, or state_index is not as above; a pool is untouched.
+            RuntimeError: with state_index, grad mode is on and x, the pool or a parameter requires grad: a
+                pool is for inference. Or it was made under torch.inference_mode(), and this is outside.
         """
-        y, state = self._attend(x, attention_mask, True)
+        y, state = self._attend(x, attention_mask, state, cu_seqlens, state_index, True)
         assert state is not None
         return y, state
 
-    def step(self, x_t: Tensor, state: RebasedState) -> Tensor:
+    def step(self, x_t: Tensor, state: RebasedState, *, state_index: Tensor | None = None) -> Tensor:
         """One token more for each sequence.
 
         Args:
-            x_t: (B, hidden_size).
+            x_t: (B, hidden_size) or (B, 1, hidden_size).
             state: of B sequences, from `prefill`, or `RebasedState.zeros` for none; **updated in place**.
+                With state_index a pool (slots, ...). Slots may lie apart in memory, each in one piece.
+            state_index: (B,): the slot that each sequence uses, as in `rebased_attention_step`.
 
         Returns:
-            y_t (B, hidden_size): what `forward` of the whole gives in its last row.
+            y_t, shaped as x_t: what `forward` of the whole gives in its last row.
 
         Raises:
-            ValueError, TypeError: x_t or the state has another shape or dtype; the state is untouched.
+            ValueError, TypeError: an argument is not as above; the state is untouched.
             RuntimeError: grad mode is on and x_t, the state or a parameter requires grad: call it under
                 torch.no_grad().
         """
-        check_input("x_t", x_t, ("B", self.hidden_size))
-        refuse_gradients(self, x_t)
-        y = rebased_attention_step(*self._heads(x_t, "x_t"), state, **self._options())
+        x = check_token("x_t", x_t, self.hidden_size)
+        refuse_gradients(self, "step", x)
+        q, k, v = self._heads(x, "x_t")
+        y = rebased_attention_step(q, k, v, state, **self._options(), state_index=state_index)
         output: Tensor = self.proj_o(y.flatten(1))
-        return output
+        return output if x is x_t else output.unsqueeze(1)
 
     def attention_matrix(self, x: Tensor) -> Tensor:
         """Where each token of x (B, N, hidden_size) attends: (B, num_heads, N, N), in O(N^2).
@@ -237,17 +284,56 @@ class ReBasedAttention(ContextParallelLayer):
         return attention_matrix(q, k, **self._options())
 
     def _attend(
-        self, x: Tensor, attention_mask: Tensor | None, return_state: bool
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        state: RebasedState | None,
+        cu_seqlens: Tensor | None,
+        state_index: Tensor | None,
+        return_state: bool,
     ) -> tuple[Tensor, RebasedState | None]:
+        check_input("x", x, ("B", "N", self.hidden_size))
         options = {**self._options(), "return_state": return_state}
-        packed, order, cu_seqlens = self._pack(x, attention_mask)
+        slots = None
         if self.context_parallel_group is None:
-            result = rebased_attention(*self._sequences(packed), **options, cu_seqlens=cu_seqlens)
+            rows = pack("x", x, attention_mask, cu_seqlens)
+            q, k, v = self._sequences(rows.x)
+            if state is not None or state_index is not None:
+                initial, slots = self._initial_state(state, state_index, rows, q)
+                options["initial_state"] = initial
+            result = rebased_attention(q, k, v, **options, cu_seqlens=rows.cu_seqlens)
         else:
-            refuse_mask(attention_mask)
+            refuse_in_shards(
+                attention_mask=attention_mask, state=state, cu_seqlens=cu_seqlens, state_index=state_index
+            )
+            rows = Rows(x)
             result = self._attend_over_ranks(x, options)
-        y, state = result if isinstance(result, tuple) else (result, None)
-        return self._unpack(y, order, x), state
+        y, final = result if isinstance(result, tuple) else (result, None)
+        output: Tensor = self.proj_o(y.transpose(1, 2).flatten(2))
+        if slots is not None:
+            slots.write(final)
+            output, final = slots.without_skipped(output, rows.cu_seqlens), RebasedState(*slots.pool)
+        return rows.unpack(output, x), final
+
+    def _initial_state(
+        self, state: RebasedState | None, state_index: Tensor | None, rows: Rows, q: Tensor
+    ) -> tuple[RebasedState, Slots | None]:
+        """What came before each sequence, checked, and with state_index the slots that it was read from."""
+        counted, count = "sequences", rows.sequences
+        if state_index is not None:
+            counted = "slots"
+            if isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], Tensor):
+                count = state[0].shape[0] if state[0].dim() else 0
+        sizes = (count, self.num_kv_heads, num_features(self.feature_map, self.feature_dim), self.head_dim)
+        untraced(check_state, "state", state, sizes, counted, q)
+        pool = RebasedState(*state)  # type: ignore[misc]  # check_state has seen that it is one
+        if state_index is None:
+            return pool, None
+        refuse_gradients(self, "prefill with state_index", q, *pool)
+        check_writable("state.kv", pool.kv)
+        check_writable("state.k", pool.k)
+        slots = Slots(pool, state_index, rows.sequences, q, "x")
+        return RebasedState(*slots.read()), slots
 
     def _attend_over_ranks(self, x: Tensor, options: dict[str, Any]) -> Any:
         """The queries are projected while the state of the keys is on its way."""
@@ -304,25 +390,3 @@ class ReBasedAttention(ContextParallelLayer):
             gamma, beta = norm(None)
         sizes = (heads, self.feature_dim)
         return None if gamma is None else gamma.view(sizes), None if beta is None else beta.view(sizes)
-
-    def _pack(self, x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(x, None, None), or x (1, B N, hidden_size) with all padding last, its order, cu_seqlens (B + 1,).
-
-        The rows behind the last sequence are in none, so the op gives y = 0 there.
-        """
-        check_input("x", x, ("B", "N", self.hidden_size))
-        if attention_mask is None:
-            return x, None, None
-        tokens = token_mask(attention_mask, "x", x)
-        order = tokens.logical_not().flatten().to(torch.uint8).argsort(stable=True)
-        cu_seqlens = nn.functional.pad(tokens.sum(1).cumsum(0), (1, 0))
-        # whatever stands at padding, NaN too, must not reach the projections' gradients
-        x = x.masked_fill(tokens.logical_not().unsqueeze(-1), 0)
-        return x.flatten(0, 1).index_select(0, order).unsqueeze(0), order, cu_seqlens
-
-    def _unpack(self, y: Tensor, order: Tensor | None, x: Tensor) -> Tensor:
-        """The layer's output of y (B, num_heads, N, head_dim), each row back where x has it."""
-        output: Tensor = self.proj_o(y.transpose(1, 2).flatten(2))
-        if order is not None:
-            output = torch.empty_like(output[0]).index_copy(0, order, output[0]).view(x.shape)
-        return output

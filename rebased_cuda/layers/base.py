@@ -47,20 +47,22 @@ class ContextParallelLayer(nn.Module):
         self._shared_group = _SharedGroup(group)
 
 
-def refuse_mask(attention_mask: Tensor | None) -> None:
-    if attention_mask is not None:
-        raise ValueError(
-            "attention_mask: not supported under context parallelism, where a row's tokens lie on several "
-            "ranks; pad every row behind its tokens and leave the mask out, or pack them and call "
-            "context_parallel_rebased_attention with cu_seqlens"
-        )
+def refuse_in_shards(**arguments: object) -> None:
+    """Refuses what a layer cannot take of a sequence that is shared out over ranks."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}: not supported under context parallelism, where a row's tokens lie on several "
+                "ranks; pad every row behind its tokens and leave masks out, or call "
+                "context_parallel_rebased_attention, which takes cu_seqlens and an initial state"
+            )
 
 
-def refuse_gradients(layer: nn.Module, *tensors: Tensor) -> None:
+def refuse_gradients(layer: nn.Module, call: str, *tensors: Tensor) -> None:
     if not torch.is_grad_enabled():  # first: to list the parameters takes as long as a Linear of one token
         return
     if any(x.requires_grad for x in (*tensors, *layer.parameters())):
-        raise RuntimeError(f"{type(layer).__name__}.step is for inference: call it under torch.no_grad().")
+        raise RuntimeError(f"{type(layer).__name__}.{call} is for inference: call it under torch.no_grad().")
 
 
 def call(module: nn.Linear | nn.Conv1d, x: Tensor, name: str) -> Any:
@@ -90,7 +92,7 @@ def _multiplied_in(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def check_shape(name: str, x: Tensor, shape: tuple[int | str, ...]) -> None:
+def check_shape(name: str, x: object, shape: tuple[int | str, ...]) -> Tensor:
     """A dense tensor; sizes given as a number must be met, those given as a letter may be any."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
@@ -98,6 +100,7 @@ def check_shape(name: str, x: Tensor, shape: tuple[int | str, ...]) -> None:
     if not untraced(fits, x, shape):
         raise fail(name, f"shape ({', '.join(str(size) for size in shape)})", tuple(x.shape))
     check_memory(name, x)
+    return x
 
 
 def fits(x: Tensor, shape: tuple[int | str, ...]) -> bool:
@@ -112,8 +115,19 @@ def check_input(name: str, x: Tensor, shape: tuple[int | str, ...]) -> None:
         raise TypeError(f"{name}: expected dtype float32, float64, float16 or bfloat16, got {x.dtype}")
 
 
-def check_writable(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """That writing to x does what it says, and nothing to `other` (of the same dtype and device)."""
+def check_token(name: str, x: Tensor, hidden_size: int) -> Tensor:
+    """x, one token of each sequence, (B, hidden_size) or (B, 1, hidden_size), as (B, hidden_size)."""
+    if isinstance(x, Tensor) and x.dim() == 3:
+        check_input(name, x, ("B", 1, hidden_size))
+        return x.squeeze(1)
+    check_input(name, x, ("B", hidden_size))
+    return x
+
+
+def check_writable(name: str, x: Tensor) -> None:
+    """That writing to x does what it says."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing():  # which know no memory
+        return
     if x.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             f"{name}: was made under torch.inference_mode() and cannot be updated outside it; clone it first"
@@ -126,6 +140,12 @@ def check_writable(name: str, x: Tensor, other_name: str, other: Tensor) -> None
             given = f"shape {tuple(x.shape)} with strides {x.stride()}"
             raise fail(name, "elements apart in memory, since it is updated in place", given)
         spread += stride * (size - 1)
+
+
+def check_apart(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """That writing to x does nothing to `other` (of the same dtype and device)."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or x.numel() == 0 or x.is_meta:
+        return
     if type(x) is Tensor and type(other) is Tensor and _share_memory(x, other):  # a subclass may have none
         raise ValueError(f"{name}: expected memory apart from {other_name}'s, since it is updated in place")
 
@@ -147,13 +167,3 @@ def _share_memory(x: Tensor, y: Tensor) -> bool:
     if x.data_ptr() >= end(y) or y.data_ptr() >= end(x):  # as good as always
         return False
     return bool(torch.isin(addresses(x), addresses(y)).any())
-
-
-def token_mask(attention_mask: Tensor, name: str, x: Tensor) -> Tensor:
-    """The mask as bool (B, N): True for tokens."""
-    check_shape("attention_mask", attention_mask, tuple(x.shape[:2]))
-    if attention_mask.device != x.device:
-        raise fail("attention_mask", f"{name}'s device {x.device}", attention_mask.device)
-    if attention_mask.is_floating_point() or attention_mask.is_complex():
-        raise TypeError(f"attention_mask: expected bool or an integer dtype, got {attention_mask.dtype}")
-    return attention_mask != 0
