@@ -35,6 +35,13 @@ inline bool supports(const AnyProblem& problem) {
          });
 }
 
+// Floats of a block's state in the workspace (cuda/tensor_core/polynomial/slot.cuh): its features by the
+// block's columns, the Gram matrix, and of taylor the sums of k' and the count of keys.
+REBASED_HOST_DEVICE constexpr int64_t polynomial_slot_floats(FeatureMap map, int64_t feature_dim) {
+  const int64_t sums = feature_dim * feature_dim + (map == FeatureMap::taylor ? feature_dim + 1 : 0);
+  return (num_features(map, feature_dim) * columns + sums + 3) / 4 * 4;
+}
+
 // Floats of a block's state in the workspace (Slot in cuda/tensor_core/state.cuh): tiles of 8 features by the
 // block's columns, each 128 threads' four floats, of the state; then 32 threads' four floats for each tile of
 // the denominator's sums, and for those of taylor's linear features; then the count of keys.
