@@ -3,7 +3,7 @@
 
 #include "cuda/tensor_core/grad_kv.cuh"
 #include "cuda/tensor_core/grad_q.cuh"
-#include "cuda/tensor_core/launch.cuh"
+#include "cuda/tensor_core/family/launch.cuh"
 #include "cuda/tensor_core/wide_grad_kv.cuh"
 #include "cuda/tensor_core/wide_grad_q.cuh"
 
