@@ -45,6 +45,11 @@ struct Slot {
                           : offset == dim / 2 ? dim * offset + (i < j ? i : j)
                                               : dim * (dim - offset) + j);
   }
+  // Whether the public order has x_i x_j, and not x_j x_i in its place.
+  HOST_DEVICE static constexpr bool is_public_product(int i, int j) {
+    const int offset = (j - i + dim) % dim;
+    return i < dim && (offset < dim / 2 || (offset == dim / 2 && i < j));
+  }
   // By what an entry of the public gradient is multiplied to become that of M.
   HOST_DEVICE static constexpr float gram_weight(int i, int j, bool gradient) {
     return !gradient ? 1.0f : (taylor ? 2.0f : 1.0f) * (i == j ? 1.0f : 0.5f);
@@ -168,9 +173,7 @@ KERNEL void LAUNCH_BOUNDS(scan_threads, 1)
   float weight = 1;
   if (index < S::linear) {  // of the two equal products, the one that the public order has
     const int i = (index - S::gram) / S::feature_dim, j = (index - S::gram) % S::feature_dim;
-    const int offset = (j - i + S::feature_dim) % S::feature_dim;
-    constexpr int half = S::feature_dim / 2;
-    if (offset > half || (offset == half && i > j)) return;
+    if (!S::is_public_product(i, j)) return;
     feature = S::public_product(i, j);
     weight = 1.0f / S::gram_weight(i, j, gradient);
   }
