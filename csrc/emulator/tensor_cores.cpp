@@ -55,10 +55,11 @@ void multiply(const float (&a)[16][depth], const Row (&b)[depth], void* const (&
   }
 }
 
-template <float (*to_float)(uint32_t)>
-void mma_m16n8k16(void* const (&operands)[32]) {
-  float a[16][16];
-  Row b[16];
+// Of 16-bit elements, two in a register: depth is 16 or 8.
+template <float (*to_float)(uint32_t), int depth>
+void mma_m16n8(void* const (&operands)[32]) {
+  float a[16][depth];
+  Row b[depth];
   for (int lane = 0; lane < 32; ++lane) {
     const MatrixOperands& operand = operand_of(operands, lane);
     const int g = lane / 4, t = lane % 4;
@@ -67,10 +68,12 @@ void mma_m16n8k16(void* const (&operands)[32]) {
       const auto value = [half](uint32_t pair) { return to_float(half ? pair >> 16 : pair & 0xffffu); };
       a[g][k] = value(operand.a[0]);
       a[g + 8][k] = value(operand.a[1]);
-      a[g][k + 8] = value(operand.a[2]);
-      a[g + 8][k + 8] = value(operand.a[3]);
       reinterpret_cast<float*>(b[k])[g] = value(operand.b[0]);
-      reinterpret_cast<float*>(b[k + 8])[g] = value(operand.b[1]);
+      if constexpr (depth == 16) {
+        a[g][k + 8] = value(operand.a[2]);
+        a[g + 8][k + 8] = value(operand.a[3]);
+        reinterpret_cast<float*>(b[k + 8])[g] = value(operand.b[1]);
+      }
     }
   }
   multiply(a, b, operands);
@@ -99,6 +102,23 @@ void load_matrices(void* const (&operands)[32], unsigned) {
   }
 }
 
+struct StoredRow {
+  const uint32_t* registers;
+  void* address;
+};
+
+void store_matrices(void* const (&operands)[32], unsigned) {
+  for (int m = 0; m < 4; ++m) {
+    uint32_t matrix[8][4];
+    for (int lane = 0; lane < 32; ++lane) {
+      matrix[lane / 4][lane % 4] = static_cast<const StoredRow*>(operands[lane])->registers[m];
+    }
+    for (int row = 0; row < 8; ++row) {
+      __builtin_memcpy(static_cast<const StoredRow*>(operands[8 * m + row])->address, matrix[row], 16);
+    }
+  }
+}
+
 struct MatrixElements {
   uint32_t from, to;
 };
@@ -116,8 +136,10 @@ void transpose_elements(void* const (&operands)[32], unsigned) {
 
 }  // namespace
 
-void mma_bfloat16(void* const (&operands)[32], unsigned) { mma_m16n8k16<bfloat16_to_float>(operands); }
-void mma_half(void* const (&operands)[32], unsigned) { mma_m16n8k16<half_bits_to_float>(operands); }
+void mma_bfloat16(void* const (&operands)[32], unsigned) { mma_m16n8<bfloat16_to_float, 16>(operands); }
+void mma_half(void* const (&operands)[32], unsigned) { mma_m16n8<half_bits_to_float, 16>(operands); }
+void mma_bfloat16_k8(void* const (&operands)[32], unsigned) { mma_m16n8<bfloat16_to_float, 8>(operands); }
+void mma_half_k8(void* const (&operands)[32], unsigned) { mma_m16n8<half_bits_to_float, 8>(operands); }
 
 void mma_tf32(void* const (&operands)[32], unsigned) {
   float a[16][8];
@@ -142,6 +164,13 @@ void ldmatrix(uint32_t* registers, int count, const void* row, bool transposed, 
   }
   MatrixRow operand{row, registers, count, transposed};
   warp_collective(load_matrices, "ldmatrix", 0xffffffffu, &operand, site);
+}
+
+void stmatrix(const uint32_t (&registers)[4], void* row, Site site) {
+  check_address(row, 16, Memory::shared, "stmatrix", site);
+  note_write(row, 16, __builtin_return_address(0));
+  StoredRow operand{registers, row};
+  warp_collective(store_matrices, "stmatrix", 0xffffffffu, &operand, site);
 }
 
 uint32_t transpose_matrix(uint32_t matrix, Site site) {

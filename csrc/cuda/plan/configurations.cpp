@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "cuda/plan/plan.h"
-#include "cuda/plan/tensor_core_shape.h"
 #include "op/backend.h"
 
 namespace rebased {
@@ -63,8 +62,7 @@ int64_t work_of(const Shape& shape) {
 // Whether the call's results are a few numbers, or its sequence does not fill a chunk, so that some threads
 // have no row.
 bool says_little(const Shape& shape, const Plan& plan) {
-  const int64_t chunk = plan.path == Path::tensor_core ? tensor_core::chunk : plan.tiles.chunk;
-  const bool fills_no_chunk = shape.direction != Direction::step && shape.seqlen <= chunk;
+  const bool fills_no_chunk = shape.direction != Direction::step && shape.seqlen <= plan.tiles.chunk;
   return shape.feature_dim < 5 || shape.head_dim < 3 || fills_no_chunk;
 }
 

@@ -48,6 +48,7 @@ int fastest_segments(int64_t blocks, int64_t chunks, const Device& device, int64
 struct Blocks {
   int64_t resident, threads;  // blocks of the sweep that a multiprocessor holds, and the threads of one
   int64_t least_rows;         // of a segment
+  int64_t most_rows;          // of a segment too, on average of packed sequences; 0 for any number
 };
 
 Plan plan_fixed(Path path, const Problem& problem, const Device& device, int64_t chunk,
@@ -59,6 +60,9 @@ Plan plan_fixed(Path path, const Problem& problem, const Device& device, int64_t
   plan.segments =
       fastest_segments(problem.num_sequences * problem.kv_heads * plan.column_groups, divide_up(rows, chunk),
                        device, blocks.resident, blocks.threads, rows / blocks.least_rows);
+  if (blocks.most_rows) {
+    plan.segments = std::max(plan.segments, static_cast<int>(divide_up(rows, blocks.most_rows)));
+  }
   if (plan_override().segments) plan.segments = plan_override().segments;
   add_preparation_regions(problem, &plan);
   return plan;
@@ -69,7 +73,7 @@ Plan plan_fixed(Path path, const Problem& problem, const Device& device, int64_t
 Plan plan_float32(const Problem& problem, const Device& device, Sweep sweep, int chunk,
                   int64_t shared_floats) {
   if (shared_floats * 4 > device.shared_memory_per_block) return refused(Path::float32);
-  Plan plan = plan_fixed(Path::float32, problem, device, chunk, {2, float32_path::threads, 512});
+  Plan plan = plan_fixed(Path::float32, problem, device, chunk, {2, float32_path::threads, 512, 0});
   plan.shared_memory_bytes = shared_floats * 4;
   GeneralTiles& tiles = plan.tiles;
   tiles.chunk = chunk;
@@ -96,16 +100,25 @@ Plan plan_tensor_core_sweep(const AnyProblem& problem, const Device& device) {
   const bool many_registers =
       problem.feature_dim == 16 &&
       (problem.feature_map == FeatureMap::taylor || (problem.feature_map == FeatureMap::outer && backward));
-  return plan_fixed(Path::tensor_core, problem, device, tensor_core::chunk,
-                    {wide             ? 1
-                     : many_registers ? 2
-                                      : 3,
-                     wide ? 256 : 128, wide ? 1024 : 512});
+  const bool polynomial = tensor_core::polynomial_kernels(problem.feature_map, problem.feature_dim);
+  const int chunk = tensor_core::chunk_length(problem, device.shared_memory_per_block);
+  Plan plan = plan_fixed(Path::tensor_core, problem, device, chunk,
+                         {wide             ? 1
+                          : many_registers ? 2
+                                           : 3,
+                          wide ? 256 : 128, wide ? 1024 : 512, polynomial ? tensor_core::drifting_rows : 0});
+  plan.tiles.chunk = chunk;
+  return plan;
 }
 
 // The bytes that one block's slots take, of all its column groups.
 int64_t tensor_core_slot_bytes(const Problem& problem, const Plan& plan) {
-  return tensor_core::slot_floats(problem.feature_map, problem.feature_dim) * plan.column_groups * 4;
+  using namespace tensor_core;
+  const int64_t floats = slot_floats(problem.feature_map, problem.feature_dim);
+  const bool polynomial = polynomial_kernels(problem.feature_map, problem.feature_dim);
+  // a backward may have kernels of both kinds
+  return std::max(floats, polynomial ? polynomial_slot_floats(problem.feature_map, problem.feature_dim) : 0) *
+         plan.column_groups * 4;
 }
 
 }  // namespace

@@ -11,7 +11,28 @@ namespace tensor_core {
 
 using namespace fixed_shape;
 
-constexpr int chunk = 64;  // tokens
+// Tokens of a chunk, but of those kernels that polynomial_kernels is about.
+constexpr int chunk = 64;
+
+// Whether a map has the kernels of cuda/tensor_core/polynomial/.
+REBASED_HOST_DEVICE constexpr bool polynomial_kernels(FeatureMap map, int64_t feature_dim) {
+  return is_polynomial(map) && feature_dim <= 16;
+}
+
+// Chunks of 128 tokens read each fragment of the state half as often, and take up to 113 KB of shared memory.
+// They are for devices where two blocks have room on a multiprocessor. There a block may have all but 1 KB,
+// which each block takes beside its own.
+constexpr int64_t longer_chunk_bytes = 113 * 1024;
+inline int chunk_length(const Problem& problem, int64_t shared_memory_per_block) {
+  const bool longer = polynomial_kernels(problem.feature_map, problem.feature_dim) &&
+                      shared_memory_per_block + 1024 >= 2 * (longer_chunk_bytes + 1024);
+  return longer ? 2 * chunk : chunk;
+}
+
+// Tensor cores truncate as they accumulate, so that a sum over n tokens of one sign is too small: by 5e-5 of
+// itself at 4,096 and by 2e-3 at 131,072. These kernels accumulate over a segment in place, and add segments
+// in float32: no segment is longer than this.
+constexpr int64_t drifting_rows = 4096;
 
 // Up to this many segments each block sums the states of the segments before its own by itself. That saves a
 // launch, and with up to six segments memory traffic as well.
@@ -33,6 +54,13 @@ inline bool supports(const AnyProblem& problem) {
          problem.head_dim % 16 == 0 && all_rows(problem, [&](const auto& rows) {
            return aligned(rows, 8) && is_int(rows.head_stride) && is_int(rows.row_stride);
          });
+}
+
+// Floats of a block's state in the workspace (cuda/tensor_core/polynomial/slot.cuh): its features by the
+// block's columns, the Gram matrix, and of taylor the sums of k' and the count of keys.
+REBASED_HOST_DEVICE constexpr int64_t polynomial_slot_floats(FeatureMap map, int64_t feature_dim) {
+  const int64_t sums = feature_dim * feature_dim + (map == FeatureMap::taylor ? feature_dim + 1 : 0);
+  return (num_features(map, feature_dim) * columns + sums + 3) / 4 * 4;
 }
 
 // Floats of a block's state in the workspace (Slot in cuda/tensor_core/state.cuh): tiles of 8 features by the

@@ -65,7 +65,7 @@ struct Span {
   int rows, segment, first_column;
 };
 
-DEVICE Span find_span(const Problem& problem, const Launch& launch) {
+DEVICE Span find_span(const Problem& problem, const Launch& launch, int chunk_length = chunk) {
   Span span;
   const int64_t head = blockIdx.x / launch.segments;
   span.segment = static_cast<int>(blockIdx.x % launch.segments);
@@ -74,9 +74,10 @@ DEVICE Span find_span(const Problem& problem, const Launch& launch) {
   span.batch = launch.bounds ? 0 : span.sequence;
   const int64_t first = launch.bounds ? launch.bounds[span.sequence] : 0;
   const int64_t last = launch.bounds ? launch.bounds[span.sequence + 1] : problem.seqlen;
-  const int64_t segment_chunks = (last - first + chunk * launch.segments - 1) / (chunk * launch.segments);
-  span.begin = minimum(first + span.segment * segment_chunks * chunk, last);
-  span.rows = static_cast<int>(minimum(segment_chunks * chunk, last - span.begin));
+  const int64_t chunk_rows = static_cast<int64_t>(chunk_length) * launch.segments;
+  const int64_t segment_rows = (last - first + chunk_rows - 1) / chunk_rows * chunk_length;
+  span.begin = minimum(first + span.segment * segment_rows, last);
+  span.rows = static_cast<int>(minimum(segment_rows, last - span.begin));
   span.slot = static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y;
   span.first_column = first_column();
   return span;
@@ -104,10 +105,10 @@ struct Origins {
   const float *query_statistics, *key_statistics;
 
   template <class AnyProblem>
-  DEVICE void set(const Arguments<AnyProblem>& arguments) {
+  DEVICE void set(const Arguments<AnyProblem>& arguments, int chunk_length = chunk) {
     const Problem& problem = arguments.problem;
     const Launch& launch = arguments.launch;
-    span = find_span(problem, launch);
+    span = find_span(problem, launch, chunk_length);
     q = first_row<T>(problem.q, span, span.kv_head * arguments.group_size);
     k = first_row<T>(problem.k, span, span.kv_head);
     v = first_row<T>(problem.v, span, span.kv_head) + span.first_column;

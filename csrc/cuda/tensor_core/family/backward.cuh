@@ -1,9 +1,9 @@
 // The tensor-core path's family of backward kernels. Host code.
 #pragma once
 
+#include "cuda/tensor_core/family/launch.cuh"
 #include "cuda/tensor_core/grad_kv.cuh"
 #include "cuda/tensor_core/grad_q.cuh"
-#include "cuda/tensor_core/launch.cuh"
 #include "cuda/tensor_core/wide_grad_kv.cuh"
 #include "cuda/tensor_core/wide_grad_q.cuh"
 
