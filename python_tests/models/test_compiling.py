@@ -117,7 +117,10 @@ def test_ahead_of_time_compiled(name, tmp_path):
     with torch.no_grad():
         cache = model(tokens[:, :8], use_cache=True).cache
         states = states_of(cache)
-        for module, arguments in ((Logits(model), (tokens,)), (Step(model), (tokens[:, 8:], states))):
+        for module, arguments in (
+            (Logits(model), (tokens,)),
+            (Step(model), (tokens[:, 8:].contiguous(), states)),
+        ):
             expected = model(tokens, use_cache=False).logits[:, -1]
             exported = torch.export.export(module, arguments)
             path = torch._inductor.aoti_compile_and_package(
