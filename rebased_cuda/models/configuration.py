@@ -34,7 +34,8 @@ class RebasedConfig(PreTrainedConfig):
 
     Args:
         vocab_size, hidden_size, num_hidden_layers: sizes; the layers count the convolutions too.
-        intermediate_size: width of the MLPs; four times hidden_size when None.
+        intermediate_size: width of the MLPs; four times hidden_size when None. 0: no MLPs, and a layer adds
+            the LayerNorm of its mixer's output alone, as the authors' recall models do.
         max_position_embeddings: learned positions, and so the longest sequence. None: no positions and no
             longest sequence, since order reaches the model through the convolutions and the recurrence.
         layer_types: the mixer of every layer: "conv" (`GatedShortConvolution`), "linear_attention"

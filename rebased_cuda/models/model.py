@@ -53,7 +53,7 @@ class RebasedBlock(GradientCheckpointingLayer):
         self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mixer = make_mixer(config, layer_idx)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = RebasedMLP(config)
+        self.mlp = RebasedMLP(config) if config.intermediate_size else nn.Identity()
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, cache: Any = None
