@@ -17,13 +17,15 @@ inline Grid token_grid(const Problem& problem, int parts) {
   return Grid(divide_up(problem.batch * problem.seqlen, rows_per_block), parts);
 }
 
-// Clamped bounds of packed sequences, and the statistics of "token" LayerNorm.
+// Clamped bounds of packed sequences, and the statistics of "token" LayerNorm, which backward may be given as
+// forward has kept them.
 template <class E, class AnyProblem>
 void add_preparation(const Call<AnyProblem>& call, Launches* launches) {
+  constexpr bool given = std::is_same_v<AnyProblem, BackwardProblem>;
   const AnyProblem& problem = call.problem;
   Parts<TokenRows<E>> parts;
   const auto add = [&](const Region& statistics, const ConstRows& x, int64_t heads) {
-    if (statistics.bytes == 0) return;
+    if (statistics.bytes == 0 || (given && statistics.kept)) return;
     parts.add({x, static_cast<int>(heads), call.template region<Accumulator<E>>(statistics)});
   };
   add(call.workspace.query_statistics, problem.q, problem.heads);

@@ -50,7 +50,7 @@ struct Blocks {
   int64_t least_rows;         // of a segment
 };
 
-Plan plan_fixed(Path path, const Problem& problem, const Device& device, int64_t chunk,
+Plan plan_fixed(Path path, const Problem& problem, Sweep sweep, const Device& device, int64_t chunk,
                 const Blocks& blocks) {
   Plan plan;
   plan.path = path;
@@ -60,7 +60,7 @@ Plan plan_fixed(Path path, const Problem& problem, const Device& device, int64_t
       fastest_segments(problem.num_sequences * problem.kv_heads * plan.column_groups, divide_up(rows, chunk),
                        device, blocks.resident, blocks.threads, rows / blocks.least_rows);
   if (plan_override().segments) plan.segments = plan_override().segments;
-  add_preparation_regions(problem, &plan);
+  add_preparation_regions(problem, sweep, &plan);
   return plan;
 }
 
@@ -69,7 +69,7 @@ Plan plan_fixed(Path path, const Problem& problem, const Device& device, int64_t
 Plan plan_float32(const Problem& problem, const Device& device, Sweep sweep, int chunk,
                   int64_t shared_floats) {
   if (shared_floats * 4 > device.shared_memory_per_block) return refused(Path::float32);
-  Plan plan = plan_fixed(Path::float32, problem, device, chunk, {2, float32_path::threads, 512});
+  Plan plan = plan_fixed(Path::float32, problem, sweep, device, chunk, {2, float32_path::threads, 512});
   plan.shared_memory_bytes = shared_floats * 4;
   GeneralTiles& tiles = plan.tiles;
   tiles.chunk = chunk;
@@ -92,11 +92,12 @@ Plan plan_tensor_core_sweep(const AnyProblem& problem, const Device& device) {
     return refused(Path::tensor_core);
   }
   // d = 32: blocks twice as large, of a thread's most registers, and four times the state
-  const bool wide = problem.feature_dim == 32, backward = sweep_of(problem).backward;
+  const Sweep sweep = sweep_of(problem);
+  const bool wide = problem.feature_dim == 32;
   const bool many_registers =
-      problem.feature_dim == 16 &&
-      (problem.feature_map == FeatureMap::taylor || (problem.feature_map == FeatureMap::outer && backward));
-  return plan_fixed(Path::tensor_core, problem, device, tensor_core::chunk,
+      problem.feature_dim == 16 && (problem.feature_map == FeatureMap::taylor ||
+                                    (problem.feature_map == FeatureMap::outer && sweep.backward));
+  return plan_fixed(Path::tensor_core, problem, sweep, device, tensor_core::chunk,
                     {wide             ? 1
                      : many_registers ? 2
                                       : 3,
