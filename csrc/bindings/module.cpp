@@ -88,7 +88,7 @@ int count_launches(AnyProblem problem, const rebased::Plan& plan) {
 
 py::dict plan(const std::string& direction, int64_t batch, int64_t heads, int64_t kv_heads, int64_t seqlen,
               int64_t feature_dim, int64_t head_dim, const std::string& dtype, const std::string& feature_map,
-              const std::string& layer_norm, int64_t sequences, bool state, int multiprocessors,
+              const std::string& layer_norm, int64_t sequences, bool state, bool keep, int multiprocessors,
               int64_t shared_memory_per_block) {
   const std::pair<const char*, int64_t> sizes[] = {{"batch", batch},
                                                    {"heads", heads},
@@ -124,10 +124,16 @@ py::dict plan(const std::string& direction, int64_t batch, int64_t heads, int64_
     auto p = problem(rebased::ForwardProblem{});
     p.y.data = p.r = present;
     if (state) p.final_state = {present, present};
+    p.keep = keep ? rebased::Keep::statistics : rebased::Keep::nothing;
     plan_call(p);
   } else if (direction == "backward") {
     auto p = problem(rebased::BackwardProblem{});
     if (state) p.grad_final_state = {present, present};
+    if (keep) {
+      auto forward = problem(rebased::ForwardProblem{});
+      forward.keep = rebased::Keep::statistics;
+      p.kept_bytes = rebased::make_plan(forward, device).kept_bytes;
+    }
     p.grad_q.data = p.grad_k.data = p.grad_v.data = present;
     p.grad_query_affine = p.grad_key_affine = {present, present};
     plan_call(p);
@@ -193,7 +199,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("kv_heads") = 12, py::arg("seqlen") = 4096, py::arg("feature_dim") = 16,
              py::arg("head_dim") = 64, py::arg("dtype") = "bfloat16", py::arg("feature_map") = "outer",
              py::arg("layer_norm") = "token", py::arg("sequences") = 0, py::arg("state") = false,
-             py::arg("multiprocessors") = 132, py::arg("shared_memory_per_block") = 227 << 10);
+             py::arg("keep") = false, py::arg("multiprocessors") = 132, py::arg("shared_memory_per_block") = 227 << 10);
   module.def("set_plan_override", &set_plan_override,
              "For tests: what every later plan of the CUDA kernels takes instead of its own choice.",
              py::kw_only(), py::arg("path") = "", py::arg("chunk") = 0, py::arg("segments") = 0,

@@ -9,8 +9,10 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cuda/plan/plan.h"
@@ -32,6 +34,7 @@ struct Run {
   Tensor y, r, final_kv, final_k, grad_q, grad_k, grad_v, grad_gamma_q, grad_beta_q, grad_gamma_k,
       grad_beta_k, grad_initial_kv, grad_initial_k;
   Buffer bounds;
+  std::unique_ptr<Buffer> kept;  // what the last forward kept for backward
 
   explicit Run(const Case& c)
       : c(c),
@@ -115,6 +118,10 @@ struct Run {
     const Plan plan = make_plan(p, device);
     Buffer workspace(plan.workspace.bytes);
     p.workspace = workspace.data();
+    if constexpr (std::is_same_v<AnyProblem, ForwardProblem>) {
+      kept = std::make_unique<Buffer>(plan.kept_bytes);
+      p.kept = kept->data();
+    }
     const char* const error = BACKEND::run(p, plan, nullptr);
     if (*error) fail(c.name(), error);
 #if !defined(REBASED_EMULATED)
@@ -152,7 +159,10 @@ struct Run {
     if (c.states) forward.final_state = {final_kv.data(), final_k.data()};
     forward.y = y.rows<MutableRows>();
     forward.r = r.data();
-    if (!in_parts) expect_path(make_plan(forward, device));
+    if (!in_parts) {
+      forward.keep = Keep::statistics;
+      expect_path(make_plan(forward, device));
+    }
     call(forward, device);
 
     auto backward = problem<BackwardProblem>();
@@ -170,6 +180,8 @@ struct Run {
     backward.grad_key_affine = {c.gamma ? grad_gamma_k.data() : nullptr,
                                 c.beta ? grad_beta_k.data() : nullptr};
     if (!in_parts) {
+      backward.kept = kept->data();
+      backward.kept_bytes = make_plan(forward, device).kept_bytes;
       expect_path(make_plan(backward, device));
       call(backward, device);
       for (Tensor* result : results()) result->download();

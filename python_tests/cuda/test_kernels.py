@@ -441,6 +441,17 @@ def test_few_launches_a_call(changes, forward, backward):
 
 
 @needs_launches
+@pytest.mark.parametrize(
+    ("changes", "forward", "backward"),
+    [({}, 3, 6), ({"layer_norm": "head"}, 2, 5), ({"batch": 64}, 2, 4), ({"dtype": "float32"}, 4, 9)],
+)
+def test_backward_computes_no_kept_statistics_again(changes, forward, backward):
+    shape = {"batch": 8, "heads": 12, "kv_heads": 12, "seqlen": 4096, "keep": True} | changes
+    assert testing.plan("forward", **shape)["launches"] == forward
+    assert testing.plan("backward", **shape)["launches"] == backward
+
+
+@needs_launches
 def test_a_step_is_one_launch():
     assert testing.plan("step", batch=64)["launches"] == 1
 

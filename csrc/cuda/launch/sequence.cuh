@@ -17,20 +17,27 @@ inline Grid token_grid(const Problem& problem, int parts) {
   return Grid(divide_up(problem.batch * problem.seqlen, rows_per_block), parts);
 }
 
-// Clamped bounds of packed sequences, and the statistics of "token" LayerNorm.
+// Clamped bounds of packed sequences, and the statistics of "token" LayerNorm, which backward may be given as
+// forward has kept them.
 template <class E, class AnyProblem>
 void add_preparation(const Call<AnyProblem>& call, Launches* launches) {
+  constexpr bool given = std::is_same_v<AnyProblem, BackwardProblem>;
   const AnyProblem& problem = call.problem;
+  const int64_t tokens = problem.batch * problem.seqlen;
+  const int dim = static_cast<int>(problem.feature_dim);
   Parts<TokenRows<E>> parts;
+  int64_t blocks = 0;
   const auto add = [&](const Region& statistics, const ConstRows& x, int64_t heads) {
-    if (statistics.bytes == 0) return;
-    parts.add({x, static_cast<int>(heads), call.template region<Accumulator<E>>(statistics)});
+    if (statistics.bytes == 0 || (given && statistics.kept)) return;
+    const TokenRows<E> rows(x, static_cast<int>(heads), dim,
+                            call.template region<Accumulator<E>>(statistics));
+    parts.add(rows);
+    blocks = maximum(blocks, rows.blocks(tokens));
   };
   add(call.workspace.query_statistics, problem.q, problem.heads);
   add(call.workspace.key_statistics, problem.k, problem.kv_heads);
-  launches->add(token_statistics<E>, token_grid(problem, parts.count), row_threads, 0, parts,
-                problem.batch * problem.seqlen, problem.seqlen, static_cast<int>(problem.feature_dim),
-                problem.layer_norm_eps);
+  launches->add(token_statistics<E>, Grid(blocks, parts.count), row_threads, 0, parts, tokens, problem.seqlen,
+                dim, problem.layer_norm_eps);
   if (int64_t* const bounds = call.template region<int64_t>(call.workspace.bounds)) {
     launches->add(clamp_bounds<bounds_threads>, 1, bounds_threads, 0, problem.cu_seqlens,
                   problem.num_sequences + 1, problem.seqlen, bounds);

@@ -51,7 +51,7 @@ struct Blocks {
   int64_t most_rows;          // of a segment too, on average of packed sequences; 0 for any number
 };
 
-Plan plan_fixed(Path path, const Problem& problem, const Device& device, int64_t chunk,
+Plan plan_fixed(Path path, const Problem& problem, Sweep sweep, const Device& device, int64_t chunk,
                 const Blocks& blocks) {
   Plan plan;
   plan.path = path;
@@ -64,7 +64,7 @@ Plan plan_fixed(Path path, const Problem& problem, const Device& device, int64_t
     plan.segments = std::max(plan.segments, static_cast<int>(divide_up(rows, blocks.most_rows)));
   }
   if (plan_override().segments) plan.segments = plan_override().segments;
-  add_preparation_regions(problem, &plan);
+  add_preparation_regions(problem, sweep, &plan);
   return plan;
 }
 
@@ -73,7 +73,7 @@ Plan plan_fixed(Path path, const Problem& problem, const Device& device, int64_t
 Plan plan_float32(const Problem& problem, const Device& device, Sweep sweep, int chunk,
                   int64_t shared_floats) {
   if (shared_floats * 4 > device.shared_memory_per_block) return refused(Path::float32);
-  Plan plan = plan_fixed(Path::float32, problem, device, chunk, {2, float32_path::threads, 512, 0});
+  Plan plan = plan_fixed(Path::float32, problem, sweep, device, chunk, {2, float32_path::threads, 512, 0});
   plan.shared_memory_bytes = shared_floats * 4;
   GeneralTiles& tiles = plan.tiles;
   tiles.chunk = chunk;
@@ -96,13 +96,14 @@ Plan plan_tensor_core_sweep(const AnyProblem& problem, const Device& device) {
     return refused(Path::tensor_core);
   }
   // d = 32: blocks twice as large, of a thread's most registers, and four times the state
-  const bool wide = problem.feature_dim == 32, backward = sweep_of(problem).backward;
+  const Sweep sweep = sweep_of(problem);
+  const bool wide = problem.feature_dim == 32;
   const bool many_registers =
-      problem.feature_dim == 16 &&
-      (problem.feature_map == FeatureMap::taylor || (problem.feature_map == FeatureMap::outer && backward));
+      problem.feature_dim == 16 && (problem.feature_map == FeatureMap::taylor ||
+                                    (problem.feature_map == FeatureMap::outer && sweep.backward));
   const bool polynomial = tensor_core::polynomial_kernels(problem.feature_map, problem.feature_dim);
   const int chunk = tensor_core::chunk_length(problem, device.shared_memory_per_block);
-  Plan plan = plan_fixed(Path::tensor_core, problem, device, chunk,
+  Plan plan = plan_fixed(Path::tensor_core, problem, sweep, device, chunk,
                          {wide             ? 1
                           : many_registers ? 2
                                            : 3,

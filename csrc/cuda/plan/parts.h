@@ -25,13 +25,15 @@ inline int64_t mean_rows(const Problem& problem) {
 // and values, or both; neither means the gradient of the initial state alone.
 struct Sweep {
   bool backward, queries, keys;
+  Keep keep;  // what forward keeps, or what backward is given
 
   bool has_states() const { return !backward || queries; }
   bool has_reverse_states() const { return backward && (keys || !queries); }
 };
-inline Sweep sweep_of(const ForwardProblem&) { return {false, true, true}; }
+inline Sweep sweep_of(const ForwardProblem& problem) { return {false, true, true, problem.keep}; }
 inline Sweep sweep_of(const BackwardProblem& problem) {
-  return {true, problem.wants_queries(), problem.wants_keys()};
+  return {true, problem.wants_queries(), problem.wants_keys(),
+          problem.kept_bytes ? Keep::statistics : Keep::nothing};
 }
 
 constexpr const char* not_taken = "this path does not take this problem";
@@ -50,7 +52,7 @@ Plan plan_tensor_core(const BackwardProblem&, const Device&);
 // groups.
 
 // Clamped bounds, and the statistics of "token" LayerNorm.
-void add_preparation_regions(const Problem&, Plan*);
+void add_preparation_regions(const Problem&, Sweep, Plan*);
 // One slot of `slot_bytes` for each block of a sweep, where `states` and `reverse_states` say that there are
 // any.
 void add_state_regions(const Problem&, Sweep, int64_t slot_bytes, bool states, bool reverse_states, Plan*);

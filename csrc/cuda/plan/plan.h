@@ -70,6 +70,7 @@ struct StepTiles {
 
 struct Region {
   int64_t offset = 0, bytes = 0;
+  bool kept = false;  // it lies in the memory that forward keeps for backward, not in the workspace
 };
 
 // What the workspace holds, each region at a multiple of 64 bytes; a region of 0 bytes is absent.
@@ -121,6 +122,7 @@ struct Plan {
   int64_t carry_size = 0;           // accumulators of a slot of workspace.carries
   int carry_rows_log2 = 0;          // of compensated_rows: a shift costs kernels less than a division
   Workspace workspace;
+  int64_t kept_bytes = 0;  // of the regions that forward keeps, or that backward is given
 };
 
 // For tests: what to take instead of the choice that a plan would make; 0 means the plan's own choice.

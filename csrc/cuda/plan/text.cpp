@@ -94,6 +94,7 @@ std::vector<std::pair<std::string, int64_t>> plan_entries(const Plan& plan) {
       {"step.heads_at_once", plan.step.heads_at_once},
       {"step.features_at_once", plan.step.features_at_once},
       {"workspace.bytes", plan.workspace.bytes},
+      {"kept_bytes", plan.kept_bytes},
   };
   const Workspace& workspace = plan.workspace;
   const std::pair<const char*, Region> regions[] = {

@@ -6,21 +6,22 @@
 namespace rebased {
 namespace {
 
-void add_region(bool needed, Region* region, int64_t bytes, Plan* plan) {
+void add_region(bool needed, Region* region, int64_t bytes, Plan* plan, bool kept = false) {
   if (!needed) return;
-  *region = {plan->workspace.bytes, bytes};
-  plan->workspace.bytes += round_up(bytes, 64);
+  int64_t& end = kept ? plan->kept_bytes : plan->workspace.bytes;
+  *region = {end, bytes, kept};
+  end += round_up(bytes, 64);
 }
 
 }  // namespace
 
-void add_preparation_regions(const Problem& problem, Plan* plan) {
+void add_preparation_regions(const Problem& problem, Sweep sweep, Plan* plan) {
   Workspace& workspace = plan->workspace;
-  const bool token_norm = problem.layer_norm == LayerNorm::token;
+  const bool token_norm = problem.layer_norm == LayerNorm::token, kept = sweep.keep != Keep::nothing;
   const int64_t statistics = problem.batch * problem.seqlen * 2 * accumulator_size(problem.dtype);
   add_region(problem.cu_seqlens != nullptr, &workspace.bounds, (problem.num_sequences + 1) * 8, plan);
-  add_region(token_norm, &workspace.query_statistics, statistics, plan);
-  add_region(token_norm, &workspace.key_statistics, statistics, plan);
+  add_region(token_norm, &workspace.query_statistics, statistics, plan, kept);
+  add_region(token_norm, &workspace.key_statistics, statistics, plan, kept);
 }
 
 void add_state_regions(const Problem& problem, Sweep sweep, int64_t slot_bytes, bool states,
