@@ -17,9 +17,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("transformers", minversion="5.14")
-accelerate = pytest.importorskip("accelerate")
-peft = pytest.importorskip("peft")
+pytest.importorskip("accelerate")
+pytest.importorskip("peft")
 
+import peft
 from tiny_models import VOCABULARY, prompt, recomputed, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -211,7 +212,7 @@ def two() -> Iterator[Processes]:
 
 
 def shared_training(way: str) -> tuple[list[float], dict[str, Tensor]]:
-    """Three steps on this rank's part of the batch, or of every row: the losses, and the weights afterwards."""
+    """Three steps on this rank's part of the batch: the losses, and the weights afterwards."""
     torch.manual_seed(0)
     model: Any = tiny_model("positions", spread=0.1).double()
     ranks = dist.get_world_size() if dist.is_initialized() and way != "one" else 1

@@ -57,7 +57,7 @@ class RebasedConfig(PreTrainedConfig):
     """
 
     model_type = "rebased"
-    keys_to_ignore_at_inference = ("cache", "past_key_values")
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 - Trainer adds to the list
 
     def __init__(
         self,

@@ -98,9 +98,9 @@ def mix(
     """
     if isinstance(mixer, SoftmaxAttention):
         return mixer(x, mask, cache)  # type: ignore[no-any-return]
-    assert isinstance(mixer, (ReBasedAttention, GatedShortConvolution))
     if cache is None:
         return mixer(x, mask, cu_seqlens=cu_seqlens)  # type: ignore[no-any-return]
+    assert isinstance(mixer, (ReBasedAttention, GatedShortConvolution))
     layer = cache.layers[layer_idx]
     count = 2 if isinstance(mixer, ReBasedAttention) else 1
     state: Any = None
