@@ -417,6 +417,24 @@ def test_a_pool_whose_slots_are_one_is_refused(make):
     assert equal(one, before)
 
 
+@torch.no_grad()
+def test_a_pool_whose_parts_meet_is_refused():
+    layer, x = attention(), tokens()
+    memory = torch.zeros(4 * 200, dtype=x.dtype)
+    kv = memory.as_strided((3, 2, 15, 3), (200, 45, 3, 1))
+    for first, apart in ((90, True), (170, True), (89, False), (171, False)):
+        k = memory.as_strided((3, 2, 15), (200, 15, 1), first)
+        arguments = {"state": RebasedState(kv, k), "state_index": torch.tensor([0, 1, 2])}
+        if apart:
+            layer.prefill(x, **arguments)
+            assert kv.any()
+            memory.zero_()
+            continue
+        with pytest.raises(ValueError, match=r"^state\.kv: expected memory apart from state\.k's"):
+            layer.prefill(x, **arguments)
+        assert not memory.any()
+
+
 @every_layer
 @pytest.mark.parametrize("use", ["state", "masked", "packed"])
 def test_going_on_compiles_into_one_graph(make, use, device):
