@@ -106,17 +106,18 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>) forward_kernel(Arguments<F
   // The rows of a query head's chunk, and with its first head those of the keys.
   const auto copy_step = [&](int first, int head, auto whole) {
     constexpr bool all = decltype(whole)::value;
+    const int thread = thread_index_anew();
     copy_rows<S, all>(reinterpret_cast<T*>(memory + L::query_rows), origins->q + head * problem.q.head_stride,
-                      row_stride(problem.q), first, rows_end);
+                      row_stride(problem.q), first, rows_end, thread);
     if (head > 0) return;
     copy_rows<S, all>(reinterpret_cast<T*>(memory + L::key_rows), origins->k, row_stride(problem.k), first,
-                      rows_end);
+                      rows_end, thread);
     if (problem.layer_norm == LayerNorm::token) {
-      copy_statistics<S, all>(statistics, origins->key_statistics, origins->query_statistics, first,
-                              rows_end);
+      copy_statistics<S, all>(statistics, origins->key_statistics, origins->query_statistics, first, rows_end,
+                              thread);
     }
     copy_values<S, all>(reinterpret_cast<T*>(memory + L::values) + first / S::chunk % 2 * S::value_tile,
-                        origins->v, row_stride(problem.v), first, rows_end, columns_left);
+                        origins->v, row_stride(problem.v), first, rows_end, columns_left, thread);
   };
   const auto copy = [&](int first, int head) {
     if (first + S::chunk <= rows_end && columns_left >= columns) {
