@@ -168,21 +168,26 @@ const char* run_sequence(const BackwardProblem& problem, const Plan& plan,
   const int64_t groups = plan.column_groups;
   Launches launches(stream);
   add_preparation<E>(call, &launches);
-  if (!family.delta_of_groups || !problem.wants_keys()) {
-    add_deltas<E>(call, family.delta_of_groups, groups, &launches);
+  const bool keys_leave = family.deltas == Deltas::from_grad_kv,
+             queries_leave = family.deltas == Deltas::from_grad_q;
+  if (!(keys_leave && problem.wants_keys()) && !(queries_leave && problem.wants_queries())) {
+    add_deltas<E>(call, keys_leave || queries_leave, groups, &launches);
   }
   if (problem.part == BackwardPart::reverse_state) {
     family.whole_state(call, &launches);
     return launches.error();
   }
+  const auto add_queries = [&] {
+    if (!problem.wants_queries()) return;
+    family.states(call, &launches);
+    family.grad_q(call, &launches);
+  };
+  if (queries_leave) add_queries();
   if (problem.wants_keys()) {
     family.reverse_states(call, &launches);
     family.grad_kv(call, &launches);
   }
-  if (problem.wants_queries()) {
-    family.states(call, &launches);
-    family.grad_q(call, &launches);
-  }
+  if (!queries_leave) add_queries();
   add_finish<E>(call, groups, workspace.query_gradient, problem.q, problem.query_affine, problem.grad_q,
                 problem.heads, &launches);
   add_finish<E>(call, groups, workspace.key_gradient, problem.k, problem.key_affine, problem.grad_k,

@@ -67,8 +67,8 @@ struct BackwardOrigins : Origins<T> {
   const float* r;
   int64_t row;  // number of the first row of the first query head, in (batch, heads, seqlen)
 
-  DEVICE void set(const Arguments<BackwardProblem>& arguments) {
-    Origins<T>::set(arguments);
+  DEVICE void set(const Arguments<BackwardProblem>& arguments, int chunk_length = chunk) {
+    Origins<T>::set(arguments, chunk_length);
     const BackwardProblem& problem = arguments.problem;
     const Span& span = this->span;
     const int64_t head = span.kv_head * arguments.group_size;

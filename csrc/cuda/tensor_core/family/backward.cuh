@@ -4,6 +4,7 @@
 #include "cuda/tensor_core/family/launch.cuh"
 #include "cuda/tensor_core/grad_kv.cuh"
 #include "cuda/tensor_core/grad_q.cuh"
+#include "cuda/tensor_core/polynomial/grad_q.cuh"
 #include "cuda/tensor_core/wide_grad_kv.cuh"
 #include "cuda/tensor_core/wide_grad_q.cuh"
 
@@ -66,6 +67,23 @@ void add_reverse_sums(const Call<BackwardProblem>& call, bool all_segments, Laun
                 Sweeps<T, S>::reverse_segment_bytes, reverse_arguments<S>(call, all_segments));
 }
 
+namespace polynomial {
+
+// Queues the sweep that makes grad q, and leaves delta / r of each column group.
+template <class T, FeatureMap map, int feature_dim>
+void add_grad_q(const Call<BackwardProblem>& call, const BackwardBuffers& buffers, Launches* launches) {
+  visit_shape<map, feature_dim>(call, [&](auto shape) {
+    using S = decltype(shape);
+    const int64_t group_size = call.problem.group_size();
+    const Arguments<BackwardProblem> arguments(call, call.region<float>(call.workspace.states),
+                                               needs_scan(call.segments, call.problem.initial_state));
+    launches->add(group_size > 1 ? grad_q_kernel<T, S, true> : grad_q_kernel<T, S, false>,
+                  sweep_grid(call.problem, call.segments), threads, GradQTiles<S>::bytes(group_size),
+                  arguments, buffers);
+  });
+}
+
+}  // namespace polynomial
 }  // namespace tensor_core
 
 template <FeatureMap map, int feature_dim>
@@ -74,16 +92,27 @@ Family<BackwardProblem> tensor_core_family(const BackwardProblem&) {
   using T = bfloat16_t;
   using S = Slabs<map, feature_dim>;
   using AnyCall = const Call<BackwardProblem>&;
-  return {[](AnyCall call, Launches* launches) { add_states<T, S>(call, launches); },
+  constexpr bool is_polynomial = S::polynomial && !S::wide;
+  return {[](AnyCall call, Launches* launches) {
+            if constexpr (is_polynomial) {
+              polynomial::add_states<T, map, feature_dim>(call, launches);
+            } else {
+              add_states<T, S>(call, launches);
+            }
+          },
           [](AnyCall call, Launches* launches) {
             if (call.segments > 1) add_reverse_sums<T, S>(call, false, launches);
             add_scan<S>(call, call.workspace.reverse_states, call.problem.grad_final_state, true, launches);
           },
           [](AnyCall call, Launches* launches) {
-            const int64_t group_size = call.problem.group_size();
-            launches->add(Sweeps<T, S>::grad_q(group_size > 1), sweep_grid(call.problem, call.segments),
-                          S::threads, Sweeps<T, S>::grad_q_bytes(group_size), sweep_arguments<S>(call),
-                          make_buffers(call));
+            if constexpr (is_polynomial) {
+              polynomial::add_grad_q<T, map, feature_dim>(call, make_buffers(call), launches);
+            } else {
+              const int64_t group_size = call.problem.group_size();
+              launches->add(Sweeps<T, S>::grad_q(group_size > 1), sweep_grid(call.problem, call.segments),
+                            S::threads, Sweeps<T, S>::grad_q_bytes(group_size), sweep_arguments<S>(call),
+                            make_buffers(call));
+            }
           },
           [](AnyCall call, Launches* launches) {
             const bool grouped = call.problem.group_size() > 1;
@@ -96,7 +125,7 @@ Family<BackwardProblem> tensor_core_family(const BackwardProblem&) {
             add_slot_sums<S>(call, call.workspace.reverse_states, call.problem.grad_initial_state, true,
                              launches);
           },
-          true};
+          is_polynomial ? Deltas::from_grad_q : Deltas::from_grad_kv};
 }
 
 }  // namespace rebased::REBASED_BACKEND

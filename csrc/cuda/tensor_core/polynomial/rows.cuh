@@ -54,17 +54,17 @@ DEVICE int halves_row(const Lane& lane, int half_rows) {
 // in each chunk, so that what depends on it need not live in registers beside the state.
 
 // Starts the copy of the warp's own rows of q or k; `rows` is the first row of the segment.
-template <class S, bool whole, class T>
+template <class S, bool whole, int raw_stride = S::raw_stride, class T>
 DEVICE void copy_rows(T* raw, const T* rows, int stride, int first, int end, int thread) {
   const int lane = thread % 32, warp = thread / 32;
   if (lane >= tile * S::units) return;
   const int token = tile * warp + lane / S::units, element = 8 * (lane % S::units), apart = tiles_apart(warp);
-  T* const target = raw + token * S::raw_stride + element;
+  T* const target = raw + token * raw_stride + element;
   const T* const source = rows + static_cast<int64_t>(first + token) * stride + element;
   UNROLL for (int i = 0; i < S::own_tiles; ++i) {
     const bool present = whole || first + token + i * apart < end;
-    copy_async<16>(target + i * apart * S::raw_stride,
-                   present ? source + static_cast<int64_t>(i * apart * stride) : rows, present ? 16 : 0);
+    copy_async<16>(target + i * apart * raw_stride,
+                   present ? source + static_cast<int64_t>(stride) * (i * apart) : rows, present ? 16 : 0);
   }
 }
 
@@ -128,10 +128,12 @@ DEVICE void clear_statistics(float2* statistics) {
 }
 
 // Works out the statistics of "head" LayerNorm of one tile's rows of k and, in lanes from 16 on, of q.
-template <class S, class T>
+template <class S, int query_stride = S::raw_stride, class T>
 DEVICE void head_statistics(float2* statistics, const T* key_rows, const T* query_rows, float epsilon,
                             const Lane& lane) {
-  const T* const row = (lane.lane < tile ? key_rows : query_rows) + lane.lane % tile * S::raw_stride;
+  const int token = lane.lane % tile;
+  const T* const row =
+      lane.lane < tile ? key_rows + token * S::raw_stride : query_rows + token * query_stride;
   float x[S::feature_dim];
   UNROLL for (int i = 0; i < S::units; ++i) unpack_unit<T>(x, i, load_shared<uint4>(row + 8 * i));
   statistics[lane.lane] = row_statistics(x, LayerNorm::head, {}, epsilon);

@@ -254,14 +254,21 @@ DEVICE void add_gram(State<T, S>& state, const T* terms, const Lane& lane) {
 
 // ---- the published tile ----
 
+// Where a row of the tile begins. With a shift the rows of each slab of 16 lie that much further down from its
+// ninth on, and each slab twice that: for an ldmatrix of rows that are not side by side.
+template <int shift = 0>
+HOST_DEVICE constexpr int published_row(int row) {
+  return row * value_stride + row / tile * 2 * shift + (row & 8 ? shift : 0);
+}
+
 // Stores two C fragments side by side, rounded; `whole` or their first 8 rows alone.
-template <class T>
+template <int shift = 0, class T>
 DEVICE void publish_tile(T* place, const float (&left)[4], const float (&right)[4], bool whole,
                          const Lane& lane) {
   const uint32_t words[4] = {pack<T>(left[0], left[1]), pack<T>(left[2], left[3]),
                              pack<T>(right[0], right[1]), pack<T>(right[2], right[3])};
   if (whole) {
-    stmatrix<value_stride * 2>(place, words);
+    stmatrix<value_stride * 2, published_row<shift>(8) * 2>(place, words);
   } else {
     T* const own = place + lane.group * value_stride + 2 * lane.pair;
     store_shared(own, words[0]);
@@ -270,20 +277,22 @@ DEVICE void publish_tile(T* place, const float (&left)[4], const float (&right)[
 }
 
 // published (StateShape::rows, 64); Z goes to gram_terms.
-template <class T, class S>
+template <int shift = 0, class T, class S>
 DEVICE void publish_state(const State<T, S>& state, T* published, uint32_t* gram_terms, const Lane& lane) {
   using Spread = StateShape<S>;
   UNROLL for (int e = 0; e < Spread::own_slabs; ++e) {
     T* const place =
-        published + tile * State<T, S>::slab(e, lane) * value_stride + State<T, S>::first_column(lane);
+        published + published_row<shift>(tile) * State<T, S>::slab(e, lane) + State<T, S>::first_column(lane);
     UNROLL for (int n = 0; n < Spread::own_columns / 8; n += 2) {
-      publish_tile(place + 8 * n, state.full[e][n], state.full[e][n + 1], true, lane);
+      publish_tile<shift>(place + 8 * n, state.full[e][n], state.full[e][n + 1], true, lane);
     }
   }
   T* const own = published + tile * lane.warp;
-  publish_tile(own + Spread::half_row * value_stride, state.half[0], state.half[1], S::taylor, lane);
+  publish_tile<shift>(own + published_row<shift>(Spread::half_row), state.half[0], state.half[1], S::taylor,
+                      lane);
   if constexpr (S::taylor) {
-    publish_tile(own + Spread::linear_row * value_stride, state.linear[0], state.linear[1], true, lane);
+    publish_tile<shift>(own + published_row<shift>(Spread::linear_row), state.linear[0], state.linear[1],
+                        true, lane);
   }
   if (lane.warp > 0) return;
   float z[S::units][4];
