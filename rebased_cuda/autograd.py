@@ -176,7 +176,12 @@ class AttentionWithState(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, return_state: bool, options: tuple[Any, ...], grad_mode: bool, q: Tensor, *rest: Tensor | None
+        ctx: Any,
+        return_state: bool,
+        options: tuple[Any, ...],
+        grad_mode: bool,
+        q: Tensor,
+        *rest: Tensor | None,
     ) -> Any:
         kept = None
         if grad_mode and _keeps(q) and any(ctx.needs_input_grad):

@@ -104,6 +104,19 @@ Plan plan_tensor_core_sweep(const AnyProblem& problem, const Device& device) {
                      wide ? 256 : 128, wide ? 1024 : 512});
 }
 
+template <class AnyProblem>
+std::vector<Refusal> refusals(const AnyProblem& problem, const Device& device) {
+  std::vector<Refusal> found;
+  tensor_core::refuse(problem, [&](const char* argument, const char* reason, const char* remedy) {
+    found.push_back({argument, reason, remedy});
+  });
+  if (tensor_core::shared_memory_bytes(problem) > device.shared_memory_per_block) {
+    found.push_back({"device", "a block cannot have the shared memory that these kernels need",
+                     "a device with more shared memory per block, or a smaller feature dim"});
+  }
+  return found;
+}
+
 // The bytes that one block's slots take, of all its column groups.
 int64_t tensor_core_slot_bytes(const Problem& problem, const Plan& plan) {
   return tensor_core::slot_floats(problem.feature_map, problem.feature_dim) * plan.column_groups * 4;
@@ -124,6 +137,13 @@ Plan plan_float32(const BackwardProblem& problem, const Device& device) {
   };
   return plan_float32(problem, device, sweep_of(problem), float32_path::BackwardShape::chunk,
                       std::max(size(false), size(true)));
+}
+
+std::vector<Refusal> tensor_core_refusals(const ForwardProblem& problem, const Device& device) {
+  return refusals(problem, device);
+}
+std::vector<Refusal> tensor_core_refusals(const BackwardProblem& problem, const Device& device) {
+  return refusals(problem, device);
 }
 
 // Blocks of an unsplit sequence have slots only for a state that they are given, or that only is asked for.
