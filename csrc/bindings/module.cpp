@@ -125,14 +125,14 @@ py::dict plan(const std::string& direction, int64_t batch, int64_t heads, int64_
     auto p = problem(rebased::ForwardProblem{});
     p.y.data = p.r = present;
     if (state) p.final_state = {present, present};
-    p.keep = keep ? rebased::Keep::statistics : rebased::Keep::nothing;
+    p.keep = keep ? rebased::Keep::states : rebased::Keep::nothing;
     plan_call(p);
   } else if (direction == "backward") {
     auto p = problem(rebased::BackwardProblem{});
     if (state) p.grad_final_state = {present, present};
     if (keep) {
       auto forward = problem(rebased::ForwardProblem{});
-      forward.keep = rebased::Keep::statistics;
+      forward.keep = rebased::Keep::states;
       p.kept_bytes = rebased::make_plan(forward, device).kept_bytes;
     }
     p.grad_q.data = p.grad_k.data = p.grad_v.data = present;
@@ -208,7 +208,7 @@ struct GivenCall {
     const rebased::ConstRows y = rows(0, p.heads, p.head_dim, false);
     p.y = {present, y.batch_stride, y.head_stride, y.row_stride};
     if (return_state) p.final_state = {present, present};
-    p.keep = keep ? rebased::Keep::statistics : rebased::Keep::nothing;
+    p.keep = keep ? rebased::Keep::states : rebased::Keep::nothing;
     return p;
   }
   rebased::BackwardProblem backward() const {

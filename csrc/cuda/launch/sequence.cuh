@@ -180,7 +180,7 @@ const char* run_sequence(const BackwardProblem& problem, const Plan& plan,
     family.grad_kv(call, &launches);
   }
   if (problem.wants_queries()) {
-    family.states(call, &launches);
+    if (!workspace.states.kept) family.states(call, &launches);
     family.grad_q(call, &launches);
   }
   add_finish<E>(call, groups, workspace.query_gradient, problem.q, problem.query_affine, problem.grad_q,
