@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._load import build_info  # registers the operators
+from . import _load as _load  # registers the operators
+from ._plan import EMULATED, given_call, limits_of
 from .state import num_features
 
 ops = torch.ops.rebased_cuda  # in hot paths with .default: to find the overload takes half a microsecond
-
-
-_KEEPS_ON_CPU = build_info()["cpu_backend"] == "emulated"
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -48,15 +46,21 @@ def _(q, k, v, gamma_q, beta_q, gamma_k, beta_k, cu_seqlens, *options):  # type:
 
 def _keeps(q: Tensor) -> bool:
     """Whether a forward on q's device has something to keep for backward: the CPU backend has not."""
-    return not q.is_cpu or _KEEPS_ON_CPU
+    return EMULATED or not q.is_cpu
 
 
-def _kept_bytes(q: Tensor, layer_norm: str) -> Any:
-    """What forward_kept keeps: two numbers a token of q and of k (csrc/cuda/plan/workspace.cpp)."""
-    batch, heads, seqlen, _ = q.shape
-    if layer_norm != "token" or heads == 1 or not _keeps(q):
+def _kept_bytes(inputs: Any, initial_kv: Any, cu_seqlens: Any, options: Any, with_states: Any) -> Any:
+    """What forward_kept keeps, as csrc/cuda/plan/workspace.cpp lays it out."""
+    q, layer_norm, (return_state, keep_states) = inputs[0], options[1], with_states
+    if not _keeps(q):
         return 0
-    statistics = 2 * batch * seqlen * accumulator(q.dtype).itemsize
+    if keep_states and (limits := limits_of(q.device)):
+        state = {"initial_state": initial_kv is not None, "return_state": return_state}
+        return given_call(inputs, options, cu_seqlens, limits, keep=True, **state).forward()["kept_bytes"]
+    batch, heads, seqlen, _ = q.shape
+    if layer_norm != "token" or heads == 1:
+        return 0
+    statistics = 2 * batch * seqlen * accumulator(q.dtype).itemsize  # two numbers a token, of q and of k
     return 2 * ((statistics + 63) // 64 * 64)
 
 
@@ -72,8 +76,10 @@ def _fake_with_state(q, k, v, *rest):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("rebased_cuda::forward_kept")
-def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
-    return *_fake_with_state(q, k, v, *rest), q.new_empty(_kept_bytes(q, rest[8]), dtype=torch.uint8)
+def _(*arguments):  # type: ignore[no-untyped-def]
+    inputs, (initial_kv, _, cu_seqlens), options = arguments[:7], arguments[7:10], arguments[10:16]
+    kept = _kept_bytes(inputs, initial_kv, cu_seqlens, options, arguments[16:])
+    return *_fake_with_state(*arguments[:-1]), inputs[0].new_empty(kept, dtype=torch.uint8)
 
 
 @torch.library.register_fake("rebased_cuda::forward_state")
@@ -152,7 +158,8 @@ class Attention(torch.autograd.Function):
         inputs = (q, k, v, gamma_q, beta_q, gamma_k, beta_k)
         kept = None
         if grad_mode and _keeps(q) and any(ctx.needs_input_grad):
-            y, r, _, _, kept = ops.forward_kept.default(*inputs, None, None, cu_seqlens, *options, False)
+            rest = (None, None, cu_seqlens, *options, False, not torch.compiler.is_compiling())
+            y, r, _, _, kept = ops.forward_kept.default(*inputs, *rest)
         else:
             y, r = ops.forward.default(*inputs, cu_seqlens, *options)
         ctx.save_for_backward(*inputs, cu_seqlens, y, r, kept)
@@ -176,11 +183,17 @@ class AttentionWithState(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, return_state: bool, options: tuple[Any, ...], grad_mode: bool, q: Tensor, *rest: Tensor | None
+        ctx: Any,
+        return_state: bool,
+        options: tuple[Any, ...],
+        grad_mode: bool,
+        q: Tensor,
+        *rest: Tensor | None,
     ) -> Any:
         kept = None
         if grad_mode and _keeps(q) and any(ctx.needs_input_grad):
-            y, r, kv, state_k, kept = ops.forward_kept.default(q, *rest, *options, return_state)
+            states = (return_state, not torch.compiler.is_compiling())
+            y, r, kv, state_k, kept = ops.forward_kept.default(q, *rest, *options, *states)
         else:
             y, r, kv, state_k = ops.forward_with_state.default(q, *rest, *options, return_state)
         ctx.save_for_backward(q, *rest, y, r, kept)

@@ -208,7 +208,8 @@ Tensor run_keeping(const Backend& backend, ForwardProblem& problem, const Tensor
 
 constexpr const char* kNotKept = "kept: must be what forward_kept returned for these inputs";
 
-// What forward kept, as backward reads it: at a multiple of 16 bytes, wherever a hook on saved tensors put it.
+// What forward kept, as backward reads it: at a multiple of 16 bytes, wherever a hook on saved tensors put
+// it.
 inline OptionalTensor kept_input(const OptionalTensor& kept) {
   if (!kept) return kept;
   require(kept->dim() == 1 && kept->scalar_type() == ScalarType::Byte, kNotKept);

@@ -3,8 +3,10 @@
 //   forward, backward          the op and its gradients, where no state comes in or goes out
 //   forward_with_state and     the same with states. They are operators of their own, since in a call of
 //   backward_with_state        microseconds every argument and every result costs time
-//   forward_kept               forward_with_state, and one tensor of bytes more, which spares backward work where
-//                              it is handed on; without elements where the backend has nothing to keep
+//   forward_kept               forward_with_state, and one tensor of bytes more, which spares backward work
+//                              where it is handed on; without elements where the backend keeps nothing.
+//                              Without keep_states its size follows from the inputs' sizes alone, as
+//                              compilers want it
 //   step                       one token more, whose state is updated in place
 //   forward_state              the state that rows of k and v leave behind. With this operator and the `part`
 //                              of backward_with_state, processes that share a sequence exchange states
@@ -88,10 +90,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_kept(
     const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor gamma_q, OptionalTensor beta_q,
     OptionalTensor gamma_k, OptionalTensor beta_k, OptionalTensor initial_kv, OptionalTensor initial_k,
     OptionalTensor cu_seqlens, std::string feature_map, std::string layer_norm, double scale, double eps,
-    double layer_norm_eps, bool normalize, bool return_state) {
-  const Outputs outputs = run_forward<Backend>(
-      q, k, v, {gamma_q, beta_q, gamma_k, beta_k}, initial_kv, initial_k, cu_seqlens,
-      {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, true, return_state, Keep::statistics);
+    double layer_norm_eps, bool normalize, bool return_state, bool keep_states) {
+  const Outputs outputs =
+      run_forward<Backend>(q, k, v, {gamma_q, beta_q, gamma_k, beta_k}, initial_kv, initial_k, cu_seqlens,
+                           {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, true,
+                           return_state, keep_states ? Keep::states : Keep::statistics);
   return {outputs.y, outputs.r, outputs.final_state->kv, outputs.final_state->k, *outputs.kept};
 }
 
@@ -399,8 +402,8 @@ STABLE_TORCH_LIBRARY(rebased_cuda, library) {
   library.def(
       "forward_kept(Tensor q, Tensor k, Tensor v, Tensor? gamma_q, Tensor? beta_q, Tensor? gamma_k, "
       "Tensor? beta_k, Tensor? initial_kv, Tensor? initial_k, Tensor? cu_seqlens, str feature_map, "
-      "str layer_norm, float scale, float eps, float layer_norm_eps, bool normalize, bool return_state) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "str layer_norm, float scale, float eps, float layer_norm_eps, bool normalize, bool return_state, "
+      "bool keep_states) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "forward_state(Tensor k, Tensor v, Tensor? gamma_k, Tensor? beta_k, Tensor? cu_seqlens, "
       "str feature_map, str layer_norm, float layer_norm_eps) -> (Tensor, Tensor)");

@@ -77,10 +77,11 @@ struct Problem {
   int64_t group_size() const { return heads / kv_heads; }  // query heads per kv head
 };
 
-// What forward leaves for backward in memory of its own, beyond y and r. A backend that has no use for it keeps
-// nothing.
-//   statistics  those of "token" LayerNorm
-enum class Keep { nothing, statistics };
+// What forward leaves for backward in memory of its own, beyond y and r. A backend that has no use for it
+// keeps nothing.
+//   statistics  those of "token" LayerNorm. Their size follows from the problem's sizes alone
+//   states      these, and the states that blocks start from, where the backend's backward can use them
+enum class Keep { nothing, statistics, states };
 
 struct ForwardProblem : Problem {
   // Whether only final_state is asked for, the sum over these rows alone. Then q, query_affine,

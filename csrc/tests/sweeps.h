@@ -160,7 +160,7 @@ struct Run {
     forward.y = y.rows<MutableRows>();
     forward.r = r.data();
     if (!in_parts) {
-      forward.keep = Keep::statistics;
+      forward.keep = Keep::states;
       expect_path(make_plan(forward, device));
     }
     call(forward, device);

@@ -1,7 +1,7 @@
-// Counts with the tracer what the statistics of "token" LayerNorm read and write: bfloat16, 12 heads of 16, as
-// a layer lays them out and head by head, 5 heads of 24, and 12 and 40 heads of 128, the latter of which a
-// warp takes in parts. Writes one JSON object {"<layout> <heads> <dim>": the tracer's report, ...} to standard
-// output.
+// Counts with the tracer what the statistics of "token" LayerNorm read and write: bfloat16, 12 heads of 16,
+// as a layer lays them out and head by head, 5 heads of 24, and 12 and 40 heads of 128, the latter of which
+// a warp takes in parts. Writes one JSON object {"<layout> <heads> <dim>": the tracer's report, ...} to
+// standard output.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>

@@ -443,12 +443,33 @@ def test_few_launches_a_call(changes, forward, backward):
 @needs_launches
 @pytest.mark.parametrize(
     ("changes", "forward", "backward"),
-    [({}, 3, 6), ({"layer_norm": "head"}, 2, 5), ({"batch": 64}, 2, 4), ({"dtype": "float32"}, 4, 9)],
+    [
+        ({}, 3, 5),
+        ({"layer_norm": "head"}, 2, 4),
+        ({"batch": 64}, 2, 4),  # no sequence is split: there are no states
+        ({"seqlen": 131072, "batch": 1}, 4, 6),  # a scan sums the states of each direction
+        ({"feature_map": "square"}, 3, 5),
+        ({"feature_dim": 32}, 4, 6),
+        ({"dtype": "float32"}, 4, 9),  # other chunks forward than backward: states are not kept
+    ],
 )
-def test_backward_computes_no_kept_statistics_again(changes, forward, backward):
+def test_backward_computes_nothing_again_that_was_kept(changes, forward, backward):
     shape = {"batch": 8, "heads": 12, "kv_heads": 12, "seqlen": 4096, "keep": True} | changes
     assert testing.plan("forward", **shape)["launches"] == forward
     assert testing.plan("backward", **shape)["launches"] == backward
+
+
+@pytest.mark.parametrize("feature_map", MAPS)
+@pytest.mark.parametrize(("batch", "seqlen"), [(8, 4096), (1, 131072), (3, 704), (64, 4096)])
+def test_a_forward_that_keeps_is_cut_as_its_backward(feature_map, batch, seqlen):
+    shape = {"batch": batch, "seqlen": seqlen, "feature_map": feature_map, "keep": True}
+    forward, backward = (testing.plan(direction, **shape) for direction in ("forward", "backward"))
+    assert forward["segments"] == backward["segments"]
+    assert forward["kept_bytes"] == backward["kept_bytes"] > 0
+    with_states = "workspace.states.bytes" in forward
+    assert with_states == (forward["segments"] > 1)
+    statistics = 2 * batch * seqlen * 2 * 4
+    assert (forward["kept_bytes"] > statistics) == with_states
 
 
 @needs_launches

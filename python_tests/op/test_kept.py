@@ -1,4 +1,4 @@
-"""What forward keeps for backward beyond y and r: when it does, that it changes nothing, and what guards it."""
+"""What forward keeps for backward beyond y and r: when, that it changes nothing, and what guards it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from conftest import DEVICES, EMULATED, KERNEL_DEVICES, needs_kernels
 from problems import NORMS, Problem, run
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rebased_cuda import rebased_attention
 from rebased_cuda.autograd import ops
@@ -38,12 +39,14 @@ def _saved(y: Tensor) -> list[Tensor | None]:
 
 
 @needs_kernels
+@pytest.mark.parametrize("segments", [0, 2])
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("layer_norm", NORMS, ids=str)
-def test_a_kept_call_is_the_same_call(name, layer_norm, kernel_device):
+def test_a_kept_call_is_the_same_call(name, layer_norm, segments, override, kernel_device):
     problem = PROBLEMS[name].but(layer_norm=layer_norm, device=kernel_device)
     inputs, options = _arguments(problem)
-    *expected, kept = ops.forward_kept(*inputs, *options, True)
+    override(segments=segments)
+    *expected, kept = ops.forward_kept(*inputs, *options, True, True)
     for value, other in zip(ops.forward_with_state(*inputs, *options, True), expected, strict=True):
         assert torch.equal(value, other)
     y, r, *_ = expected
@@ -59,13 +62,48 @@ def test_a_kept_call_is_the_same_call(name, layer_norm, kernel_device):
 
 
 @needs_kernels
-def test_backward_uses_what_was_kept(kernel_device):
-    """Statistics that are not those of q and k: gradients that are not theirs."""
-    problem = PROBLEMS["float32"].but(device=kernel_device)
+@pytest.mark.parametrize("layer_norm", ["token", "head"])
+def test_backward_uses_what_was_kept(layer_norm, override, kernel_device):
+    """Statistics that are not those of q and k, and states that are not theirs: other gradients."""
+    problem = PROBLEMS["tensor_core"].but(device=kernel_device, layer_norm=layer_norm)
     inputs, options = _arguments(problem)
-    y, r, *_, kept = ops.forward_kept(*inputs, *options, False)
+    override(segments=2)
+    y, r, *_, kept = ops.forward_kept(*inputs, *options, False, True)
     given = (torch.ones_like(y), None, None, *inputs, y, r, *options, "all")
-    assert not torch.equal(ops.backward_with_state(*given, kept * 0)[0], ops.backward_with_state(*given)[0])
+    grad_q, grad_k, *_ = ops.backward_with_state(*given)
+    other_q, other_k, *_ = ops.backward_with_state(*given, kept * 0)
+    assert not torch.equal(other_q, grad_q)
+    assert torch.equal(other_k, grad_k) == (layer_norm == "head")  # grad k needs no states
+
+
+@needs_kernels
+def test_states_of_another_cut_are_not_used(override, kernel_device):
+    inputs, options = _arguments(PROBLEMS["tensor_core"].but(device=kernel_device))
+    override(segments=3)
+    y, r, *_, kept = ops.forward_kept(*inputs, *options, False, True)
+    override(segments=2)
+    given = (torch.ones_like(y), None, None, *inputs, y, r, *options, "all")
+    for value, other in zip(
+        ops.backward_with_state(*given, kept), ops.backward_with_state(*given), strict=True
+    ):
+        assert torch.equal(value, other)
+
+
+@needs_kernels
+@pytest.mark.parametrize("keep_states", [False, True])
+@pytest.mark.parametrize("segments", [0, 2])
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fake_tensors_keep_as_much(name, segments, keep_states, transposed, override, kernel_device):
+    inputs, options = _arguments(PROBLEMS[name].but(device=kernel_device))
+    if transposed:
+        inputs[:3] = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:3]]
+    override(segments=segments)
+    kept = ops.forward_kept(*inputs, *options, True, keep_states)[-1]
+    with FakeTensorMode() as mode:
+        fakes = [x if x is None else mode.from_tensor(x) for x in inputs]
+        fake = ops.forward_kept(*fakes, *options, True, keep_states)[-1]
+    assert (fake.shape, fake.dtype) == (kept.shape, kept.dtype)
 
 
 @pytest.mark.parametrize("with_state", [False, True])
@@ -95,7 +133,7 @@ def test_nothing_is_kept_where_nothing_needs_it(device, with_state):
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_cpu_backend_keeps_nothing(device):
     inputs, options = _arguments(PROBLEMS["general"].but(device=device))
-    kept = ops.forward_kept(*inputs, *options, False)[-1]
+    kept = ops.forward_kept(*inputs, *options, False, True)[-1]
     assert (kept.numel() == 0) == (device == "cpu" and not EMULATED)
 
 
@@ -125,7 +163,7 @@ def test_hooks_on_saved_tensors_may_move_it(kernel_device):
 @pytest.mark.parametrize("device", KERNEL_DEVICES or DEVICES)
 def test_what_was_not_kept_is_refused(device):
     inputs, options = _arguments(PROBLEMS["general"].but(device=device))
-    y, r, *_, kept = ops.forward_kept(*inputs, *options, False)
+    y, r, *_, kept = ops.forward_kept(*inputs, *options, False, True)
     given = (torch.ones_like(y), None, None, *inputs, y, r, *options, "all")
     wrong = [kept.float(), kept[None]]
     if device in KERNEL_DEVICES:

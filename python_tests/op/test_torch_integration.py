@@ -38,11 +38,11 @@ def test_opcheck_forward(variant, return_state):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("return_state", [False, True])
-def test_opcheck_forward_kept(variant, return_state):
+@pytest.mark.parametrize(("return_state", "keep_states"), [(False, False), (False, True), (True, True)])
+def test_opcheck_forward_kept(variant, return_state, keep_states):
     inputs = _inputs(variant)
-    torch.library.opcheck(ops.forward_kept.default, (*inputs, *OPTIONS, return_state))
-    y, r, *_, kept = ops.forward_kept(*inputs, *OPTIONS, False)
+    torch.library.opcheck(ops.forward_kept.default, (*inputs, *OPTIONS, return_state, keep_states))
+    y, r, *_, kept = ops.forward_kept(*inputs, *OPTIONS, False, keep_states)
     *given, kv, k_sum, cu_seqlens = inputs
     torch.library.opcheck(
         ops.backward_with_state.default,

@@ -179,7 +179,7 @@ const char* run_sequence(const BackwardProblem& problem, const Plan& plan,
   }
   const auto add_queries = [&] {
     if (!problem.wants_queries()) return;
-    family.states(call, &launches);
+    if (!workspace.states.kept) family.states(call, &launches);
     family.grad_q(call, &launches);
   };
   if (queries_leave) add_queries();

@@ -83,7 +83,7 @@ Plan plan_float32(const Problem& problem, const Device& device, Sweep sweep, int
   tiles.padded_features = float32_path::padded_features(problem.feature_map);
   tiles.state_in_shared = true;
   const bool split = plan.segments > 1;
-  add_state_regions(problem, sweep, tiles.slot_size() * 4, split, split, &plan);
+  add_state_regions(problem, sweep, tiles.slot_size() * 4, split, split, false, &plan);
   if (sweep.backward) add_gradient_regions(problem, sweep, false, &plan);
   add_carries(problem, float32_path::carry_size(problem.feature_map, problem.group_size()), &plan);
   return plan;
@@ -95,12 +95,14 @@ Plan plan_tensor_core_sweep(const AnyProblem& problem, const Device& device) {
       tensor_core::shared_memory_bytes(problem) > device.shared_memory_per_block) {
     return refused(Path::tensor_core);
   }
-  // d = 32: blocks twice as large, of a thread's most registers, and four times the state
+  // d = 32: blocks twice as large, of a thread's most registers, and four times the state. A forward that
+  // keeps its states is cut as its backward, whose grad q then starts from them.
   const Sweep sweep = sweep_of(problem);
   const bool wide = problem.feature_dim == 32;
   const bool many_registers =
-      problem.feature_dim == 16 && (problem.feature_map == FeatureMap::taylor ||
-                                    (problem.feature_map == FeatureMap::outer && sweep.backward));
+      problem.feature_dim == 16 &&
+      (problem.feature_map == FeatureMap::taylor ||
+       (problem.feature_map == FeatureMap::outer && (sweep.backward || sweep.keep == Keep::states)));
   const bool polynomial = tensor_core::polynomial_kernels(problem.feature_map, problem.feature_dim);
   const int chunk = tensor_core::chunk_length(problem, device.shared_memory_per_block);
   Plan plan = plan_fixed(Path::tensor_core, problem, sweep, device, chunk,
@@ -110,6 +112,19 @@ Plan plan_tensor_core_sweep(const AnyProblem& problem, const Device& device) {
                           wide ? 256 : 128, wide ? 1024 : 512, polynomial ? tensor_core::drifting_rows : 0});
   plan.tiles.chunk = chunk;
   return plan;
+}
+
+template <class AnyProblem>
+std::vector<Refusal> refusals(const AnyProblem& problem, const Device& device) {
+  std::vector<Refusal> found;
+  tensor_core::refuse(problem, [&](const char* argument, const char* reason, const char* remedy) {
+    found.push_back({argument, reason, remedy});
+  });
+  if (tensor_core::shared_memory_bytes(problem) > device.shared_memory_per_block) {
+    found.push_back({"device", "a block cannot have the shared memory that these kernels need",
+                     "a device with more shared memory per block, or a smaller feature dim"});
+  }
+  return found;
 }
 
 // The bytes that one block's slots take, of all its column groups.
@@ -139,12 +154,23 @@ Plan plan_float32(const BackwardProblem& problem, const Device& device) {
                       std::max(size(false), size(true)));
 }
 
+std::vector<Refusal> tensor_core_refusals(const ForwardProblem& problem, const Device& device) {
+  return refusals(problem, device);
+}
+std::vector<Refusal> tensor_core_refusals(const BackwardProblem& problem, const Device& device) {
+  return refusals(problem, device);
+}
+
 // Blocks of an unsplit sequence have slots only for a state that they are given, or that only is asked for.
 Plan plan_tensor_core(const ForwardProblem& problem, const Device& device) {
   Plan plan = plan_tensor_core_sweep(problem, device);
   if (*plan.error) return plan;
+  BackwardProblem backward{};
+  static_cast<Problem&>(backward) = problem;
+  const bool keepable = tensor_core::shared_memory_bytes(backward) <= device.shared_memory_per_block;
   add_state_regions(problem, sweep_of(problem), tensor_core_slot_bytes(problem, plan),
-                    plan.segments > 1 || problem.initial_state.kv || problem.state_only, false, &plan);
+                    plan.segments > 1 || problem.initial_state.kv || problem.state_only, false, keepable,
+                    &plan);
   return plan;
 }
 
@@ -154,7 +180,7 @@ Plan plan_tensor_core(const BackwardProblem& problem, const Device& device) {
   const bool split = plan.segments > 1, only_state = problem.part == BackwardPart::reverse_state;
   add_state_regions(problem, sweep_of(problem), tensor_core_slot_bytes(problem, plan),
                     split || problem.initial_state.kv, split || problem.grad_final_state.kv || only_state,
-                    &plan);
+                    true, &plan);
   add_gradient_regions(problem, sweep_of(problem), true, &plan);
   if (!only_state) add_initial_sums_region(problem, &plan);
   return plan;

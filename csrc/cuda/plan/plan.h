@@ -68,6 +68,11 @@ struct StepTiles {
   int state, state_sums, features, vectors, sums, denominators, scores, size;
 };
 
+// What keeps a call from a family of kernels: the argument it is about, what of it, and what would change it.
+struct Refusal {
+  const char *argument, *reason, *remedy;
+};
+
 struct Region {
   int64_t offset = 0, bytes = 0;
   bool kept = false;  // it lies in the memory that forward keeps for backward, not in the workspace
@@ -156,6 +161,10 @@ std::string launch_configuration(const StepProblem&, const Plan&);
 // For tests: from record_launches(true) on, every plan that is made leaves its configuration here.
 void record_launches(bool);
 std::vector<std::string> take_recorded_launches();
+
+// All that keeps a call from the tensor-core kernels; empty where they take it.
+std::vector<Refusal> tensor_core_refusals(const ForwardProblem&, const Device&);
+std::vector<Refusal> tensor_core_refusals(const BackwardProblem&, const Device&);
 
 const char* path_name(Path);
 // Every number of a plan under its name, for showing it: "segments", "tiles.chunk",

@@ -39,21 +39,46 @@ constexpr int64_t drifting_rows = 4096;
 constexpr int summed_segments = 8;
 
 inline bool supports_features(const Problem& problem) {
-  if (problem.feature_map == FeatureMap::identity) return false;
   return problem.feature_dim == 16 || (problem.feature_map == FeatureMap::outer &&
                                        (problem.feature_dim == 8 || problem.feature_dim == 32));
 }
 
+// say(argument, reason, remedy) for each reason why these kernels do not take a problem.
+//
 // float16 is left to the general kernels: these kernels round scores and features to the element type, and
 // float16 has no room for the squares of small or of large q and k. Strides within a batch are int here,
 // which kernels multiply faster.
+template <class AnyProblem, class Say>
+inline void refuse(const AnyProblem& problem, const Say& say) {
+  const auto is_int = [](int64_t stride) { return stride == static_cast<int>(stride); };
+  if (problem.dtype != Dtype::bfloat16) {
+    say("q", "its dtype is not bfloat16", "q, k and v in bfloat16");
+  }
+  if (problem.feature_map == FeatureMap::identity) {
+    say("feature_map", "\"identity\" has no tensor-core kernels",
+        "\"outer\", \"square\", \"taylor\" or \"elu\"");
+  }
+  if (!supports_features(problem)) {
+    say("q", "its feature dim has no tensor-core kernels with this feature_map",
+        "a feature dim of 16, or with feature_map \"outer\" of 8, 16 or 32");
+  }
+  refuse_sizes(problem, say);
+  if (problem.head_dim % 16 != 0) {
+    say("v", "its head dim is not a multiple of 16",
+        "a head dim that is a multiple of 16: pad v with columns of zeros");
+  }
+  if (!all_rows(problem, [&](const auto& rows) {
+        return aligned(rows, 8) && is_int(rows.head_stride) && is_int(rows.row_stride);
+      })) {
+    say("q", "rows of q, k, v or y are not at multiples of 16 bytes, or 2^31 elements or more apart",
+        "contiguous q, k and v, or fewer rows a call");
+  }
+}
 template <class AnyProblem>
 inline bool supports(const AnyProblem& problem) {
-  const auto is_int = [](int64_t stride) { return stride == static_cast<int>(stride); };
-  return problem.dtype == Dtype::bfloat16 && supports_sizes(problem) && supports_features(problem) &&
-         problem.head_dim % 16 == 0 && all_rows(problem, [&](const auto& rows) {
-           return aligned(rows, 8) && is_int(rows.head_stride) && is_int(rows.row_stride);
-         });
+  bool supported = true;
+  refuse(problem, [&](const char*, const char*, const char*) { supported = false; });
+  return supported;
 }
 
 // Floats of a block's state in the workspace (cuda/tensor_core/polynomial/slot.cuh): its features by the

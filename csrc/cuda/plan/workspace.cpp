@@ -17,7 +17,7 @@ void add_region(bool needed, Region* region, int64_t bytes, Plan* plan, bool kep
 
 void add_preparation_regions(const Problem& problem, Sweep sweep, Plan* plan) {
   Workspace& workspace = plan->workspace;
-  const bool token_norm = problem.layer_norm == LayerNorm::token, kept = sweep.keep != Keep::nothing;
+  const bool token_norm = problem.layer_norm == LayerNorm::token, kept = sweep.keeps_statistics();
   const int64_t statistics = problem.batch * problem.seqlen * 2 * accumulator_size(problem.dtype);
   add_region(problem.cu_seqlens != nullptr, &workspace.bounds, (problem.num_sequences + 1) * 8, plan);
   add_region(token_norm, &workspace.query_statistics, statistics, plan, kept);
@@ -25,9 +25,11 @@ void add_preparation_regions(const Problem& problem, Sweep sweep, Plan* plan) {
 }
 
 void add_state_regions(const Problem& problem, Sweep sweep, int64_t slot_bytes, bool states,
-                       bool reverse_states, Plan* plan) {
+                       bool reverse_states, bool keepable, Plan* plan) {
   const int64_t bytes = problem.num_sequences * problem.kv_heads * plan->segments * slot_bytes;
-  add_region(states && sweep.has_states(), &plan->workspace.states, bytes, plan);
+  const bool kept = sweep.backward ? plan->kept_bytes + round_up(bytes, 64) == sweep.kept_bytes
+                                   : sweep.keep == Keep::states;
+  add_region(states && sweep.has_states(), &plan->workspace.states, bytes, plan, keepable && kept);
   add_region(reverse_states && sweep.has_reverse_states(), &plan->workspace.reverse_states, bytes, plan);
 }
 

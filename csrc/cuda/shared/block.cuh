@@ -42,7 +42,8 @@ Call<AnyProblem> make_call(const AnyProblem& problem, const Plan& plan) {
   // so that kernels need not know which memory a region lies in
   const auto apart =
       reinterpret_cast<uintptr_t>(problem.kept) - reinterpret_cast<uintptr_t>(problem.workspace);
-  for (Region* region : {&call.workspace.query_statistics, &call.workspace.key_statistics}) {
+  for (Region* region :
+       {&call.workspace.query_statistics, &call.workspace.key_statistics, &call.workspace.states}) {
     if (region->kept) region->offset += static_cast<int64_t>(apart);
   }
   return call;
