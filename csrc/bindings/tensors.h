@@ -96,13 +96,14 @@ struct Layout {
 };
 
 // Backends want a last stride of 1, and every row at a multiple of 16 bytes where rows have as many: anything
-// else is copied. A size-1 dimension may have any stride.
+// else is copied. The kernels of bfloat16 load rows as they lie, so that of these only the stride counts. A
+// size-1 dimension may have any stride.
 inline Tensor with_dense_rows(const Tensor& tensor) {
   const Layout layout(tensor);
   const int64_t last = layout.dims - 1, unit = 16, size = static_cast<int64_t>(tensor.element_size());
   const bool dense = layout.sizes[last] == 1 || layout.strides[last] == 1;
   bool aligned = true;
-  if (layout.sizes[last] * size % unit == 0) {
+  if (layout.sizes[last] * size % unit == 0 && tensor.scalar_type() != ScalarType::BFloat16) {
     aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % unit == 0;
     for (int64_t i = 0; i < last; ++i) {
       aligned = aligned && (layout.sizes[i] == 1 || layout.strides[i] * size % unit == 0);

@@ -16,8 +16,8 @@ constexpr int max_group_size = 16;  // query heads per kv head
 inline int64_t column_groups(const Problem& problem) { return (problem.head_dim + columns - 1) / columns; }
 
 inline bool supports_sizes(const Problem& problem) {
-  return problem.num_sequences > 0 && problem.seqlen > 0 && problem.head_dim >= 16 &&
-         problem.head_dim <= 256 && problem.group_size() <= max_group_size;
+  return problem.num_sequences > 0 && problem.seqlen > 0 && problem.head_dim <= 256 &&
+         problem.group_size() <= max_group_size;
 }
 
 // Whether every row can be accessed in pieces of 16 bytes, which are `elements` elements.
