@@ -169,7 +169,9 @@ struct GivenCall {
     alignas(16) static const char present[16] = {};
     const Sizes& size = sizes[like];
     const int64_t rows = size[2], *stride = strides[like].data();
-    const rebased::RowLayout layout(size.data(), stride, 4, rebased::element_size(parse("dtype", dtype)), 0);
+    const rebased::Dtype type = parse("dtype", dtype);
+    const rebased::RowLayout layout(size.data(), stride, 4, rebased::element_size(type), 0,
+                                    type == rebased::Dtype::bfloat16);
     const auto used = [&](int i) { return size[static_cast<size_t>(i)] == 1 ? 0 : stride[i]; };
     if (given && layout.dense && layout.aligned) return {present, used(0), used(1), used(2)};
     if (stride[1] < stride[2]) return {present, heads * rows * width, width, heads * width};

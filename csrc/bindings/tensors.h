@@ -100,7 +100,8 @@ struct Layout {
 inline Tensor with_dense_rows(const Tensor& tensor) {
   const Layout layout(tensor);
   const RowLayout rows(layout.sizes, layout.strides, layout.dims, static_cast<int64_t>(tensor.element_size()),
-                       reinterpret_cast<uintptr_t>(tensor.const_data_ptr()));
+                       reinterpret_cast<uintptr_t>(tensor.const_data_ptr()),
+                       tensor.scalar_type() == ScalarType::BFloat16);
   if (rows.dense && rows.aligned) return tensor;
   return torch_call(
       [&] { return rows.dense ? torch::stable::clone(tensor) : torch::stable::contiguous(tensor); });

@@ -45,6 +45,14 @@ void add_cases(FeatureMap map, int64_t dim, std::vector<Case>* all) {
   add(token, {2, 2, 2, 90, 32, 0}, true, true);
   add(token, {1, 3, 1, 150, 16, 0}, true, true)->cu_seqlens = {5, 80, 60, 140, 133};
   add(head, {1, 1, 1, 1100, 16, 0}, true, true);  // in two segments
+  // rows in pieces of 2, 4 and 8 bytes; with an odd padding q and k too begin in the middle of words
+  add(token, {1, 2, 1, 150, 5, 2}, true, true);
+  add(head, {1, 2, 2, 100, 12, 1}, true, true);
+  add(head, {1, 2, 1, 70, 42, 0}, true, true)->padding = 2;
+  add(head, {2, 1, 2, 130, 21, 2}, true, true)->padding = 1;
+  add(none, {1, 2, 1, 97, 130, 0}, true, true)->padding = 3;
+  add(head, {1, 1, 1, 66, 255, 1}, true, true)->packed_heads = false;
+  add(head, {1, 1, 3, 65, 1, 0}, true, true)->padding = 1;
 }
 
 std::vector<Case> cases() {

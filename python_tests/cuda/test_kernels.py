@@ -17,6 +17,7 @@ from problems import (
     NORMS,
     TENSOR_CORE_MAPS,
     Problem,
+    laid_out,
     plain_low_precision,
     relative_error,
     run,
@@ -116,6 +117,33 @@ def test_tensor_core_path(feature_map, dim, segments, variant, override, kernel_
     for value, exact in zip(got, expected, strict=True):
         assert value.isfinite().all()
         if exact.norm().item() / max(exact.numel(), 1) ** 0.5 > 1e-3 * largest:
+            assert relative_error(value, exact) <= (PARAMETER_LIMIT if exact.dim() < 3 else LIMIT)
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", ["contiguous", "token major", "padded rows", "offset"])
+@pytest.mark.parametrize("head_dim", [1, 5, 12, 21, 42, 64, 130, 255])
+@pytest.mark.parametrize(("feature_map", "dim"), TENSOR_CORE_MAPS)
+def test_tensor_cores_take_rows_of_any_width_and_stride(
+    feature_map, dim, head_dim, layout, override, kernel_device
+):
+    """In pieces of 2 to 16 bytes; grad y lies as the others do, and the chunk's last rows are missing."""
+    problem = Problem(
+        feature_map, "head", 1, 4, 2, 101, dim, head_dim, dtype=torch.bfloat16, device=kernel_device, eps=0.5
+    )
+    inputs = problem.inputs(requires_grad=True)
+    weight = laid_out(torch.linspace(-1, 1, 4 * 101 * head_dim).view(1, 4, 101, head_dim), layout)
+    override(path="tensor_core", segments=2)
+    results = []
+    for function, leaves in ((rebased_attention, inputs), (reference.chunked, _wide(inputs))):
+        given = [laid_out(x, layout) for x in leaves[:3]]
+        y = function(*given, *leaves[3:7], **problem.options())
+        gradients = torch.autograd.grad(y, leaves[:7], laid_out(weight.to(y), layout))
+        results.append([y, *gradients])
+    largest = max(e.norm().item() / e.numel() ** 0.5 for e in results[1])
+    for value, exact in zip(*results, strict=True):
+        assert value.isfinite().all()
+        if exact.norm().item() / exact.numel() ** 0.5 > 1e-3 * largest:
             assert relative_error(value, exact) <= (PARAMETER_LIMIT if exact.dim() < 3 else LIMIT)
 
 
@@ -313,14 +341,13 @@ def test_plan_takes_tensor_cores_for_bfloat16():
     for direction in ("forward", "backward"):
         for seqlen in (1, 64, 200, 500):  # where fewer operations without a state would not pay for SIMT ones
             assert testing.plan(direction, seqlen=seqlen)["path"] == "tensor_core"
-        for head_dim in (16, 64, 208):
-            for feature_dim in (8, 32):
+        for head_dim in (1, 5, 16, 42, 64, 208, 255):
+            for feature_dim in (8, 16, 32):
                 plan = testing.plan(direction, feature_dim=feature_dim, head_dim=head_dim)
                 assert plan["path"] == "tensor_core"
     others = (
         {"dtype": "float32"},
         {"dtype": "float16"},
-        {"head_dim": 40},
         {"feature_dim": 17},
         *({"feature_dim": d, "feature_map": m} for d in (8, 32) for m in MAPS if m != "outer"),
     )

@@ -83,7 +83,8 @@ class Found {
 };
 
 // All sizes of the contract, of one short sequence: every choice but that of segments and of what goes with
-// their length. Tiles hold whole quads of columns, so that of four widths the first and the last will do.
+// their length. Tiles hold whole quads of columns, so that of four widths the first and the last will do, and
+// for the pieces in which bfloat16 rows are read the second.
 // Calls that need no state take the kernels without one only where these are cheaper: some of those fill
 // chunks.
 void add_short_sequences(int64_t shared_memory_per_block, Found* found) {
@@ -121,7 +122,8 @@ void add_short_sequences(int64_t shared_memory_per_block, Found* found) {
         if (!fixed && (map == FeatureMap::elu || map == FeatureMap::identity)) continue;
         shape.dtype = dtype, shape.feature_map = map, shape.feature_dim = d;
         for (int64_t quad = 0; quad < 256; quad += 4) {
-          for (const int64_t dv : {quad + 1, quad + 4}) {
+          for (const int64_t dv : {quad + 1, quad + 2, quad + 4}) {
+            if (dv == quad + 2 && dtype != Dtype::bfloat16) continue;
             shape.head_dim = dv;
             add_calls(fixed);
           }

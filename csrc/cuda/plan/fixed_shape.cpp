@@ -103,8 +103,8 @@ Plan plan_tensor_core_sweep(const AnyProblem& problem, const Device& device) {
       problem.feature_dim == 16 &&
       (problem.feature_map == FeatureMap::taylor ||
        (problem.feature_map == FeatureMap::outer && (sweep.backward || sweep.keep == Keep::states)));
-  const bool polynomial = tensor_core::polynomial_kernels(problem.feature_map, problem.feature_dim);
-  const int chunk = tensor_core::chunk_length(problem, device.shared_memory_per_block);
+  const bool polynomial = tensor_core::polynomial_kernels(problem);
+  const int chunk = tensor_core::chunk_length(polynomial, device.shared_memory_per_block);
   Plan plan = plan_fixed(Path::tensor_core, problem, sweep, device, chunk,
                          {wide             ? 1
                           : many_registers ? 2
@@ -131,7 +131,7 @@ std::vector<Refusal> refusals(const AnyProblem& problem, const Device& device) {
 int64_t tensor_core_slot_bytes(const Problem& problem, const Plan& plan) {
   using namespace tensor_core;
   const int64_t floats = slot_floats(problem.feature_map, problem.feature_dim);
-  const bool polynomial = polynomial_kernels(problem.feature_map, problem.feature_dim);
+  const bool polynomial = is_polynomial(problem.feature_map) && problem.feature_dim <= 16;
   // a backward may have kernels of both kinds
   return std::max(floats, polynomial ? polynomial_slot_floats(problem.feature_map, problem.feature_dim) : 0) *
          plan.column_groups * 4;
@@ -180,7 +180,7 @@ Plan plan_tensor_core(const BackwardProblem& problem, const Device& device) {
   const bool split = plan.segments > 1, only_state = problem.part == BackwardPart::reverse_state;
   add_state_regions(problem, sweep_of(problem), tensor_core_slot_bytes(problem, plan),
                     split || problem.initial_state.kv, split || problem.grad_final_state.kv || only_state,
-                    true, &plan);
+                    tensor_core::forward_kept_alike(problem), &plan);
   add_gradient_regions(problem, sweep_of(problem), true, &plan);
   if (!only_state) add_initial_sums_region(problem, &plan);
   return plan;

@@ -151,9 +151,9 @@ Plan make_plan(const BackwardProblem&, const Device&);
 Plan make_plan(const StepProblem&, const Device&);
 
 // What sets one launch apart from another as far as code is concerned: direction, path, kernel instance,
-// threads, chunk, where the state is, one column group or more, segments, grouped heads, packed sequences,
-// compensated sums. Tests hold each that the plan can choose against the reference; of those that take long
-// calls they force it upon short ones, which launch the same code.
+// threads, chunk, where the state is, one column group or more, segments, the narrowest pieces of rows,
+// grouped heads, packed sequences, compensated sums. Tests hold each that the plan can choose against the
+// reference; of those that take long calls they force it upon short ones, which launch the same code.
 std::string launch_configuration(const ForwardProblem&, const Plan&);
 std::string launch_configuration(const BackwardProblem&, const Plan&);
 std::string launch_configuration(const StepProblem&, const Plan&);

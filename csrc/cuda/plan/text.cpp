@@ -3,6 +3,7 @@
 #include <mutex>
 
 #include "cuda/plan/parts.h"
+#include "cuda/plan/tensor_core_shape.h"
 
 namespace rebased {
 namespace {
@@ -10,7 +11,8 @@ namespace {
 constexpr const char* dtype_names[] = {"float32", "float64", "float16", "bfloat16"};
 constexpr const char* map_names[] = {"outer", "square", "taylor", "elu", "identity"};
 
-std::string sweep_configuration(const char* direction, const Problem& problem, const Plan& plan) {
+template <class AnyProblem>
+std::string sweep_configuration(const char* direction, const AnyProblem& problem, const Plan& plan) {
   std::string text = std::string(direction) + " " + path_name(plan.path);
   const auto add = [&](const std::string& word) { text += " " + word; };
   add(dtype_names[static_cast<int>(problem.dtype)]);
@@ -26,6 +28,9 @@ std::string sweep_configuration(const char* direction, const Problem& problem, c
   if (plan.path == Path::general) add(plan.tiles.state_in_shared ? "state-in-shared" : "state-in-workspace");
   if (plan.path != Path::quadratic) {
     add(plan.segments == 1 ? "one-segment" : plan.segments <= 8 ? "few-segments" : "many-segments");
+  }
+  if (plan.path == Path::tensor_core) {
+    add("pieces=" + std::to_string(tensor_core::Pieces(problem).least()));
   }
   if (problem.group_size() > 1) add("grouped");
   if (problem.cu_seqlens) add("packed");

@@ -84,15 +84,12 @@ void add_grad_q(const Call<BackwardProblem>& call, const BackwardBuffers& buffer
 }
 
 }  // namespace polynomial
-}  // namespace tensor_core
 
-template <FeatureMap map, int feature_dim>
-Family<BackwardProblem> tensor_core_family(const BackwardProblem&) {
-  using namespace tensor_core;
-  using T = bfloat16_t;
+// `is_polynomial`: whether grad q comes from the kernels of tensor_core/polynomial/.
+template <class T, FeatureMap map, int feature_dim, bool is_polynomial>
+Family<BackwardProblem> backward_family() {
   using S = Slabs<map, feature_dim>;
   using AnyCall = const Call<BackwardProblem>&;
-  constexpr bool is_polynomial = S::polynomial && !S::wide;
   return {[](AnyCall call, Launches* launches) {
             if constexpr (is_polynomial) {
               polynomial::add_states<T, map, feature_dim>(call, launches);
@@ -126,6 +123,17 @@ Family<BackwardProblem> tensor_core_family(const BackwardProblem&) {
                              launches);
           },
           is_polynomial ? Deltas::from_grad_q : Deltas::from_grad_kv};
+}
+
+}  // namespace tensor_core
+
+template <FeatureMap map, int feature_dim>
+Family<BackwardProblem> tensor_core_family(const BackwardProblem& problem) {
+  using namespace tensor_core;
+  if constexpr (is_polynomial(map) && feature_dim <= 16) {
+    if (polynomial_kernels(problem)) return backward_family<bfloat16_t, map, feature_dim, true>();
+  }
+  return backward_family<bfloat16_t, map, feature_dim, false>();
 }
 
 }  // namespace rebased::REBASED_BACKEND
