@@ -35,6 +35,9 @@ struct ForwardTiles {
   static constexpr int bytes(int64_t group_size) {
     return affine + static_cast<int>(group_size + 1) * S::feature_dim * 8;
   }
+  static_assert(bytes(1) == polynomial_forward_bytes(S::map, S::feature_dim, S::chunk, 1),
+                "the plan reckons with this");
+  static_assert(S::chunk == 64 || bytes(max_group_size) <= longer_chunk_bytes);
 };
 
 // Stores a tile of 16 rows, by way of the warp's tile `staging`, with eight lanes a row.
@@ -68,7 +71,7 @@ struct ForwardOrigins : Origins<T> {
 
 // How many blocks per multiprocessor the registers must suffice for.
 template <class S>
-constexpr int forward_blocks = S::own_tiles == 2 ? 2 : 3;
+constexpr int forward_blocks = S::own_tiles == 2 && S::feature_dim == 16 ? 2 : 3;
 
 template <class T, class S, bool grouped>
 KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>) forward_kernel(Arguments<ForwardProblem> arguments) {

@@ -21,7 +21,7 @@ struct SegmentTiles {
 // Leaves the sums over the rows of each segment in the segment's slot; those of the last segment only where
 // launch.all_segments says so.
 template <class T, class S>
-KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S> + 1) segment_state_kernel(Arguments<Problem> arguments) {
+KERNEL void LAUNCH_BOUNDS(threads, 3) segment_state_kernel(Arguments<Problem> arguments) {
   using L = SegmentTiles<S>;
   const Problem& problem = arguments.problem;
   DYNAMIC_SHARED_MEMORY(char, memory);
