@@ -4,9 +4,8 @@
 //   forward_with_state and     the same with states. They are operators of their own, since in a call of
 //   backward_with_state        microseconds every argument and every result costs time
 //   forward_kept               forward_with_state, and one tensor of bytes more, which spares backward work
-//                              where it is handed on; without elements where the backend keeps nothing.
-//                              Without keep_states its size follows from the inputs' sizes alone, as
-//                              compilers want it
+//                              where it is handed on; without elements where the backend keeps nothing. Its
+//                              size follows from the inputs' sizes alone where keep_states is false
 //   step                       one token more, whose state is updated in place
 //   forward_state              the state that rows of k and v leave behind. With this operator and the `part`
 //                              of backward_with_state, processes that share a sequence exchange states
