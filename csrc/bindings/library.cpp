@@ -253,7 +253,7 @@ void check_slots(const StepProblem& p) {
   }
 }
 
-// Where a part of the state lies: in `count` slots, each contiguous, `stride` elements or `pitch` bytes apart.
+// Where a part of the state lies: in `count` slots, each contiguous, `stride` elements (`pitch` bytes) apart.
 struct SlotMemory {
   SlotMemory(const char* name, const Tensor& tensor) : extent(extent_of(name, tensor)) {
     const Layout layout(tensor);

@@ -46,8 +46,8 @@ struct AffineGradient {
 };
 
 // A state: kv (states, kv_heads, num_features, head_dim) is S, k (states, kv_heads, num_features) is z. Both
-// are contiguous, in the accumulation type and the public feature order (feature_map.h). Where kv is null
-// there is no state.
+// are contiguous (of a step each slot is), in the accumulation type and the public feature order
+// (feature_map.h). Where kv is null there is no state.
 template <class Pointer>
 struct StateOf {
   Pointer kv;
