@@ -4,7 +4,7 @@
 sequence leaves behind; `ReBasedAttention` and `GatedShortConvolution` are layers; `rebased_cuda.reference` is
 the same maths in plain torch, the judge of every backend, and `attention_matrix` its matrix of who attends to
 whom. `build_info()` says what this build contains. `rebased_cuda.context_parallel` spreads a sequence over
-processes, `rebased_cuda.compat` has other packages' calls, `rebased_cuda.testing` tells and forces how the
+processes, `rebased_cuda.compat` has other packages' calls, `rebased_cuda.models` language models for transformers, `rebased_cuda.testing` tells and forces how the
 CUDA kernels are launched.
 """
 
