@@ -164,3 +164,17 @@ def plain_low_precision(
 
 def features_of(problem: Problem) -> int:
     return num_features(problem.feature_map, problem.feature_dim)
+
+
+def paged(state: RebasedState, gap: int) -> tuple[RebasedState, Tensor]:
+    """A copy of a pool as a serving engine's pages hold it, and the `gap` NaN at the end of each page.
+
+    A page is a slot of kv, a slot of k and the gap, (slots, gap) of all pages together.
+    """
+    slots, kv_size, k_size = state.kv.shape[0], state.kv[0].numel(), state.k[0].numel()
+    pages = state.kv.new_full((slots, kv_size + k_size + gap), float("nan"))
+    kv = pages[:, :kv_size].unflatten(1, state.kv.shape[1:])
+    k = pages[:, kv_size : kv_size + k_size].unflatten(1, state.k.shape[1:])
+    kv.copy_(state.kv)
+    k.copy_(state.k)
+    return RebasedState(kv, k), pages[:, kv_size + k_size :]

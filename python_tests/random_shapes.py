@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from problems import NORMS, Problem, rounds_operands
+from problems import NORMS, Problem, paged, rounds_operands
 from torch import Tensor
 
 from rebased_cuda import (
@@ -628,6 +628,9 @@ def _check_steps(draw: Draw, outcome: Outcome) -> None:
         dtype=problem.accumulator,
         device=problem.device,
     )
+    between = None
+    if rng.random() < 0.5:
+        pool, between = paged(pool, rng.choice([1, 4, 7]))
     if kv is not None:
         pool.kv[slots], pool.k[slots] = kv, k_sum
     options = problem.options() | {"layer_norm_eps": draw.layer_norm_eps}
@@ -655,6 +658,8 @@ def _check_steps(draw: Draw, outcome: Outcome) -> None:
     unused = [i for i in range(problem.batch + 2) if i not in slots.tolist()]
     if pool.kv[unused].any() or pool.k[unused].any():
         outcome.failures.append("step: a slot that was not named has changed")
+    if between is not None and not between.isnan().all():
+        outcome.failures.append("step: something between the slots has changed")
     _judge(outcome, problem, ["step y", "step kv", "step k"], (got, []), (exact, []), plain())
 
 

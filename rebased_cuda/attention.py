@@ -209,8 +209,9 @@ def rebased_attention_step(
         q: (B, Hq, d).
         k: (B, Hkv, d).
         v: (B, Hkv, dv); dtypes, sizes and parameters as in `rebased_attention`.
-        state: contiguous, kv and k apart in memory from each other and from all other arguments; **updated in
-            place**. (B, Hkv, ...), or with state_index a pool (slots, Hkv, ...).
+        state: **updated in place**. (B, Hkv, ...), or with state_index a pool (slots, Hkv, ...). The entries
+            of one slot are contiguous. Slots may lie apart, with other things between them, as in the pages
+            of a serving engine. All of it lies apart in memory from all other arguments, and kv from k.
         state_index: (B,) int32 or int64 on q's device: the slot that each sequence uses. -1 skips a sequence:
             y is 0 there and no state changes, for as many sequences as wanted. Other values outside the pool
             raise on the CPU, and skip on a GPU. The same slot twice raises on the CPU, and is undefined on a
@@ -257,8 +258,9 @@ def _check_step(
     """The arguments of _run_step, checked and cast."""
     tensors, state_index, checked = check_call(inputs, options, state, state_index, of_step=True)
     for name, x in zip(("state.kv", "state.k"), state, strict=True):
-        if not x.is_contiguous():
-            raise fail(name, "a contiguous tensor, since it is updated in place", f"strides {x.stride()}")
+        if not _has_contiguous_slots(x):
+            allowed = "contiguous slots, apart from each other, since they are updated in place"
+            raise fail(name, allowed, f"strides {x.stride()} for shape {tuple(x.shape)}")
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise RuntimeError(
             "rebased_attention_step is for inference and has no gradients: call it under torch.no_grad(), or "
@@ -266,6 +268,16 @@ def _check_step(
         )
     *inputs, kv, k_sum = tensors
     return inputs, (kv, k_sum), state_index, checked
+
+
+def _has_contiguous_slots(part: Tensor) -> bool:
+    """Whether each slot of kv or k is contiguous, and no two of them meet."""
+    slots, entries = part.shape[0], 1
+    for size, stride in zip(reversed(part.shape[1:]), reversed(part.stride()[1:]), strict=True):
+        if size != 1 and stride != entries and slots != 0:
+            return False
+        entries *= size
+    return slots <= 1 or part.stride(0) >= entries
 
 
 def _refuse_modes(inputs: Sequence[Any], state: tuple[Any, ...], state_index: Tensor | None) -> None:

@@ -159,6 +159,17 @@ class RebasedState(NamedTuple):
         except (IndexError, RuntimeError) as error:  # torch reads the values anyway; these words say whose
             raise ValueError(f"index: expected rows 0 to {self.kv.shape[0] - 1}: {error}") from None
 
+    def repeat_interleave(self, repeats: int) -> RebasedState:
+        """Every row `repeats` times, one copy behind the other: a prompt's state for its beams or samples.
+
+        Raises:
+            ValueError, TypeError: `repeats` is not an integer of at least 0.
+        """
+        repeats = check_size("repeats", repeats, 0)
+        check_memory("kv", self.kv)
+        check_memory("k", self.k)
+        return RebasedState(self.kv.repeat_interleave(repeats, 0), self.k.repeat_interleave(repeats, 0))
+
     def to(self, *args: Any, **kwargs: Any) -> RebasedState:
         """kv and k as `torch.Tensor.to` gives them: another device, or float64 for float32 and back.
 

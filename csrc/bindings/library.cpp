@@ -223,19 +223,56 @@ void check_slots(const StepProblem& p) {
   }
 }
 
-// Of a contiguous tensor; a lazy copy gets memory of its own here.
-Extent written_extent(const char* name, const Tensor& tensor) {
-  const Extent read = extent_of(name, tensor);
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  return {begin, begin + (read.end - read.begin)};
-}
+// Where a part of the state lies: in `count` slots, each contiguous, `stride` elements or `pitch` bytes apart.
+struct SlotMemory {
+  SlotMemory(const char* name, const Tensor& tensor) : extent(extent_of(name, tensor)) {
+    const Layout layout(tensor);
+    const auto size = static_cast<int64_t>(tensor.element_size());
+    int64_t elements = 1;
+    bool contiguous = true;
+    for (int64_t i = layout.dims - 1; i > 0; --i) {
+      contiguous = contiguous && (layout.sizes[i] == 1 || layout.strides[i] == elements);
+      elements *= layout.sizes[i];
+    }
+    count = layout.sizes[0];
+    stride = count > 1 ? layout.strides[0] : elements;
+    require(count == 0 || (contiguous && stride >= elements),
+            [&] { return std::string(name) + ": each slot must be contiguous, and apart from the others"; });
+    bytes = static_cast<uintptr_t>(elements * size), pitch = static_cast<uintptr_t>(stride * size);
+    // a lazy copy gets memory of its own here
+    const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+    extent = {begin, begin + (extent.end - extent.begin)};
+  }
+
+  // Where the pitches are the same, what holds of one slot holds of all. Others are taken to meet.
+  bool overlaps(const SlotMemory& other) const {
+    if (!extent.overlaps(other.extent)) return false;
+    if (pitch != other.pitch) return true;
+    const bool first = extent.begin <= other.extent.begin;
+    const SlotMemory &low = first ? *this : other, &high = first ? other : *this;
+    const uintptr_t distance = (high.extent.begin - low.extent.begin) % pitch;
+    return distance < low.bytes || pitch - distance < high.bytes;
+  }
+  bool has_element_of(const Extent& memory, const Tensor& tensor) const {
+    if (!extent.overlaps(memory)) return false;
+    for (int64_t slot = 0; slot < count; ++slot) {
+      const uintptr_t begin = extent.begin + static_cast<uintptr_t>(slot) * pitch;
+      if (has_element_in({begin, begin + bytes}, tensor)) return true;
+    }
+    return false;
+  }
+
+  Extent extent;  // from the first slot to behind the last
+  int64_t count, stride;
+  uintptr_t bytes, pitch;  // bytes: of one slot
+};
 
 // The state is read and written part by part, in an order that each backend chooses: nothing else that is
 // read may lie in its memory.
-void check_state_apart(const Extent& kv, const Extent& k, const char* name, const Extent& extent,
+void check_state_apart(const SlotMemory& kv, const SlotMemory& k, const char* name, const Extent& extent,
                        const Tensor* tensor) {
   for (const auto& [part, memory] : {std::pair("kv", &kv), std::pair("k", &k)}) {
-    require(!memory->overlaps(extent) || !has_element_in(*memory, *tensor), [&, part = part] {
+    require(!memory->has_element_of(extent, *tensor), [&, part = part] {
       return std::string("state.") + part + ": shares memory with " + name + ", and is updated in place";
     });
   }
@@ -253,7 +290,6 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor ga
                                              Backend::on_host);
   problem.num_slots = state_kv.size(0);
   check_state(problem, state_kv, state_k, problem.num_slots);
-  require(state_kv.is_contiguous() && state_k.is_contiguous(), "state: must be contiguous");
   Extent index_extent;
   with_memory("state_index", state_index, &index_extent);
   inputs.require_same_device(state_kv), inputs.require_same_device(state_k);
@@ -268,7 +304,7 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor ga
     require(problem.num_slots == problem.batch,
             "state: must have q's batch size where state_index is not given");
   }
-  const Extent kv = written_extent("state.kv", state_kv), k_sum = written_extent("state.k", state_k);
+  const SlotMemory kv("state.kv", state_kv), k_sum("state.k", state_k);
   require(!kv.overlaps(k_sum), "state.kv: shares memory with state.k, and both are updated in place");
   const auto address = [](const OptionalTensor& tensor) { return tensor ? &*tensor : nullptr; };
   const Tensor* given[] = {&q, &k, &v, address(gamma_q), address(beta_q), address(gamma_k), address(beta_k)};
@@ -276,7 +312,8 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor ga
     check_state_apart(kv, k_sum, Inputs::kNames[i], inputs.extents[i], given[i]);
   }
   check_state_apart(kv, k_sum, "state_index", index_extent, address(state_index));
-  problem.state = {reinterpret_cast<void*>(kv.begin), reinterpret_cast<void*>(k_sum.begin)};
+  problem.state = {reinterpret_cast<void*>(kv.extent.begin), reinterpret_cast<void*>(k_sum.extent.begin)};
+  problem.kv_stride = kv.stride, problem.k_stride = k_sum.stride;
   Tensor y = empty(q, {problem.batch, problem.heads, problem.head_dim}, q.scalar_type());
   problem.y = {y.mutable_data_ptr(), problem.heads * problem.head_dim, problem.head_dim, 0};
   run(backend, problem, q);

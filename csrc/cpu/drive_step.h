@@ -216,9 +216,8 @@ inline void step_head(const StepProblem& p, const Sizes<T>& s, const StepScratch
   for (int n = 0; n < s.value_columns; n += kWidth<T>)
     store(scratch.values + n, read<T>(v + n, s.head_dim - n));
 
-  const int64_t number = slot * p.kv_heads + kv_head;
-  T* state = static_cast<T*>(p.state.kv) + number * s.features * s.head_dim;
-  T* denominators = static_cast<T*>(p.state.k) + number * s.features;
+  T* state = static_cast<T*>(p.state.kv) + slot * p.kv_stride + kv_head * s.features * s.head_dim;
+  T* denominators = static_cast<T*>(p.state.k) + slot * p.k_stride + kv_head * s.features;
   int column = 0;
   for (; column + kStepVectors * kWidth<T> <= s.value_columns; column += kStepVectors * kWidth<T>)
     step_columns<T, kStepVectors>(scratch, s, group, column, state);

@@ -103,14 +103,14 @@ inline double decode(uint16_t bits, SmallFloat format) {
 class Tensor {
  public:
   // With packed_heads the tensor lies in memory as (batch, rows, heads, width), with `padding` elements after
-  // the heads of each row.
+  // the heads of each row. `gap`: elements after each batch entry.
   Tensor(Dtype dtype, int64_t batch, int64_t heads, int64_t rows, int64_t width, bool packed_heads = false,
-         int64_t padding = 0)
+         int64_t padding = 0, int64_t gap = 0)
       : dtype_(dtype), sizes_{batch, heads, rows, width} {
     const int64_t token = packed_heads ? heads * width + padding : width;
     row_stride_ = token;
     head_stride_ = packed_heads ? width : rows * width;
-    batch_stride_ = packed_heads ? rows * token : heads * rows * width;
+    batch_stride_ = (packed_heads ? rows * token : heads * rows * width) + gap;
     elements_ = batch * batch_stride_;
     values.assign(batch * heads * rows * width, 0);
     buffer_ = new Buffer(elements_ * element_size(dtype));

@@ -98,12 +98,14 @@ struct CheckedRun : Run {
     }
   }
 
-  // Steps through the tokens one by one, with a pool that has one slot more than there are sequences. One
-  // more call names no slot, and must change nothing.
+  // Steps through the tokens one by one, with a pool that has one slot more than there are sequences, and
+  // room for one head more in each: what stands there must stay NaN. One more call names no slot, and must
+  // change nothing.
   void check_steps() {
     Results out = call();
-    Tensor pool_kv(sums, c.batch + 1, c.kv_heads, features, c.head_dim);
-    Tensor pool_k(sums, c.batch + 1, c.kv_heads, features, 1);
+    Tensor pool_kv(sums, c.batch + 1, c.kv_heads + 1, features, c.head_dim);
+    Tensor pool_k(sums, c.batch + 1, c.kv_heads + 1, features, 1);
+    pool_kv.heads = pool_k.heads = c.kv_heads;
     pool_kv.for_each([&](char* element) { write_element(element, sums, 0); });
     pool_k.for_each([&](char* element) { write_element(element, sums, 0); });
     std::vector<int64_t> slots(c.batch);
@@ -118,6 +120,7 @@ struct CheckedRun : Run {
       p.y.data = y.at(0, 0, row, 0);
       p.state = {pool_kv.data(), pool_k.data()};
       p.num_slots = c.batch + 1, p.state_index = slots.data();
+      p.kv_stride = pool_kv.batch_stride, p.k_stride = pool_k.batch_stride;
       const Workspace workspace(cpu::workspace_bytes(p, c.threads));
       p.workspace = workspace.memory;
       cpu::step(p, {c.threads, run_threads});
@@ -130,6 +133,19 @@ struct CheckedRun : Run {
               sums == Dtype::float64 ? 1e-12 : 1e-5);
       compare(c, "sums, stepped", pool_k.slice(slots[b], 0, features), expected.final_k,
               sums == Dtype::float64 ? 1e-12 : 1e-5);
+    }
+    for (Tensor* pool : {&pool_kv, &pool_k}) {
+      pool->heads = c.kv_heads + 1;
+      for (int64_t slot = 0; slot <= c.batch; ++slot) {
+        for (const char* byte = pool->at(slot, c.kv_heads, 0, 0);
+             byte < pool->at(slot, c.kv_heads, 0, 0) + features * pool->row_stride * element_size(sums);
+             ++byte) {
+          if (static_cast<unsigned char>(*byte) == 0xff) continue;
+          ++failures;
+          std::printf("MISMATCH %s: a step wrote between the slots\n", c.name().c_str());
+          return;
+        }
+      }
     }
     const std::vector<char> before = pool_kv.bytes;
     for (int64_t b = 0; b < c.batch; ++b) slots[b] = b % 2 ? -1 : c.batch + 1;

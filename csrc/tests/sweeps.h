@@ -304,8 +304,8 @@ inline void check_sweeps(const Case& c, const Device& device, std::mt19937& rand
   set_plan_override({});
 }
 
-// Checks a step on a pool of states. The slot of the last sequence is outside the pool, the slots of the
-// others are in reverse order.
+// Checks a step on a pool of states, whose slots lie 4 elements apart. The slot of the last sequence is
+// outside the pool, the slots of the others are in reverse order.
 inline void check_step(Case c, const Device& device, std::mt19937& random) {
   c.seqlen = 1;
   c.batch = 3;
@@ -314,8 +314,8 @@ inline void check_step(Case c, const Device& device, std::mt19937& random) {
   const int64_t slots = 4;
   Run run(c);
   run.randomize(random);
-  Tensor pool_kv(accumulator(c.dtype), slots, c.kv_heads, run.features, c.width);
-  Tensor pool_k(accumulator(c.dtype), slots, c.kv_heads, run.features, 1);
+  Tensor pool_kv(accumulator(c.dtype), slots, c.kv_heads, run.features, c.width, false, 0, 4);
+  Tensor pool_k(accumulator(c.dtype), slots, c.kv_heads, run.features, 1, false, 0, 4);
   pool_kv.randomize(random, 0, 1);
   pool_k.randomize(random, 1, 0.1);
   Values expected_kv = pool_kv.values, expected_k = pool_k.values;
@@ -332,6 +332,8 @@ inline void check_step(Case c, const Device& device, std::mt19937& random) {
   auto step = run.problem<StepProblem>();
   step.state = {pool_kv.data(), pool_k.data()};
   step.num_slots = slots;
+  step.kv_stride = pool_kv.rows<MutableRows>().batch_stride;
+  step.k_stride = pool_k.rows<MutableRows>().batch_stride;
   step.state_index = static_cast<const int64_t*>(indices.data());
   step.y = run.y.rows<MutableRows>();
   run.call(step, device);

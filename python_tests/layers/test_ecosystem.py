@@ -15,7 +15,7 @@ from problems import relative_error
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from rebased_cuda import ReBasedAttention, RebasedState, compat
+from rebased_cuda import GatedShortConvolution, ReBasedAttention, compat
 from rebased_cuda.layers import QueryKeyNorm
 
 pytestmark = [
@@ -43,7 +43,7 @@ def tokens():
 def step_after(layer, x):
     """The last row's output by one step after a prefill of the others."""
     _, state = layer.prefill(x[:, :-1])
-    return layer.step(x[:, -1], RebasedState(*(part.clone() for part in state)))
+    return layer.step(x[:, -1], state)
 
 
 USES = {
@@ -80,6 +80,24 @@ def test_offloaded_parameters_come_back_for_the_call(offload, affine, use, tmp_p
     offload(layer, tmp_path)
     assert all(p.is_meta for p in layer.ln_q.parameters())
     assert torch.equal(use(layer, x), expected)
+
+
+CONVOLUTION_USES = {
+    "forward": lambda layer, u: layer(u),
+    "masked": lambda layer, u: layer(u, torch.tensor([[1] * 7, [0, 0, 1, 1, 0, 1, 1]])),
+    "step": step_after,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use", CONVOLUTION_USES.values(), ids=CONVOLUTION_USES)
+@pytest.mark.parametrize("offload", [offload_to_cpu, offload_to_disk])
+def test_offloaded_convolutions_come_back_for_the_call(offload, use, tmp_path):
+    layer, u = GatedShortConvolution(HIDDEN), tokens()
+    expected = use(layer, u)
+    offload(layer, tmp_path)
+    assert layer.conv.weight.is_meta
+    assert torch.equal(use(layer, u), expected)
 
 
 @torch.no_grad()

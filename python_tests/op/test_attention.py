@@ -220,6 +220,9 @@ def test_state_helpers():
     assert picked.kv[0].all()
     assert picked.kv[1].all()
     assert not picked.kv[2].any()
+    for repeated, one in zip(state.repeat_interleave(2), state, strict=True):
+        assert torch.equal(repeated, one[[0, 0, 1, 1, 2, 2]])
+    assert state.repeat_interleave(0).k.shape == (0, 2, 21)
     with pytest.raises(ValueError, match="feature_map"):
         RebasedState.zeros(1, 1, 1, 1, feature_map="cosine")
     with pytest.raises(ValueError, match="dtype"):

@@ -149,7 +149,7 @@ def _bad_bounds(x: torch.Tensor, rng: random.Random, _: Values) -> torch.Tensor:
 
 
 def _bad_slots(x: torch.Tensor, rng: random.Random, values: Values) -> torch.Tensor:
-    slots = values["state.kv"].shape[0]
+    slots = values["state.kv" if "state.kv" in values else "state"].shape[0]
     x = x.clone()
     x[-1] = rng.choice((slots, -2, 1 << 20, int(x[0])))
     return x
@@ -299,11 +299,50 @@ def _masked(key: str) -> Callable[[random.Random], Values]:
     return lambda rng: {key: torch.rand(2, 5, WIDTH), "attention_mask": torch.tensor([[1, 1, 1, 1, 0]] * 2)}
 
 
-def _layer_step(rng: random.Random) -> Values:
-    features = {"kv_heads": 2, "feature_dim": 3, "head_dim": 6}
-    return {"x_t": torch.rand(2, WIDTH), **_state(features, 2, "state")}
+def _layer_state(states: int) -> Values:
+    return _state({"kv_heads": 2, "feature_dim": 3, "head_dim": 6}, states, "state")
 
 
+def _convolution_state(states: int) -> Values:
+    return {"state": torch.rand(states, WIDTH, 2)}
+
+
+def _going_on(key: str, state: Callable[[int], Values]) -> Callable[[random.Random], Values]:
+    """A masked batch after its states."""
+    return lambda rng: {**_masked(key)(rng), **state(2)}
+
+
+def _packed_rows(key: str, state: Callable[[int], Values]) -> Callable[[random.Random], Values]:
+    return lambda rng: {
+        key: torch.rand(1, 7, WIDTH),
+        "cu_seqlens": torch.tensor([0, 3, 7], dtype=rng.choice((torch.int32, torch.int64))),
+        **state(2),
+    }
+
+
+def _in_pool(key: str, state: Callable[[int], Values]) -> Callable[[random.Random], Values]:
+    """Two sequences, or one token of each, in slots of a pool of three."""
+
+    def good(rng: random.Random) -> Values:
+        x = torch.rand(2, WIDTH) if key.endswith("_t") else torch.rand(2, 5, WIDTH)
+        slots = torch.tensor(rng.sample(range(3), 2))
+        return {key: x, **state(3), "state_index": slots.to(rng.choice((torch.int32, torch.int64)))}
+
+    return good
+
+
+BOUNDS = {"cu_seqlens": index(_bad_bounds, size=False)}
+SLOTS = {"state_index": index(_bad_slots, size=True)}
+LAYER_STATE = _state_arguments("state", written=False, optional=True)
+LAYER_POOL = {**_state_arguments("state", written=True, optional=False), **SLOTS}
+CONVOLUTION_STATE = {"state": tensor((0, 1, 2), optional=True)}
+CONVOLUTION_POOL = {
+    "state": Argument(
+        {**tensor((1, 2)).ways, "alias": _in_memory_of("state")},
+        dict.fromkeys(("range", "nan", "inf"), "any number may stand in a tensor"),
+    ),
+    **SLOTS,
+}
 LAYER_INPUT = tensor((2,))
 MASK = Argument(
     {
@@ -398,6 +437,13 @@ FUNCTIONS: dict[str, Function] = {
             **STATE_PARTS,
         },
         of=(RebasedState.index_select,),
+        left_out=("self",),
+    ),
+    "RebasedState.repeat_interleave": Function(
+        lambda repeats, **state: RebasedState(**state).repeat_interleave(repeats),
+        lambda rng: {"repeats": rng.randint(0, 3), "kv": torch.rand(2, 3, 4, 5), "k": torch.rand(2, 3, 4)},
+        {"repeats": size(0), **STATE_PARTS},
+        of=(RebasedState.repeat_interleave,),
         left_out=("self",),
     ),
     "RebasedState.to": Function(
@@ -532,25 +578,45 @@ FUNCTIONS: dict[str, Function] = {
     ),
     "ReBasedAttention.forward": Function(
         lambda **values: _layer()(**values),
-        _masked("x"),
-        {"x": LAYER_INPUT, "attention_mask": MASK},
+        _going_on("x", _layer_state),
+        {"x": LAYER_INPUT, "attention_mask": MASK, **LAYER_STATE},
         of=(ReBasedAttention.forward,),
-        left_out=("self",),
+        left_out=("self", "cu_seqlens"),
+    ),
+    "ReBasedAttention.forward, packed": Function(
+        lambda **values: _layer()(**values),
+        _packed_rows("x", _layer_state),
+        {"x": LAYER_INPUT, **BOUNDS, **LAYER_STATE},
+        of=(ReBasedAttention.forward,),
+        left_out=("self", "attention_mask"),
     ),
     "ReBasedAttention.prefill": Function(
         lambda **values: _layer().prefill(**values),
-        _masked("x"),
-        {"x": LAYER_INPUT, "attention_mask": MASK},
+        _going_on("x", _layer_state),
+        {"x": LAYER_INPUT, "attention_mask": MASK, **LAYER_STATE},
         of=(ReBasedAttention.prefill,),
-        left_out=("self",),
+        left_out=("self", "cu_seqlens", "state_index"),
+    ),
+    "ReBasedAttention.prefill, packed": Function(
+        lambda **values: _layer().prefill(**values),
+        _packed_rows("x", _layer_state),
+        {"x": LAYER_INPUT, **BOUNDS, **LAYER_STATE},
+        of=(ReBasedAttention.prefill,),
+        left_out=("self", "attention_mask", "state_index"),
+    ),
+    "ReBasedAttention.prefill, pool": Function(
+        lambda **values: _layer().prefill(**values),
+        _in_pool("x", _layer_state),
+        {"x": LAYER_INPUT, **LAYER_POOL},
+        written=("state.kv", "state.k"),
+        of=(ReBasedAttention.prefill,),
+        grad=(False,),
+        left_out=("self", "attention_mask", "cu_seqlens"),
     ),
     "ReBasedAttention.step": Function(
         lambda **values: _layer().step(**values),
-        _layer_step,
-        {
-            "x_t": tensor((1,)),
-            **_state_arguments("state", written=True, optional=False),
-        },
+        _in_pool("x_t", _layer_state),
+        {"x_t": tensor((1,)), **LAYER_POOL},
         written=("state.kv", "state.k"),
         of=(ReBasedAttention.step,),
         grad=(False,),
@@ -570,28 +636,45 @@ FUNCTIONS: dict[str, Function] = {
     ),
     "GatedShortConvolution.forward": Function(
         lambda **values: GatedShortConvolution(WIDTH)(**values),
-        _masked("u"),
-        {"u": LAYER_INPUT, "attention_mask": MASK},
+        _going_on("u", _convolution_state),
+        {"u": LAYER_INPUT, "attention_mask": MASK, **CONVOLUTION_STATE},
         of=(GatedShortConvolution.forward,),
-        left_out=("self",),
+        left_out=("self", "cu_seqlens"),
+    ),
+    "GatedShortConvolution.forward, packed": Function(
+        lambda **values: GatedShortConvolution(WIDTH)(**values),
+        _packed_rows("u", _convolution_state),
+        {"u": LAYER_INPUT, **BOUNDS, **CONVOLUTION_STATE},
+        of=(GatedShortConvolution.forward,),
+        left_out=("self", "attention_mask"),
     ),
     "GatedShortConvolution.prefill": Function(
         lambda **values: GatedShortConvolution(WIDTH).prefill(**values),
-        _masked("u"),
-        {"u": LAYER_INPUT, "attention_mask": MASK},
+        _going_on("u", _convolution_state),
+        {"u": LAYER_INPUT, "attention_mask": MASK, **CONVOLUTION_STATE},
         of=(GatedShortConvolution.prefill,),
-        left_out=("self",),
+        left_out=("self", "cu_seqlens", "state_index"),
+    ),
+    "GatedShortConvolution.prefill, packed": Function(
+        lambda **values: GatedShortConvolution(WIDTH).prefill(**values),
+        _packed_rows("u", _convolution_state),
+        {"u": LAYER_INPUT, **BOUNDS, **CONVOLUTION_STATE},
+        of=(GatedShortConvolution.prefill,),
+        left_out=("self", "attention_mask", "state_index"),
+    ),
+    "GatedShortConvolution.prefill, pool": Function(
+        lambda **values: GatedShortConvolution(WIDTH).prefill(**values),
+        _in_pool("u", _convolution_state),
+        {"u": LAYER_INPUT, **CONVOLUTION_POOL},
+        written=("state",),
+        of=(GatedShortConvolution.prefill,),
+        grad=(False,),
+        left_out=("self", "attention_mask", "cu_seqlens"),
     ),
     "GatedShortConvolution.step": Function(
         lambda **values: GatedShortConvolution(WIDTH).step(**values),
-        lambda rng: {"u_t": torch.rand(2, WIDTH), "state": torch.rand(2, WIDTH, 2)},
-        {
-            "u_t": tensor((1,)),
-            "state": Argument(
-                {**tensor((0, 1, 2)).ways, "alias": _in_memory_of("state")},
-                dict.fromkeys(("range", "nan", "inf"), "any number may stand in a tensor"),
-            ),
-        },
+        _in_pool("u_t", _convolution_state),
+        {"u_t": tensor((1,)), **CONVOLUTION_POOL},
         written=("state",),
         of=(GatedShortConvolution.step,),
         grad=(False,),

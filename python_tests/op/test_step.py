@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import EMULATED
-from problems import MAPS, NORMS, Problem, relative_error, run_reference
+from problems import MAPS, NORMS, Problem, paged, relative_error, run_reference
 from torch.autograd import forward_ad
 
 from rebased_cuda import RebasedState, rebased_attention, rebased_attention_step
@@ -127,6 +127,126 @@ def test_slots_of_a_pool(index_dtype, device):
         )
         assert torch.equal(y[b : b + 1], expected)
         assert torch.equal(pool.kv[slot : slot + 1], alone.kv)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("gap", [0, 1, 4, 64])
+@pytest.mark.parametrize(
+    ("feature_map", "heads", "feature_dim", "head_dim"),
+    # whole quads of a state, quads that the pages leave unaligned, ragged ones, more than shared memory holds
+    [("outer", 4, 16, 64), ("square", 4, 6, 20), ("taylor", 2, 5, 7), ("taylor", 2, 45, 66)],
+)
+def test_slots_in_pages(feature_map, heads, feature_dim, head_dim, gap, dtype, device):
+    """Slots as far apart as pages are: equal to the dense pool to the bit, and nothing else is touched."""
+    problem = Problem(feature_map, heads=heads, kv_heads=2, batch=3, seqlen=2, feature_dim=feature_dim)
+    problem = problem.but(head_dim=head_dim, dtype=dtype, device=device)
+    inputs = problem.inputs()
+    q, k, v, *parameters, _, _ = inputs
+    shape = RebasedState.zeros(5, 2, feature_dim, head_dim, feature_map=feature_map)
+    dense = RebasedState(*(torch.rand_like(x, dtype=problem.accumulator, device=device) for x in shape))
+    pages, between = paged(dense, gap)
+    before = dense.clone()
+    slots = torch.tensor([4, -1, 1], device=device)
+    for i in range(2):
+        results = [
+            rebased_attention_step(
+                *(x[:, :, i] for x in (q, k, v)), pool, *parameters, **problem.options(), state_index=slots
+            )
+            for pool in (pages, dense)
+        ]
+        assert torch.equal(*results)
+    for part, expected, original in zip(pages, dense, before, strict=True):
+        assert torch.equal(part, expected)
+        assert torch.equal(part[[0, 2, 3]], original[[0, 2, 3]])
+        assert not torch.equal(part[4], original[4])
+    assert between.isnan().all()
+
+
+def test_states_in_pages_without_an_index(device):
+    """The sequences' own states, of which one alone may have any stride at all."""
+    row = _row(device=device)
+    for batch in (1, 2):
+        dense = RebasedState.zeros(batch, 2, 5, 7, device=device)
+        pages, between = paged(dense, 3)
+        mine = [x[:batch] if i < 3 else x for i, x in enumerate(row)]
+        results = [rebased_attention_step(*mine[:3], pool, *mine[3:]) for pool in (pages, dense)]
+        assert torch.equal(*results)
+        assert torch.equal(pages.kv, dense.kv)
+        assert between.isnan().all()
+    kv, k = RebasedState.zeros(1, 2, 5, 7, device=device)
+    alone = RebasedState(kv.as_strided(kv.shape, (3, *kv.stride()[1:])), k.as_strided(k.shape, (0, 15, 1)))
+    rebased_attention_step(*(x[:1] for x in row[:3]), alone)
+    assert kv.any()
+
+
+@pytest.mark.parametrize("grad", [True, False])  # the operator looks either way
+def test_parts_of_pages_that_meet_are_refused(grad, device):
+    """kv and k in the same pages are apart only if all slots of the one are apart from all of the other."""
+    row = _row(device=device)[:3]
+    sizes = (2, 2, 15, 7), (2, 2, 15)
+    memory = torch.zeros(4 * 300, device=device)
+
+    def part(size, first, pitch):
+        dense = torch.empty(size[1:]).stride()
+        return memory.as_strided(size, (pitch, *dense), first)
+
+    for first, pitch, apart in (
+        (210, 300, True),  # k behind kv in each page
+        (270, 300, True),  # k at the end of each page
+        (209, 300, False),  # k begins on the last entry of kv
+        (271, 300, False),  # k ends on the first entry of the next page's kv
+        (300, 300, False),  # k at the beginning of the second page
+        (510, 300, True),  # in the pages behind those of kv
+        (210, 301, False),  # pages of two sizes are not looked into
+    ):
+        state = RebasedState(part(sizes[0], 0, 300), part(sizes[1], first, pitch))
+        with torch.set_grad_enabled(grad):
+            if apart:
+                rebased_attention_step(*row, state)
+                assert memory.any()
+                memory.zero_()
+            else:
+                with pytest.raises(ValueError, match=r"state\.kv: shares memory with state\.k"):
+                    rebased_attention_step(*row, state)
+        assert not memory.any()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_slots_that_are_not_in_one_piece_are_refused(grad, device):
+    row = _row(device=device)[:3]
+    good = RebasedState.zeros(2, 2, 5, 7, device=device)
+    for part, bad in (
+        ("kv", torch.zeros(2, 2, 15, 8, device=device)[..., :7]),
+        ("kv", torch.zeros(2, 2, 16, 7, device=device)[:, :, :15]),
+        ("kv", torch.zeros(2, 2, 7, 15, device=device).mT),
+        ("kv", torch.zeros(2, 15, 2, 7, device=device).transpose(1, 2)),
+        ("kv", torch.zeros(419, device=device).as_strided((2, 2, 15, 7), (209, 105, 7, 1))),
+        ("k", torch.zeros(2, 2, 16, device=device)[..., :15]),
+        ("k", torch.zeros(2, 15, 2, device=device).mT),
+        ("k", torch.zeros(30, device=device).as_strided((2, 2, 15), (0, 15, 1))),
+    ):
+        words = rf"^state\.{part}: expected contiguous slots, apart from each other"
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=words):
+            rebased_attention_step(*row, good._replace(**{part: bad}))
+        assert not bad.any()
+        assert not good.kv.any()
+
+
+def test_what_is_read_may_lie_between_the_slots(device):
+    """But not in them: of pages only the slots are the state's."""
+    dense = RebasedState.zeros(2, 2, 5, 7, device=device)
+    pages, between = paged(dense, 20)
+    q, k, v = _row(device=device)[:3]
+    expected = rebased_attention_step(q, k, v, dense)
+    between.copy_(q.flatten(1))
+    assert torch.equal(rebased_attention_step(between.view(2, 4, 5), k, v, pages), expected)
+    assert torch.equal(pages.kv, dense.kv)
+    for part in pages:
+        before = pages.clone()
+        inside = part.flatten(1)[:, :20].view(2, 4, 5)
+        with pytest.raises(ValueError, match=r"state\.(kv|k): shares memory with q"):
+            rebased_attention_step(inside, k, v, pages)
+        assert torch.equal(pages.kv, before.kv)
 
 
 def test_strided_slots(device):

@@ -10,11 +10,20 @@ from torch import Tensor, nn
 from .._checks import check_bool, check_options, check_state, fail, untraced
 from ..attention import rebased_attention, rebased_attention_step
 from ..reference import attention_matrix
-from ..state import MAX_FEATURE_DIM, MAX_HEAD_DIM, RebasedState, check_size, num_features
+from ..state import (
+    MAX_FEATURE_DIM,
+    MAX_HEAD_DIM,
+    RebasedState,
+    check_layout,
+    check_memory,
+    check_size,
+    num_features,
+)
 from .base import (
     ContextParallelLayer,
     call,
     check_input,
+    check_slots_apart,
     check_token,
     check_writable,
     refuse_gradients,
@@ -323,15 +332,19 @@ class ReBasedAttention(ContextParallelLayer):
         if state_index is not None:
             counted = "slots"
             if isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], Tensor):
+                check_layout("state.kv", state[0])  # a nested tensor has no shape
                 count = state[0].shape[0] if state[0].dim() else 0
         sizes = (count, self.num_kv_heads, num_features(self.feature_map, self.feature_dim), self.head_dim)
         untraced(check_state, "state", state, sizes, counted, q)
+        for name, part in zip(("state.kv", "state.k"), state, strict=True):  # type: ignore[arg-type]
+            check_memory(name, part)
         pool = RebasedState(*state)  # type: ignore[misc]  # check_state has seen that it is one
         if state_index is None:
             return pool, None
         refuse_gradients(self, "prefill with state_index", q, *pool)
         check_writable("state.kv", pool.kv)
         check_writable("state.k", pool.k)
+        check_slots_apart("state.kv", pool.kv, "state.k", pool.k)
         slots = Slots(pool, state_index, rows.sequences, q, "x")
         return RebasedState(*slots.read()), slots
 

@@ -150,12 +150,36 @@ def check_apart(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name}: expected memory apart from {other_name}'s, since it is updated in place")
 
 
+def check_slots_apart(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """That no slot of x meets one of `other`; both (slots, ...) of the same dtype, slots apart in themselves.
+
+    They may lie in the same pages: where these are of one size, what holds in one page holds in all.
+    """
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or x.numel() == 0 or x.is_meta:
+        return
+    if type(x) is not Tensor or type(other) is not Tensor:  # a subclass may have no memory
+        return
+    low, high = sorted((x, other), key=Tensor.data_ptr)
+    distance, size = high.data_ptr() - low.data_ptr(), x.element_size()
+    if distance >= _extent(low) * size:
+        return
+    if x.stride(0) == other.stride(0) and x.shape[0] > 1:
+        distance, pitch = distance % (x.stride(0) * size), x.stride(0) * size
+        if distance >= _extent(low[0]) * size and pitch - distance >= _extent(high[0]) * size:
+            return
+    raise ValueError(f"{name}: expected memory apart from {other_name}'s, since both are updated in place")
+
+
+def _extent(x: Tensor) -> int:
+    """How many elements there are from the first of x to the last in memory."""
+    return 1 + sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
+
+
 def _share_memory(x: Tensor, y: Tensor) -> bool:
     """Whether an element of x is one of y; both of the same dtype, neither empty."""
 
     def end(x: Tensor) -> int:
-        last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
-        return x.data_ptr() + (last + 1) * x.element_size()
+        return x.data_ptr() + _extent(x) * x.element_size()
 
     def addresses(x: Tensor) -> Tensor:
         result = torch.tensor(x.data_ptr(), device="cpu")

@@ -139,22 +139,23 @@ KERNEL void LAUNCH_BOUNDS(step_max_threads, (sizeof(E) == 8 ? 3 : 5))
   }
 
   const Features<A> features(problem.feature_map, problem.feature_dim, problem.scale);
-  const int64_t state = (slot * problem.kv_heads + kv_head) * features.count;
+  const int64_t state = static_cast<int64_t>(kv_head) * features.count;  // within its slot
   A* const sums_copy = shared + tiles.state_sums;  // (features_at_once), each of the thread that reads it
-  A* const state_sums = static_cast<A*>(problem.state.k) + state;
+  A* const state_sums = static_cast<A*>(problem.state.k) + slot * problem.k_stride + state;
   const unsigned quads = (head_dim + 3) / 4;
   StepLane<A> own;
   own.lane = threadIdx.x / quads;
   own.lanes = tiles.lanes;
   const int column = 4 * (threadIdx.x % quads);
-  own.kv = static_cast<A*>(problem.state.kv) + (state + own.lane) * head_dim + column;
+  own.kv =
+      static_cast<A*>(problem.state.kv) + slot * problem.kv_stride + (state + own.lane) * head_dim + column;
   own.copy = shared + tiles.state + 4 * thread;
   own.stride = own.lanes * head_dim;
   own.copy_stride = own.lanes * 4 * quads;
   own.head_dim = head_dim;
   own.columns = head_dim - column;
-  own.aligned =
-      rows_aligned(static_cast<const A*>(problem.state.kv), head_dim, head_dim, 16) && head_dim % 4 == 0;
+  own.aligned = rows_aligned(static_cast<const A*>(problem.state.kv), problem.kv_stride, head_dim, 16) &&
+                head_dim % 4 == 0;
   if (own.lane == own.lanes) own.lane = own.no_lane;
   const auto fetch = [&](int begin, int end) {
     NO_UNROLL for (int f = begin + thread; f < end; f += threads) {
