@@ -54,8 +54,7 @@ def make_model(
     """A new model of these sizes, in training mode."""
     model = RebasedForCausalLM(configuration.config()).train()
     if activation_checkpointing:
-        name = "activation_checkpointing_enable"  # of transformers from 5.24 on
-        getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+        model.activation_checkpointing_enable()
     return model
 
 

@@ -20,7 +20,7 @@ from conftest import EMULATED
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("tqdm")
-pytest.importorskip("transformers", minversion="5.14")
+pytest.importorskip("transformers", minversion="5.24")
 
 from benchmarks.language_model import __main__ as command
 from benchmarks.language_model import compare, generate, parallel, speed, text

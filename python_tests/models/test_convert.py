@@ -10,7 +10,7 @@ import torch
 from problems import relative_error
 from torch import Tensor, nn
 
-pytest.importorskip("transformers", minversion="5.14")
+pytest.importorskip("transformers", minversion="5.24")
 
 from transformers import AutoModelForCausalLM
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("transformers", minversion="5.14")
+pytest.importorskip("transformers", minversion="5.24")
 
 from tiny_models import MODELS, prompt, recomputed, tiny_model
 from transformers import DynamicCache, StaticCache

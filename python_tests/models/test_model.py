@@ -9,7 +9,7 @@ import torch
 from problems import relative_error
 from torch import nn
 
-pytest.importorskip("transformers", minversion="5.14")
+pytest.importorskip("transformers", minversion="5.24")
 
 from tiny_models import MODELS, VOCABULARY, prompt, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

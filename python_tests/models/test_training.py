@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-pytest.importorskip("transformers", minversion="5.14")
+pytest.importorskip("transformers", minversion="5.24")
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
@@ -56,7 +56,7 @@ def test_checkpointed_gradients_are_the_same(name, use_reentrant):
         return {name: x.grad for name, x in model.named_parameters()}
 
     expected = {name: x.clone() for name, x in gradients().items()}
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     for name, gradient in gradients().items():
         assert torch.equal(gradient, expected[name]), name
@@ -67,7 +67,7 @@ def test_checkpointing_saves_less():
         sizes = []
         model = tiny_model().train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
             model.model(prompt(4, 60))
         return sum(sizes)
@@ -100,7 +100,7 @@ def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}, {"bf16": True}], ids=str)
 def test_trainer(options, tmp_path):
     torch.manual_seed(0)
     trainer = train(tmp_path, RebasedForCausalLM(tiny_config()), **options)

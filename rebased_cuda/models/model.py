@@ -9,7 +9,6 @@ The configuration says which layer has a gated short convolution, linear attenti
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -24,12 +23,6 @@ from transformers.utils import can_return_tuple
 
 from .configuration import SOFTMAX, RebasedConfig
 from .mixers import COUNTS, ResidualLinear, make_mixer, mix, remember
-
-CACHE = (
-    "cache" if "cache" in (x.name for x in dataclasses.fields(BaseModelOutputWithPast)) else "past_key_values"
-)
-"""What this version of transformers calls the cache; until 5.23 it was the latter."""
-
 
 class RebasedMLP(nn.Module):
     """fc1, GELU, fc2, both with a bias."""
@@ -190,7 +183,7 @@ class RebasedModel(RebasedPreTrainedModel):
             x = block(x, masks[kind], cu_seq_lens_q, cache=cache)
             states.append(x)
         x = self.norm(x)
-        output = BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
+        output = BaseModelOutputWithPast(last_hidden_state=x, cache=cache)
         if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
             output.hidden_states = (*states[:-1], x)
         return output
@@ -220,7 +213,7 @@ class RebasedModel(RebasedPreTrainedModel):
             "config": self.config,
             "inputs_embeds": x,
             "attention_mask": attention_mask,
-            CACHE: cache,
+            "cache": cache,
         }
         recurrent = create_recurrent_attention_mask(**arguments)
         masks: dict[str, Tensor | None] = dict.fromkeys(kinds - {SOFTMAX}, recurrent)
@@ -335,7 +328,7 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: input_ids are a whole sequence, and the cache has seen more.
         """
-        cache, index = kwargs.get(CACHE), _first_recurrent(self.config)
+        cache, index = kwargs.get("cache"), _first_recurrent(self.config)
         if is_first_iteration and next_sequence_length is None and cache is not None and index is not None:
             layer = cache.layers[index]
             seen = int(layer.recurrent_states[COUNTS][0, 1]) if layer.has_previous_state[COUNTS] else 0
@@ -407,5 +400,5 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
-            **{CACHE: getattr(outputs, CACHE)},
+            cache=outputs.cache,
         )
