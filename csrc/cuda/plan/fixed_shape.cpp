@@ -139,13 +139,13 @@ std::vector<Refusal> refusals(const AnyProblem& problem, const Device& device) {
 }
 
 // The bytes that one block's slots take, of all its column groups.
-int64_t tensor_core_slot_bytes(const Problem& problem, const Plan& plan) {
+template <class AnyProblem>
+int64_t tensor_core_slot_bytes(const AnyProblem& problem, const Plan& plan) {
   using namespace tensor_core;
-  const int64_t floats = slot_floats(problem.feature_map, problem.feature_dim);
-  const bool polynomial = is_polynomial(problem.feature_map) && problem.feature_dim <= 16;
-  // a backward may have kernels of both kinds
-  return std::max(floats, polynomial ? polynomial_slot_floats(problem.feature_map, problem.feature_dim) : 0) *
-         plan.column_groups * 4;
+  const int64_t floats = polynomial_kernels(problem)
+                             ? polynomial_slot_floats(problem.feature_map, problem.feature_dim)
+                             : slot_floats(problem.feature_map, problem.feature_dim);
+  return floats * plan.column_groups * 4;
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include "cuda/tensor_core/family/launch.cuh"
 #include "cuda/tensor_core/grad_kv.cuh"
 #include "cuda/tensor_core/grad_q.cuh"
+#include "cuda/tensor_core/polynomial/grad_kv.cuh"
 #include "cuda/tensor_core/polynomial/grad_q.cuh"
 #include "cuda/tensor_core/wide_grad_kv.cuh"
 #include "cuda/tensor_core/wide_grad_q.cuh"
@@ -69,9 +70,26 @@ void add_reverse_sums(const Call<BackwardProblem>& call, bool all_segments, Laun
 
 namespace polynomial {
 
+// What the reverse sweeps are given. `all_segments`: see Launch.
+inline Arguments<BackwardProblem> reverse_arguments(const Call<BackwardProblem>& call, bool all_segments) {
+  const bool scanned = !all_segments && needs_scan(call.segments, call.problem.grad_final_state);
+  return {call, call.region<float>(call.workspace.reverse_states), scanned, all_segments};
+}
+
+// Queues what leaves each segment's own sums of the reverse state in the workspace. delta / r must be there.
+template <class T, FeatureMap map, int feature_dim>
+void add_reverse_sums(const Call<BackwardProblem>& call, bool all_segments, Launches* launches) {
+  visit_shape<map, feature_dim>(call, [&](auto shape) {
+    using S = decltype(shape);
+    launches->add(reverse_segment_kernel<T, S>, sweep_grid(call.problem, call.segments), threads,
+                  reverse_segment_bytes<S>(call.problem.group_size()), reverse_arguments(call, all_segments),
+                  call.region<const float>(call.workspace.delta));
+  });
+}
+
 // Queues the sweep that makes grad q, and leaves delta / r of each column group.
 template <class T, FeatureMap map, int feature_dim>
-void add_grad_q(const Call<BackwardProblem>& call, const BackwardBuffers& buffers, Launches* launches) {
+void add_grad_q(const Call<BackwardProblem>& call, Launches* launches) {
   visit_shape<map, feature_dim>(call, [&](auto shape) {
     using S = decltype(shape);
     const int64_t group_size = call.problem.group_size();
@@ -79,37 +97,65 @@ void add_grad_q(const Call<BackwardProblem>& call, const BackwardBuffers& buffer
                                                needs_scan(call.segments, call.problem.initial_state));
     launches->add(group_size > 1 ? grad_q_kernel<T, S, true> : grad_q_kernel<T, S, false>,
                   sweep_grid(call.problem, call.segments), threads, GradQTiles<S>::bytes(group_size),
-                  arguments, buffers);
+                  arguments, make_buffers(call));
   });
+}
+
+// Queues the sweep that makes grad k and grad v.
+template <class T, FeatureMap map, int feature_dim>
+void add_grad_kv(const Call<BackwardProblem>& call, Launches* launches) {
+  visit_shape<map, feature_dim>(call, [&](auto shape) {
+    using S = decltype(shape);
+    const int64_t group_size = call.problem.group_size();
+    launches->add(group_size > 1 ? grad_kv_kernel<T, S, true> : grad_kv_kernel<T, S, false>,
+                  sweep_grid(call.problem, call.segments), threads, GradKvTiles<S>::bytes(group_size),
+                  reverse_arguments(call, false), make_buffers(call));
+  });
+}
+
+template <class T, FeatureMap map, int feature_dim>
+Family<BackwardProblem> backward_family() {
+  using AnyCall = const Call<BackwardProblem>&;
+  using StateSlot = Slot<map, feature_dim>;
+  return {[](AnyCall call, Launches* launches) { add_states<T, map, feature_dim>(call, launches); },
+          [](AnyCall call, Launches* launches) {
+            if (call.segments > 1) add_reverse_sums<T, map, feature_dim>(call, false, launches);
+            add_scan<StateSlot>(call, call.workspace.reverse_states, call.problem.grad_final_state, true,
+                                launches);
+          },
+          [](AnyCall call, Launches* launches) { add_grad_q<T, map, feature_dim>(call, launches); },
+          [](AnyCall call, Launches* launches) { add_grad_kv<T, map, feature_dim>(call, launches); },
+          [](AnyCall call, Launches* launches) {
+            add_reverse_sums<T, map, feature_dim>(call, true, launches);
+            add_slot_sums<StateSlot>(call, call.workspace.reverse_states, call.problem.grad_initial_state,
+                                     true, launches);
+          },
+          Deltas::from_grad_q};
 }
 
 }  // namespace polynomial
 
-// `is_polynomial`: whether grad q comes from the kernels of tensor_core/polynomial/.
-template <class T, FeatureMap map, int feature_dim, bool is_polynomial>
-Family<BackwardProblem> backward_family() {
+}  // namespace tensor_core
+
+template <FeatureMap map, int feature_dim>
+Family<BackwardProblem> tensor_core_family(const BackwardProblem& problem) {
+  using namespace tensor_core;
+  using T = bfloat16_t;
   using S = Slabs<map, feature_dim>;
   using AnyCall = const Call<BackwardProblem>&;
-  return {[](AnyCall call, Launches* launches) {
-            if constexpr (is_polynomial) {
-              polynomial::add_states<T, map, feature_dim>(call, launches);
-            } else {
-              add_states<T, S>(call, launches);
-            }
-          },
+  if constexpr (S::polynomial && !S::wide) {
+    if (polynomial_kernels(problem)) return polynomial::backward_family<T, map, feature_dim>();
+  }
+  return {[](AnyCall call, Launches* launches) { add_states<T, S>(call, launches); },
           [](AnyCall call, Launches* launches) {
             if (call.segments > 1) add_reverse_sums<T, S>(call, false, launches);
             add_scan<S>(call, call.workspace.reverse_states, call.problem.grad_final_state, true, launches);
           },
           [](AnyCall call, Launches* launches) {
-            if constexpr (is_polynomial) {
-              polynomial::add_grad_q<T, map, feature_dim>(call, make_buffers(call), launches);
-            } else {
-              const int64_t group_size = call.problem.group_size();
-              launches->add(Sweeps<T, S>::grad_q(group_size > 1), sweep_grid(call.problem, call.segments),
-                            S::threads, Sweeps<T, S>::grad_q_bytes(group_size), sweep_arguments<S>(call),
-                            make_buffers(call));
-            }
+            const int64_t group_size = call.problem.group_size();
+            launches->add(Sweeps<T, S>::grad_q(group_size > 1), sweep_grid(call.problem, call.segments),
+                          S::threads, Sweeps<T, S>::grad_q_bytes(group_size), sweep_arguments<S>(call),
+                          make_buffers(call));
           },
           [](AnyCall call, Launches* launches) {
             const bool grouped = call.problem.group_size() > 1;
@@ -122,18 +168,7 @@ Family<BackwardProblem> backward_family() {
             add_slot_sums<S>(call, call.workspace.reverse_states, call.problem.grad_initial_state, true,
                              launches);
           },
-          is_polynomial ? Deltas::from_grad_q : Deltas::from_grad_kv};
-}
-
-}  // namespace tensor_core
-
-template <FeatureMap map, int feature_dim>
-Family<BackwardProblem> tensor_core_family(const BackwardProblem& problem) {
-  using namespace tensor_core;
-  if constexpr (is_polynomial(map) && feature_dim <= 16) {
-    if (polynomial_kernels(problem)) return backward_family<bfloat16_t, map, feature_dim, true>();
-  }
-  return backward_family<bfloat16_t, map, feature_dim, false>();
+          Deltas::from_grad_kv};
 }
 
 }  // namespace rebased::REBASED_BACKEND

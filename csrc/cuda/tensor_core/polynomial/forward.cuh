@@ -104,7 +104,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>) forward_kernel(Arguments<F
 
   State<T, S> state;
   state.gram = reinterpret_cast<float*>(memory + L::gram);
-  const float count = state.start(arguments, origins->span, lane);
+  const float count = state.start(arguments, origins->span, false, lane);
 
   // The rows of a query head's chunk, and with its first head those of the keys.
   const auto copy_step = [&](int first, int head, auto whole) {
@@ -211,7 +211,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>) forward_kernel(Arguments<F
         static_cast<float*>(problem.final_state.kv) + index * features * problem.head_dim + span.first_column;
     float* const k = static_cast<float*>(problem.final_state.k) + index * features;
     sync_warp();
-    state.store_public(kv, blockIdx.y == 0 ? k : nullptr, count + static_cast<float>(rows_end),
+    state.store_public(kv, blockIdx.y == 0 ? k : nullptr, count + static_cast<float>(rows_end), false,
                        problem.head_dim, columns_left, lane);
   }
 }

@@ -152,7 +152,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
   load_affine<S>(affine, arguments, origins->span.kv_head, group_size);
   State<T, S> state;
   state.gram = reinterpret_cast<float*>(memory + L::gram);
-  state.start(arguments, origins->span, lane_anew(warp));
+  state.start(arguments, origins->span, false, lane_anew(warp));
   if (warp == 0) {
     sync_warp();
     order_sums(state, lane_anew(warp));

@@ -100,22 +100,23 @@ DEVICE void multiply_features(float (&c)[4], const uint32_t (&rows)[2 * S::units
 
 // ---- from a state ----
 
-// Brings the sums of the denominator of a state that has just been started into the order of features; warp 0.
-template <class T, class S>
+// Brings the sums of the denominator of a state, which are in the natural order of features where it has just
+// been started, into the order of features, or back; warp 0.
+template <bool back = false, class T, class S>
 DEVICE void order_sums(State<T, S>& state, const Lane& lane) {
+  const auto from = [](int place) { return back ? Order<S>::position(place) : Order<S>::feature(place); };
   if constexpr (S::feature_dim == 16) {  // with d = 8 the order is the natural one
     float z[S::units][4];
     UNROLL for (int n = 0; n < S::units; ++n) {
       UNROLL for (int j = 0; j < 4; ++j) {
-        const int row = Order<S>::feature(fragment_row(j, lane)),
-                  column = Order<S>::feature(fragment_column(n, j, lane));
+        const int row = from(fragment_row(j, lane)), column = from(fragment_column(n, j, lane));
         const int of_lane = 4 * (row & 7) + (column & 7) / 2;
         z[n][j] = state.gram[(32 * (column >> 3) + of_lane) * 4 + 2 * (row >> 3) + (column & 1)];
       }
     }
     float* const linear = state.gram + StateShape<S>::gram_floats;
     const bool has_linear = lane.lane < StateShape<S>::linear_floats;
-    const float sum = has_linear ? linear[Order<S>::feature(lane.lane)] : 0.0f;
+    const float sum = has_linear ? linear[from(lane.lane)] : 0.0f;
     sync_warp();
     state.set_gram(z, lane);
     if (has_linear) linear[lane.lane] = sum;

@@ -79,12 +79,13 @@ struct State {
     if (lane.lane < Spread::linear_floats) gram[Spread::gram_floats + lane.lane] = 0;
   }
 
-  // Sets the state that the block begins with. Returns the number of keys in it.
+  // Sets the state that the block begins with, or the reverse state. Returns the number of keys in it.
   template <class AnyProblem>
-  DEVICE float start(const Arguments<AnyProblem>& arguments, const Span& span, const Lane& lane) {
+  DEVICE float start(const Arguments<AnyProblem>& arguments, const Span& span, bool reverse,
+                     const Lane& lane) {
     clear(lane);
     float z[S::units][4] = {}, sum = 0, count = 0;
-    visit_start<Slot>(arguments, span, false, [&](const float* slot) {
+    visit_start<Slot>(arguments, span, reverse, [&](const float* slot) {
       visit_tiles(lane, [&](float (&c)[4], int row, int rows, int column) {
         add_tile<columns>(c, slot + row * columns + column, rows, lane);
       });
@@ -129,10 +130,10 @@ struct State {
     if (S::taylor && lane.lane == 0) slot[Slot::count] = count;
   }
 
-  // Stores the state in its public form: kv (features, head_dim) from the block's first column on, and k
+  // Stores the state, or the gradient of a state, in its public form: kv (features, head_dim) from the block's first column on, and k
   // (features), which is null where another block stores it.
-  DEVICE void store_public(float* kv, float* k, float count, int64_t head_dim, int columns_left,
-                           const Lane& lane) {
+  DEVICE void store_public(float* kv, float* k, float count, bool gradient, int64_t head_dim,
+                           int columns_left, const Lane& lane) {
     const auto store_row = [&](int row, int column, float x, float y) {
       if (column < columns_left)
         store_global(kv + Slot::public_feature(row) * head_dim + column, float2{x, y});
@@ -155,7 +156,8 @@ struct State {
     UNROLL for (int n = 0; n < S::units; ++n) {
       UNROLL for (int j = 0; j < 4; ++j) {
         const int row = fragment_row(j, lane), column = fragment_column(n, j, lane);
-        if (Slot::is_public_product(row, column)) k[Slot::public_product(row, column)] = z[n][j];
+        if (!Slot::is_public_product(row, column)) continue;
+        k[Slot::public_product(row, column)] = z[n][j] * (1.0f / Slot::gram_weight(row, column, gradient));
       }
     }
     if (lane.lane < Spread::linear_floats) k[1 + lane.lane] = gram[Spread::gram_floats + lane.lane];
