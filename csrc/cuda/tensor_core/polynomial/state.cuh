@@ -256,8 +256,8 @@ DEVICE void add_gram(State<T, S>& state, const T* terms, const Lane& lane) {
 
 // ---- the published tile ----
 
-// Where a row of the tile begins. With a shift the rows of each slab of 16 lie that much further down from its
-// ninth on, and each slab twice that: for an ldmatrix of rows that are not side by side.
+// Where a row of the tile begins. With a shift the rows of each slab of 16 lie that much further down from
+// its ninth on, and each slab twice that: for an ldmatrix of rows that are not side by side.
 template <int shift = 0>
 HOST_DEVICE constexpr int published_row(int row) {
   return row * value_stride + row / tile * 2 * shift + (row & 8 ? shift : 0);
