@@ -85,7 +85,7 @@ Plan plan_float32(const Problem& problem, const Device& device, Sweep sweep, int
   tiles.state_in_shared = true;
   const bool split = plan.segments > 1;
   add_state_regions(problem, sweep, tiles.slot_size() * 4, split, split, false, &plan);
-  if (sweep.backward) add_gradient_regions(problem, sweep, false, &plan);
+  if (sweep.backward) add_gradient_regions(problem, sweep, false, false, &plan);
   add_carries(problem, float32_path::carry_size(problem.feature_map, problem.group_size()), &plan);
   return plan;
 }
@@ -192,7 +192,7 @@ Plan plan_tensor_core(const BackwardProblem& problem, const Device& device) {
   add_state_regions(problem, sweep_of(problem), tensor_core_slot_bytes(problem, plan),
                     split || problem.initial_state.kv, split || problem.grad_final_state.kv || only_state,
                     tensor_core::forward_kept_alike(problem), &plan);
-  add_gradient_regions(problem, sweep_of(problem), true, &plan);
+  add_gradient_regions(problem, sweep_of(problem), true, tensor_core::polynomial_kernels(problem), &plan);
   if (!only_state) add_initial_sums_region(problem, &plan);
   return plan;
 }

@@ -60,8 +60,9 @@ void add_preparation_regions(const Problem&, Sweep, Plan*);
 // its own cut.
 void add_state_regions(const Problem&, Sweep, int64_t slot_bytes, bool states, bool reverse_states,
                        bool keepable, Plan*);
-// What a backward needs beside states. `delta_of_groups`: each column group has a delta of its own.
-void add_gradient_regions(const Problem&, Sweep, bool delta_of_groups, Plan*);
+// What a backward needs beside states. `delta_of_groups`: each column group has a delta of its own;
+// `delta_for_state`: kernels read one for the gradient of a state alone too.
+void add_gradient_regions(const Problem&, Sweep, bool delta_of_groups, bool delta_for_state, Plan*);
 // The column groups' parts of the gradient of the initial state's sums.
 void add_initial_sums_region(const BackwardProblem&, Plan*);
 // Room for what rounding takes from the sums of blocks that may walk more than compensated_rows tokens:
