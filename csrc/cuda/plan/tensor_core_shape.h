@@ -19,7 +19,6 @@ constexpr int chunk = 64;  // tokens
 constexpr int summed_segments = 8;
 
 inline bool supports_features(const Problem& problem) {
-  if (problem.feature_map == FeatureMap::identity) return false;
   return problem.feature_dim == 16 || (problem.feature_map == FeatureMap::outer &&
                                        (problem.feature_dim == 8 || problem.feature_dim == 32));
 }
