@@ -8,7 +8,8 @@ that a branch skips (three kinds of LayerNorm are compiled in and one of them ru
 bound of what a warp issues. Where warps differ in how often a loop runs, it is their mean. What is outside
 the chunk loop is not counted. Kernels whose last argument is true serve several query heads per kv head;
 their number is that of one head. Inner loops of the tensor-core kernels without HMMA are those of rows in
-pieces of less than 16 bytes, which an aligned call skips: they are not counted.
+pieces of less than 16 bytes: these loops, and the blocks that lead to them alone, are skipped by a call with
+aligned rows and are not counted.
 python_tests/cuda/ptx/test_ptx.py compares HMMA per chunk with those that really run.
 """
 
@@ -203,27 +204,55 @@ def loops_of(name: str) -> tuple[Nest, ...] | None:
     return special or LOOPS.get(base)
 
 
-def has_product(function: Function, loop: Loop, product: str) -> bool:
-    own = any(opcode.startswith(product) for opcode in function.opcodes(loop))
-    return own or any(has_product(function, inner, product) for inner in loop.inner)
+def all_blocks(loop: Loop) -> set[int]:
+    return loop.blocks.union(*map(all_blocks, loop.inner))
 
 
-def counted_loops(function: Function, loop: Loop, product: str) -> list[Loop]:
-    """The loops inside `loop` that an aligned call runs."""
-    return [x for x in loop.inner if product != "HMMA" or has_product(function, x, product)]
+def inner_loops(loop: Loop) -> list[Loop]:
+    return [x for inner in loop.inner for x in (inner, *inner_loops(inner))]
 
 
-def per_chunk(
-    function: Function, loop: Loop, nests: tuple[Nest, ...], product: str, runs: float = 1
-) -> Counter[str]:
+def serves_all_rows(opcode: str) -> bool:
+    """Whether aligned rows can't do without it: a product, a barrier, a wide access."""
+    return opcode.startswith(("HMMA", "BAR", "LDGDEPBAR")) or global_access(opcode) in WIDE_ACCESSES
+
+
+def without_narrow_rows(function: Function, loop: Loop) -> Loop:
+    """The loop without what only rows in narrow pieces run.
+
+    It is found from the inner loops without HMMA up: through the blocks that dominate them, as long as
+    nothing that all rows need comes behind.
+    """
+    inside = all_blocks(loop)
+    behind = {x: {y for y in inside if x in function.dominators[y]} for x in inside}
+
+    def is_needed(blocks: set[int]) -> bool:
+        return any(serves_all_rows(i.opcode) for block in blocks for i in function.blocks[block])
+
+    skipped: set[int] = set()
+    for inner in inner_loops(loop):
+        if not is_needed(all_blocks(inner)):
+            above = function.dominators[inner.header] & inside
+            skipped |= set().union(*(behind[x] for x in above if not is_needed(behind[x])))
+
+    def pruned(loop: Loop) -> Loop:
+        inner = [pruned(x) for x in loop.inner if x.header not in skipped]
+        return Loop(loop.header, loop.blocks - skipped, inner)
+
+    return pruned(loop)
+
+
+def per_chunk(function: Function, loop: Loop, nests: tuple[Nest, ...], runs: float = 1) -> Counter[str]:
     """Opcodes per chunk of `loop`, which itself runs `runs` times per chunk."""
-    inner_loops = counted_loops(function, loop, product)
-    if len(inner_loops) != len(nests):
-        raise ValueError(f"a loop has {len(inner_loops)} inner loops and LOOPS knows of {len(nests)}")
+    if len(loop.inner) != len(nests):
+        raise ValueError(f"a loop has {len(loop.inner)} inner loops and LOOPS knows of {len(nests)}")
     total: Counter[str] = Counter({opcode: runs * count for opcode, count in function.opcodes(loop).items()})
-    for inner, nest in zip(inner_loops, nests, strict=True):
-        total += per_chunk(function, inner, nest.inner, product, nest.runs)
+    for inner, nest in zip(loop.inner, nests, strict=True):
+        total += per_chunk(function, inner, nest.inner, nest.runs)
     return total
+
+
+WIDE_ACCESSES = (("load", 16), ("store", 16))
 
 
 def global_access(opcode: str) -> tuple[str, int] | None:
@@ -247,11 +276,12 @@ def measure(name: str, architecture: int, function: Function) -> Figures:
     whole = Counter(instruction.opcode for instruction in function.instructions)
     bases = by_base(whole)
     chunk: Counter[str] = Counter()
-    product = product_of(name)
-    loop, nests = chunk_loop(function, product), loops_of(name)
+    loop, nests = chunk_loop(function, product_of(name)), loops_of(name)
+    if loop and product_of(name) == "HMMA":
+        loop = without_narrow_rows(function, loop)
     if loop and nests:
         try:
-            chunk = per_chunk(function, loop, nests, product)
+            chunk = per_chunk(function, loop, nests)
         except ValueError as error:
             raise ValueError(f"{name} at sm_{architecture}: {error}") from None
     accesses: Counter[str] = Counter()

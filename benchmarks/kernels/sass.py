@@ -55,6 +55,7 @@ class Function:
                 if opcode.split(".")[0] in ("BRA", "CALL", "BRX", "JMP", "EXIT", "RET"):
                     self.blocks.append([])
         self.next = [self._next(i, labels) for i in range(len(self.blocks))]
+        self.dominators: dict[int, set[int]] = {}  # of each block that can be reached
         self.loops = self._find_loops()
 
     @property
@@ -94,6 +95,7 @@ class Function:
                 found = {block} | set.intersection(*(dominators[previous] for previous in before[block]))
                 changed |= found != dominators[block]
                 dominators[block] = found
+        self.dominators = dominators
         bodies: dict[int, set[int]] = {}
         for block in order:
             for header in self.next[block]:

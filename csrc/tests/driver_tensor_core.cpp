@@ -1,6 +1,6 @@
 // Checks every instance of the tensor-core path against scalar_reference.h: maps, feature dims, LayerNorms,
-// widths, segments, grouped heads, packed sequences and states, where the path is forced and where the plan
-// chooses it. run_cases.h says which arguments the program takes.
+// widths, rows in pieces, segments, grouped heads, packed sequences and states, where the path is forced and
+// where the plan chooses it. run_cases.h says which arguments the program takes.
 #include "tests/run_cases.h"
 
 namespace {
@@ -8,7 +8,8 @@ namespace {
 using namespace rebased;
 using namespace rebased::tests;
 
-void add_cases(FeatureMap map, int64_t dim, std::vector<Case>* all) {
+// Cases whose rows all lie at multiples of 16 bytes, or `narrow` ones, whose rows come in smaller pieces.
+void add_cases(FeatureMap map, int64_t dim, bool narrow, std::vector<Case>* all) {
   Case c;
   c.map = map, c.dtype = Dtype::bfloat16, c.dim = dim, c.path = Path::tensor_core;
   c.scale = 0.25, c.eps = 1;  // y of a first score far below eps would be all rounding of q' and k'
@@ -28,6 +29,17 @@ void add_cases(FeatureMap map, int64_t dim, std::vector<Case>* all) {
     return &all->back();
   };
   const LayerNorm none = LayerNorm::none, head = LayerNorm::head, token = LayerNorm::token;
+  if (narrow) {
+    // with an odd padding q and k too begin in the middle of words
+    add(token, {1, 2, 1, 150, 5, 2}, true, true);
+    add(head, {1, 2, 2, 100, 12, 1}, true, true);
+    add(head, {1, 2, 1, 70, 42, 0}, true, true)->padding = 2;
+    add(head, {2, 1, 2, 130, 21, 2}, true, true)->padding = 1;
+    add(none, {1, 2, 1, 97, 130, 0}, true, true)->padding = 3;
+    add(head, {1, 1, 1, 66, 255, 1}, true, true)->packed_heads = false;
+    add(head, {1, 1, 3, 65, 1, 0}, true, true)->padding = 1;
+    return;
+  }
   add(head, {1, 1, 1, 64, 64, 1}, false, false);
   add(head, {2, 2, 1, 150, 64, 1}, true, true);
   add(none, {1, 1, 1, 300, 64, 2}, true, true);
@@ -46,22 +58,17 @@ void add_cases(FeatureMap map, int64_t dim, std::vector<Case>* all) {
   add(token, {2, 2, 2, 90, 32, 0}, true, true);
   add(token, {1, 3, 1, 150, 16, 0}, true, true)->cu_seqlens = {5, 80, 60, 140, 133};
   add(head, {1, 1, 1, 1100, 16, 0}, true, true);  // in two segments
-  // rows in pieces of 2, 4 and 8 bytes; with an odd padding q and k too begin in the middle of words
-  add(token, {1, 2, 1, 150, 5, 2}, true, true);
-  add(head, {1, 2, 2, 100, 12, 1}, true, true);
-  add(head, {1, 2, 1, 70, 42, 0}, true, true)->padding = 2;
-  add(head, {2, 1, 2, 130, 21, 2}, true, true)->padding = 1;
-  add(none, {1, 2, 1, 97, 130, 0}, true, true)->padding = 3;
-  add(head, {1, 1, 1, 66, 255, 1}, true, true)->packed_heads = false;
-  add(head, {1, 1, 3, 65, 1, 0}, true, true)->padding = 1;
 }
 
 std::vector<Case> cases() {
   std::vector<Case> all;
-  for (const FeatureMap map : {FeatureMap::outer, FeatureMap::square, FeatureMap::taylor, FeatureMap::elu}) {
-    add_cases(map, 16, &all);
+  for (const bool narrow : {false, true}) {
+    for (const FeatureMap map :
+         {FeatureMap::outer, FeatureMap::square, FeatureMap::taylor, FeatureMap::elu}) {
+      add_cases(map, 16, narrow, &all);
+    }
+    for (const int64_t dim : {8, 32}) add_cases(FeatureMap::outer, dim, narrow, &all);
   }
-  for (const int64_t dim : {8, 32}) add_cases(FeatureMap::outer, dim, &all);
   return all;
 }
 

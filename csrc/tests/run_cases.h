@@ -22,6 +22,7 @@ inline std::set<std::string> kernels_of(const Case& c) {
   if (c.plan.segments > 1) result.insert(instance + " split");
   if (c.path == Path::tensor_core) {  // grouped heads have kernels of their own
     result.insert(instance + (c.group > 1 ? " group" : " single"));
+    if (c.width % 8 || c.padding % 8) result.insert(instance + " narrow");
   }
   if (c.norm == LayerNorm::token) result.insert(instance + " token");
   if (!c.cu_seqlens.empty()) result.insert(instance + " packed");

@@ -148,6 +148,21 @@ def test_tensor_cores_take_rows_of_any_width_and_stride(
 
 
 @needs_kernels
+@pytest.mark.parametrize("head_dim", [10, 64, 130])
+@pytest.mark.parametrize("segments", [1, 3])
+def test_tensor_cores_take_features_as_they_are(segments, head_dim, override, kernel_device):
+    """`identity`; without the division, since features of both signs may sum to nothing."""
+    problem = Problem(
+        "identity", None, 2, 4, 2, 130, 16, head_dim, dtype=torch.bfloat16, device=kernel_device
+    ).but(normalize=False, with_state=True)
+    inputs = problem.inputs(requires_grad=True)
+    override(path="tensor_core", segments=segments)
+    got = _results(rebased_attention, inputs, problem)
+    for value, exact in zip(got, _results(reference.chunked, _wide(inputs), problem), strict=True):
+        assert relative_error(value, exact) <= LIMIT
+
+
+@needs_kernels
 @pytest.mark.parametrize("segments", [9, 11, 18])
 @pytest.mark.parametrize(("feature_map", "with_state"), [("outer", True), ("taylor", False)])
 def test_more_segments_than_are_loaded_at_once(feature_map, with_state, segments, override, kernel_device):

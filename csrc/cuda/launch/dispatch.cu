@@ -41,6 +41,8 @@ Family<AnyProblem> family_of(const AnyProblem& problem, Path path) {
     case FeatureMap::taylor:
       return tensor_cores ? tensor_core_family<FeatureMap::taylor, 16>(problem)
                           : float32_family<FeatureMap::taylor>(problem);
+    case FeatureMap::identity:  // of the two on tensor cores alone
+      return tensor_core_family<FeatureMap::identity, 16>(problem);
     default:
       return tensor_cores ? tensor_core_family<FeatureMap::elu, 16>(problem)
                           : float32_family<FeatureMap::elu>(problem);

@@ -22,17 +22,20 @@ DEVICE bool splits_word(const void* address) { return (reinterpret_cast<uintptr_
 // Brings one unit of a row, of which `left` elements (or fewer than 1) are there from its first on, into a
 // tile, in pieces of less than 16 bytes, with zeros past the end of the row. Asynchronously: copy_async_wait
 // must follow, and then settle_unit where pieces have 2 bytes.
+//
+// What is done in narrow pieces is done in loops that are not unrolled: by these loops
+// benchmarks/kernels/instructions.py knows the code that aligned rows skip.
 template <class T>
 DEVICE void copy_narrow_unit(T* target, const T* source, int left, int piece) {
   if (left <= 0) {
     store_shared(target, uint4{0, 0, 0, 0});
   } else if (piece == 8) {
-    UNROLL for (int i = 0; i < unit_elements; i += 4) {
+    NO_UNROLL for (int i = 0; i < unit_elements; i += 4) {
       copy_async<8>(target + i, source + i, i < left ? 8 : 0);
     }
   } else {
     const int early = splits_word(source) ? 1 : 0;
-    UNROLL for (int i = 0; i < unit_elements; i += 2) {
+    NO_UNROLL for (int i = 0; i < unit_elements; i += 2) {
       copy_async<4>(target + i, source + early + i, 2 * minimum(maximum(left - early - i, 0), 2));
     }
   }
