@@ -83,11 +83,12 @@ struct Run {
     for (Tensor* state : {&initial_kv, &grad_final_kv, &grad_final_k}) state->randomize(random, 0, 0.5);
     initial_k.randomize(random, 0, 0.1);
     // A state that keys have made has a denominator far from 0: the squares get some mass, or all features
-    // do.
+    // do. A state may also be any other, of which a negative one is far from 0 too.
     const int64_t squares = is_polynomial(c.map) ? circulant_begin(c.map, c.dim) : 0;
     for (int64_t s = 0; s < sequences * c.kv_heads; ++s) {
-      for (int64_t f = 0; f < c.dim; ++f) initial_k.values[s * features + squares + f] += 3;
-      if (c.map == FeatureMap::taylor) initial_k.values[s * features] += 5;
+      for (int64_t f = 0; f < c.dim; ++f)
+        initial_k.values[s * features + squares + f] += c.negative ? -60 : 3;
+      if (c.map == FeatureMap::taylor) initial_k.values[s * features] += c.negative ? -100 : 5;
     }
     initial_k.upload();
   }

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cuda/plan/parts.h"
+#include "cuda/plan/tensor_core_shape.h"
 
 namespace rebased {
 namespace {
@@ -34,10 +35,11 @@ void add_gradient_regions(const Problem& problem, Sweep sweep, bool delta_of_gro
   Workspace& workspace = plan->workspace;
   const int64_t accumulator = accumulator_size(problem.dtype), tokens = problem.batch * problem.seqlen;
   const int64_t groups = plan->column_groups;
-  // kernels with a delta of their own group read one even where rows are not normalised
-  add_region(
-      delta_of_groups ? sweep.queries || sweep.keys || is_polynomial(problem.feature_map) : problem.normalize,
-      &workspace.delta, (delta_of_groups ? groups : 1) * tokens * problem.heads * accumulator, plan);
+  // kernels with a delta of their own group read one even where rows are not normalised, and those of
+  // polynomial/ for the gradient of a state too
+  const bool for_state = tensor_core::polynomial_kernels(problem.feature_map, problem.feature_dim);
+  add_region(delta_of_groups ? sweep.queries || sweep.keys || for_state : problem.normalize, &workspace.delta,
+             (delta_of_groups ? groups : 1) * tokens * problem.heads * accumulator, plan);
 
   const bool unfinished = groups > 1 || problem.layer_norm == LayerNorm::token;
   const int64_t gradient = groups * tokens * problem.feature_dim * accumulator;
