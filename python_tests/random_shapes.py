@@ -211,9 +211,9 @@ def _shortened(text: str, example: dict[str, Any]) -> tuple[dict[str, Any], dict
     segments = 9 if many else 3 if few else 1
     chunks = (2 if not compensated else 3 if many else 4) * segments - (segments > 1)
     forced = {"path": path, "segments": segments, "compensated_rows": int(compensated)}
-    feature_dim, chunk = example["feature_dim"], 64  # the most that fixed kernels have
+    lengths = (int(word[len("chunk=") :]) for word in words if word.startswith("chunk="))
+    feature_dim, chunk = example["feature_dim"], next(lengths, 64)  # the most that float32's kernels have
     if path == "general":
-        chunk = next(int(word[len("chunk=") :]) for word in words if word.startswith("chunk="))
         forced |= {"chunk": chunk, "state_in_shared": int("state-in-shared" in words)}
         while feature_dim > 5 and chunks * chunk * _row_work(example | {"feature_dim": feature_dim}) > LONG:
             feature_dim -= 1

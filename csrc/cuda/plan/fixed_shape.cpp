@@ -15,14 +15,14 @@ Plan refused(Path path) {
   return plan;
 }
 
-// The number of segments, at most `most`, with which the last block ends earliest. Blocks come in waves of as
-// many as all multiprocessors hold, `resident` on each of them. Few warps leave a scheduler idle, so a wave
-// takes no less time with one warp on a scheduler than with two; from there on in proportion: measured on an
-// H100 (issue_of_a_warp and issue_at_most of benchmarks/speed/gpu_model.py). There a block that sums the
-// states before it took about a quarter of a chunk's time for each of them, and the pass that makes the
-// states, over all segments but one, two fifths of what the sweep behind it takes.
+// The number of segments, from `fewest` to `most`, with which the last block ends earliest. Blocks come in
+// waves of as many as all multiprocessors hold, `resident` on each of them. Few warps leave a scheduler idle,
+// so a wave takes no less time with one warp on a scheduler than with two; from there on in proportion:
+// measured on an H100 (issue_of_a_warp and issue_at_most of benchmarks/speed/gpu_model.py). There a block
+// that sums the states before it took about a quarter of a chunk's time for each of them, and the pass that
+// makes the states, over all segments but one, two fifths of what the sweep behind it takes.
 int fastest_segments(int64_t blocks, int64_t chunks, const Device& device, int64_t resident, int64_t threads,
-                     int64_t most) {
+                     int64_t fewest, int64_t most) {
   constexpr int64_t summed_states = tensor_core::summed_segments;
   const int64_t room = resident * device.multiprocessors;
   const int64_t warps_on_scheduler = std::max<int64_t>(threads / 128, 1);
@@ -32,8 +32,8 @@ int fastest_segments(int64_t blocks, int64_t chunks, const Device& device, int64
   const auto waves = [&](int64_t count) {
     return count / room * wave(resident) + wave(divide_up(count % room, device.multiprocessors));
   };
-  int64_t best = 1, least = INT64_MAX;
-  for (int64_t segments = 1; segments <= std::clamp<int64_t>(most, 1, 128); ++segments) {
+  int64_t best = fewest, least = INT64_MAX;
+  for (int64_t segments = fewest; segments <= std::max(std::min<int64_t>(most, 128), fewest); ++segments) {
     const int64_t quarters = 4 * divide_up(chunks, segments) + std::min(segments, summed_states) - 1;
     const int64_t time = quarters * (5 * waves(blocks * segments) + 2 * waves(blocks * (segments - 1)));
     if (time < least) {
@@ -44,11 +44,13 @@ int fastest_segments(int64_t blocks, int64_t chunks, const Device& device, int64
   return static_cast<int>(best);
 }
 
+constexpr int64_t any_rows = INT64_MAX / 2;
+
 // How a family's blocks fill a multiprocessor.
 struct Blocks {
   int64_t resident, threads;  // blocks of the sweep that a multiprocessor holds, and the threads of one
   int64_t least_rows;         // of a segment
-  int64_t most_rows;          // of a segment too, on average of packed sequences; 0 for any number
+  int64_t most_rows;          // of a segment too; of packed sequences, on average
 };
 
 Plan plan_fixed(Path path, const Problem& problem, const Device& device, int64_t chunk,
@@ -59,10 +61,8 @@ Plan plan_fixed(Path path, const Problem& problem, const Device& device, int64_t
   const int64_t rows = mean_rows(problem);
   plan.segments =
       fastest_segments(problem.num_sequences * problem.kv_heads * plan.column_groups, divide_up(rows, chunk),
-                       device, blocks.resident, blocks.threads, rows / blocks.least_rows);
-  if (blocks.most_rows) {
-    plan.segments = std::max(plan.segments, static_cast<int>(divide_up(rows, blocks.most_rows)));
-  }
+                       device, blocks.resident, blocks.threads,
+                       std::max<int64_t>(divide_up(rows, blocks.most_rows), 1), rows / blocks.least_rows);
   if (plan_override().segments) plan.segments = plan_override().segments;
   add_preparation_regions(problem, &plan);
   return plan;
@@ -73,7 +73,7 @@ Plan plan_fixed(Path path, const Problem& problem, const Device& device, int64_t
 Plan plan_float32(const Problem& problem, const Device& device, Sweep sweep, int chunk,
                   int64_t shared_floats) {
   if (shared_floats * 4 > device.shared_memory_per_block) return refused(Path::float32);
-  Plan plan = plan_fixed(Path::float32, problem, device, chunk, {2, float32_path::threads, 512, 0});
+  Plan plan = plan_fixed(Path::float32, problem, device, chunk, {2, float32_path::threads, 512, any_rows});
   plan.shared_memory_bytes = shared_floats * 4;
   GeneralTiles& tiles = plan.tiles;
   tiles.chunk = chunk;
@@ -102,12 +102,20 @@ Plan plan_tensor_core_sweep(const AnyProblem& problem, const Device& device) {
       (problem.feature_map == FeatureMap::taylor || (problem.feature_map == FeatureMap::outer && backward));
   const bool polynomial = tensor_core::polynomial_kernels(problem.feature_map, problem.feature_dim);
   const int chunk = tensor_core::chunk_length(problem, device.shared_memory_per_block);
-  Plan plan = plan_fixed(Path::tensor_core, problem, device, chunk,
-                         {wide             ? 1
-                          : many_registers ? 2
-                                           : 3,
-                          wide ? 256 : 128, wide ? 1024 : 512, polynomial ? tensor_core::drifting_rows : 0});
+  int64_t resident = wide ? 1 : many_registers ? 2 : 3, shared_bytes = 0;
+  if (polynomial && !backward) {
+    constexpr int64_t beside = 1024 + 128;  // what each block takes further, and static arrays
+    shared_bytes = tensor_core::polynomial_forward_bytes(problem.feature_map, problem.feature_dim, chunk,
+                                                         problem.group_size());
+    resident = chunk > tensor_core::chunk && problem.feature_dim == 16 ? 2 : 3;  // by registers
+    resident =
+        std::clamp<int64_t>((device.shared_memory_per_block + 1024) / (shared_bytes + beside), 1, resident);
+  }
+  Plan plan = plan_fixed(
+      Path::tensor_core, problem, device, chunk,
+      {resident, wide ? 256 : 128, wide ? 1024 : 512, polynomial ? tensor_core::drifting_rows : any_rows});
   plan.tiles.chunk = chunk;
+  plan.shared_memory_bytes = shared_bytes;
   return plan;
 }
 

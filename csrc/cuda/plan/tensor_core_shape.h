@@ -76,6 +76,20 @@ REBASED_HOST_DEVICE constexpr int64_t slot_floats(FeatureMap map, int64_t featur
   return tiles * 128 * 4 + sum_tiles * 32 * 4 + (map == FeatureMap::taylor ? 32 * 4 : 0) + 16;
 }
 
+// Dynamic shared memory of a block of the polynomial maps' forward, in bytes (ForwardTiles in
+// cuda/tensor_core/polynomial/forward.cuh): value tiles, feature tiles, rows, statistics, the Gram matrix and
+// its fragments, the state, tiles of y, gamma and beta.
+REBASED_HOST_DEVICE constexpr int64_t polynomial_forward_bytes(FeatureMap map, int64_t feature_dim,
+                                                               int64_t chunk, int64_t group_size) {
+  const bool taylor = map == FeatureMap::taylor;
+  const int64_t units = feature_dim / 8, value_row = 2 * (columns + 8);
+  const int64_t state_rows = feature_dim == 8 ? 40 : taylor ? 160 : 136;
+  return 2 * chunk * value_row + 4 * (feature_dim + 8) * (chunk + 8) +
+         4 * chunk * (feature_dim == 8 ? 8 : 24) + 16 * chunk + 512 * units + 256 * units * units +
+         (taylor ? 128 : 0) + state_rows * value_row + columns * value_row +
+         8 * (group_size + 1) * feature_dim;
+}
+
 // Shared memory that a block must be able to have, in bytes; 0 where every device has enough.
 inline int64_t shared_memory_bytes(const ForwardProblem&) { return 0; }
 inline int64_t shared_memory_bytes(const BackwardProblem& problem) {

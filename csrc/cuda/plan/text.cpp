@@ -17,11 +17,13 @@ std::string sweep_configuration(const char* direction, const Problem& problem, c
   const bool fixed = plan.path == Path::tensor_core || plan.path == Path::float32;
   if (fixed) add(map_names[static_cast<int>(problem.feature_map)]);
   if (plan.path == Path::tensor_core) add("d=" + std::to_string(problem.feature_dim));
+  const auto add_chunk = [&] { add("chunk=" + std::to_string(plan.tiles.chunk)); };
   if (fixed) {
     add(plan.column_groups == 1 ? "one-column-group" : "column-groups");
+    if (plan.path == Path::tensor_core) add_chunk();
   } else {
     add("threads=" + std::to_string(plan.tiles.threads));
-    add("chunk=" + std::to_string(plan.tiles.chunk));
+    add_chunk();
   }
   if (plan.path == Path::general) add(plan.tiles.state_in_shared ? "state-in-shared" : "state-in-workspace");
   if (plan.path != Path::quadratic) {

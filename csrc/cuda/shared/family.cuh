@@ -19,9 +19,9 @@ struct Family<ForwardProblem> {
   Queue<ForwardProblem> whole_state;  // the final state alone, of these rows alone; null where there is none
 };
 
-// What a backward family's workspace has as delta, and which of its kernels leaves it there for the other: that of
-// whole rows, made before both; or delta / r of each column group, left by grad_kv or by grad_q, and made before
-// where that one does not run.
+// What a backward family's workspace has as delta, and which of its kernels leaves it there for the other:
+// that of whole rows, made before both; or delta / r of each column group, left by grad_kv or by grad_q, and
+// made before where that one does not run.
 enum class Deltas { of_rows, from_grad_kv, from_grad_q };
 
 template <>

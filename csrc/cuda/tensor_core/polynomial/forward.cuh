@@ -35,6 +35,9 @@ struct ForwardTiles {
   static constexpr int bytes(int64_t group_size) {
     return affine + static_cast<int>(group_size + 1) * S::feature_dim * 8;
   }
+  static_assert(bytes(1) == polynomial_forward_bytes(S::map, S::feature_dim, S::chunk, 1),
+                "the plan reckons with this");
+  static_assert(S::chunk == 64 || bytes(max_group_size) <= longer_chunk_bytes);
 };
 
 // Stores a tile of 16 rows, by way of the warp's tile `staging`, with eight lanes a row.
@@ -68,7 +71,7 @@ struct ForwardOrigins : Origins<T> {
 
 // How many blocks per multiprocessor the registers must suffice for.
 template <class S>
-constexpr int forward_blocks = S::own_tiles == 2 ? 2 : 3;
+constexpr int forward_blocks = S::own_tiles == 2 && S::feature_dim == 16 ? 2 : 3;
 
 template <class T, class S, bool grouped>
 KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>) forward_kernel(Arguments<ForwardProblem> arguments) {
@@ -106,17 +109,18 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>) forward_kernel(Arguments<F
   // The rows of a query head's chunk, and with its first head those of the keys.
   const auto copy_step = [&](int first, int head, auto whole) {
     constexpr bool all = decltype(whole)::value;
+    const int thread = thread_index_anew();
     copy_rows<S, all>(reinterpret_cast<T*>(memory + L::query_rows), origins->q + head * problem.q.head_stride,
-                      row_stride(problem.q), first, rows_end);
+                      row_stride(problem.q), first, rows_end, thread);
     if (head > 0) return;
     copy_rows<S, all>(reinterpret_cast<T*>(memory + L::key_rows), origins->k, row_stride(problem.k), first,
-                      rows_end);
+                      rows_end, thread);
     if (problem.layer_norm == LayerNorm::token) {
-      copy_statistics<S, all>(statistics, origins->key_statistics, origins->query_statistics, first,
-                              rows_end);
+      copy_statistics<S, all>(statistics, origins->key_statistics, origins->query_statistics, first, rows_end,
+                              thread);
     }
     copy_values<S, all>(reinterpret_cast<T*>(memory + L::values) + first / S::chunk % 2 * S::value_tile,
-                        origins->v, row_stride(problem.v), first, rows_end, columns_left);
+                        origins->v, row_stride(problem.v), first, rows_end, columns_left, thread);
   };
   const auto copy = [&](int first, int head) {
     if (first + S::chunk <= rows_end && columns_left >= columns) {

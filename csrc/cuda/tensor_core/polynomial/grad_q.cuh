@@ -1,17 +1,18 @@
-// Backward of the polynomial maps, the sweep that makes grad q and leaves delta for the sweep that makes grad k.
+// Backward of the polynomial maps, the sweep that makes grad q and leaves delta for the sweep that makes grad
+// k.
 //
-// A block of four warps walks its segment forwards, with the state of all earlier chunks (state.cuh). A warp has
-// the rows of one or two tiles of 16 tokens (rows.cuh) and some features of the state. Of every chunk the block
-// takes all query heads of its kv head in turn, and with the last of them adds the chunk to the state. With
-// g = grad y and c = g.v, and sums over the chunk's tokens that a query sees, outer has
+// A block of four warps walks its segment forwards, with the state of all earlier chunks (state.cuh). A warp
+// has the rows of one or two tiles of 16 tokens (rows.cuh) and some features of the state. Of every chunk the
+// block takes all query heads of its kv head in turn, and with the last of them adds the chunk to the state.
+// With g = grad y and c = g.v, and sums over the chunk's tokens that a query sees, outer has
 //   H = J(q')^T (S g) / 2 + sum of c u k'        G = Z q' + sum of u k'
-// delta / r = g.y = r q'.H, for which no y is read, and grad q' = 2 r (H - delta / r G). taylor, whose features
-// are not all of degree 2, has
+// delta / r = g.y = r q'.H, for which no y is read, and grad q' = 2 r (H - delta / r G). taylor, whose
+// features are not all of degree 2, has
 //   H = J(q')^T (S g) + sum of c (1 + u) k'      G = Z q' + sum of all earlier k' + sum of (1 + u) k'
 // delta / r = r (phi(q').(S g) + sum of c sim), summed apart, and grad q' = r (H - delta / r G).
 //
-// In a sequence's first chunk c - delta / r is the small difference of large numbers for rows that see few keys.
-// There delta / r comes from y, as exact as y is, and is subtracted from c before that is rounded.
+// In a sequence's first chunk c - delta / r is the small difference of large numbers for rows that see few
+// keys. There delta / r comes from y, as exact as y is, and is subtracted from c before that is rounded.
 //
 // Memory: q, k, v, grad y and r are read once per column group, and y of a sequence's first chunk; grad q and
 // delta / r are written once.
@@ -22,8 +23,8 @@
 
 namespace rebased::REBASED_BACKEND::tensor_core::polynomial {
 
-// Dynamic shared memory, as offsets in bytes. q, grad y, r and statistics have two stages, or one where a warp
-// reads its own before it copies the next; v has two.
+// Dynamic shared memory, as offsets in bytes. q, grad y, r and statistics have two stages, or one where a
+// warp reads its own before it copies the next; v has two.
 template <class S>
 struct GradQTiles {
   static constexpr int values = 0;                                  // (2, chunk, 64)
@@ -79,8 +80,8 @@ struct GradQOrigins : BackwardOrigins<T> {
 // Starts the copies of the warp's own rows of grad y and r; `gradients` begins at the block's first column.
 template <class S, bool whole, class T>
 DEVICE void copy_own_gradients(T* tile_rows, float* r_tile, const T* gradients, int stride, const float* r,
-                               int first, int end, int columns_left) {
-  const int thread = thread_index_anew(), lane = thread % 32, warp = thread / 32, apart = tiles_apart(warp);
+                               int first, int end, int columns_left, int thread) {
+  const int lane = thread % 32, warp = thread / 32, apart = tiles_apart(warp);
   const int token = tile * warp + lane / 8, column = 8 * (lane % 8), r_token = tile * warp + lane;
   T* const target = tile_rows + token * value_stride + column;
   const T* const source = gradients + static_cast<int64_t>(first + token) * stride + column;
@@ -164,22 +165,23 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
   const auto copy_step = [&](int first, int head, int stage, auto whole) {
     const int value_stage = grouped ? first / S::chunk % 2 : stage;
     constexpr bool all = decltype(whole)::value;
+    const int thread = thread_index_anew();
     const int columns_left = static_cast<int>(problem.head_dim) - first_column();
     copy_rows<S, all, dim>(reinterpret_cast<T*>(memory + L::query_rows) + stage * L::query_tile,
                            origins->q + (grouped ? head * problem.q.head_stride : 0), row_stride(problem.q),
-                           first, rows_end);
+                           first, rows_end, thread);
     if (problem.layer_norm == LayerNorm::token) {
       copy_statistics<S, all>(reinterpret_cast<float2*>(memory + L::statistics) + stage * 2 * S::chunk,
-                              origins->key_statistics, origins->query_statistics, first, rows_end);
+                              origins->key_statistics, origins->query_statistics, first, rows_end, thread);
     }
     copy_own_gradients<S, all>(gradients, reinterpret_cast<float*>(memory + L::r) + stage * S::chunk,
                                origins->grad_y + (grouped ? head * problem.grad_y.head_stride : 0),
                                row_stride(problem.grad_y), origins->r + (grouped ? head * problem.seqlen : 0),
-                               first, rows_end, columns_left);
+                               first, rows_end, columns_left, thread);
     if (grouped && head > 0) return;
-    copy_rows<S, all>(key_rows, origins->k, row_stride(problem.k), first, rows_end);
+    copy_rows<S, all>(key_rows, origins->k, row_stride(problem.k), first, rows_end, thread);
     copy_values<S, all>(reinterpret_cast<T*>(memory + L::values) + value_stage * S::value_tile, origins->v,
-                        row_stride(problem.v), first, rows_end, columns_left);
+                        row_stride(problem.v), first, rows_end, columns_left, thread);
   };
   const auto copy = [&](int first, int head, int stage) {
     const int columns_left = static_cast<int>(problem.head_dim) - first_column();
@@ -208,15 +210,18 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
     float x[S::own_tiles][numbers];                                                             // q'
     {
       const Lane lane = lane_anew(warp);
+      if (problem.layer_norm == LayerNorm::head) {
+        UNROLL for (int o = 0; o < S::own_tiles; ++o) {
+          const int token = tile * warp + o * tiles_apart(warp);
+          head_statistics<S, dim>(statistics + 2 * token, key_rows + token * S::raw_stride,
+                                  queries + token * dim, arguments.layer_norm_eps, lane);
+        }
+        sync_warp();
+      }
       float gamma[of_lane], beta[of_lane];
       load_parameters<S>(gamma, beta, query_affine, lane);
       UNROLL for (int o = 0; o < S::own_tiles; ++o) {
         const int token = tile * warp + o * tiles_apart(warp);
-        if (problem.layer_norm == LayerNorm::head) {
-          head_statistics<S, dim>(statistics + 2 * token, key_rows + token * S::raw_stride,
-                                  queries + token * dim, arguments.layer_norm_eps, lane);
-          sync_warp();
-        }
         if (first_head) {
           uint32_t terms[2 * S::units];
           normalize<S>(terms, key_rows + token * S::raw_stride, statistics + 2 * token,
@@ -287,14 +292,13 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
       const Lane lane = lane_anew(warp);
       const T* const values = reinterpret_cast<const T*>(memory + L::values) + value_stage * S::value_tile;
       const T* value_rows = values + lane.row_of_halves() * value_stride + lane.column_of_halves();
-      const T* value_place = values + lane.row_of_parity() * value_stride + lane.column_of_parity();
+      const T* own_values = value_place(values, lane);
+      const T* terms = term_place<S>(keys, lane);
       const T* key_place = scored_keys + lane.row_of_halves() * S::feature_stride + lane.column_of_halves();
-      const T* key_parity =
-          dim == 8 ? key_place
-                   : scored_keys + lane.row_of_parity() * S::feature_stride + lane.column_of_parity();
       NO_UNROLL for (int token = 0; token < S::chunk; token += tile) {
         if (token <= tile * warp + (S::own_tiles - 1) * tiles_apart(warp)) {
-          const KeyTile<T, S> tokens(value_rows, key_place, key_parity);
+          const KeyTile<T, S> tokens(value_rows, key_place,
+                                     dim == 8 ? key_place : terms + (scored_keys - keys));
           UNROLL for (int o = S::own_tiles - 1; o >= 0; --o) {
             const int own = tile * warp + o * tiles_apart(warp);
             if (o + 1 < S::own_tiles && token > own) continue;
@@ -305,11 +309,11 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
         if (last_head) {
           uint32_t v[columns / tile][4];
           UNROLL for (int i = 0; i < columns / tile && StateShape<S>::by_features; ++i)
-              ldmatrix_transposed(v[i], value_place + tile * i);
-          add_tokens(state, keys + token, v, value_place, lane);
+              ldmatrix_transposed(v[i], own_values + tile * i);
+          add_tokens(state, terms, v, own_values, lane);
         }
-        value_rows += tile * value_stride, value_place += tile * value_stride;
-        key_place += tile, key_parity += tile;
+        value_rows += tile * value_stride, own_values += tile * value_stride;
+        terms += tile, key_place += tile;
       }
       if (last_head && warp == 0) add_gram(state, scored_keys, lane);
     }
@@ -317,12 +321,11 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
       const Lane lane = lane_anew(warp);
       AffineSums<S> sums;
       const float common_factor = origins->factor;
-      const int64_t first_row = first + lane.group,
-                    group_row = first_row + (grouped ? head * problem.seqlen : 0);
       UNROLL for (int o = 0; o < S::own_tiles; ++o) {
         const int begin = tile * warp + o * tiles_apart(warp), token = begin + lane.group;
-        float* const delta_rows = origins->delta + group_row + begin;
-        float* const partial_rows = origins->partial + (group_row + begin) * dim;
+        const int64_t row_of_heads = first + token + (grouped ? head * problem.seqlen : 0);
+        float* const delta_rows = origins->delta + row_of_heads;
+        float* const partial_rows = origins->partial + row_of_heads * dim;
         UNROLL for (int half = 0; half < 2; ++half) {
           const int row = token + 8 * half;
           const bool present = row < rows_end - first;
@@ -348,7 +351,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
             if (present) store_features<S>(partial_rows + 8 * half * dim, gradient, lane);
           } else {
             finish_row<S>(gradient, raw, own, query_affine, problem.layer_norm, lane);
-            T* const target = origins->grad_q + (first_row + begin + 8 * half) * problem.grad_q.row_stride +
+            T* const target = origins->grad_q + (first + row) * problem.grad_q.row_stride +
                               (grouped ? head * problem.grad_q.head_stride : 0);
             if (present) store_features<S>(target, gradient, lane);
           }

@@ -1,29 +1,30 @@
-// The products of the sweep that makes grad q which no other sweep has: a chunk's own pairs, and taylor's linear
-// features. grad_q.cuh has the letters H and G.
+// The products of the sweep that makes grad q which no other sweep has: a chunk's own pairs, and taylor's
+// linear features. grad_q.cuh has the letters H and G.
 #pragma once
 
 #include "cuda/tensor_core/polynomial/gradient.cuh"
 
 namespace rebased::REBASED_BACKEND::tensor_core::polynomial {
 
-// 16 tokens of v, and of k' transposed with features in their order, as what rows of queries are multiplied with.
+// 16 tokens of v, and of k' transposed with features in their order, as what rows of queries are multiplied
+// with.
 template <class T, class S>
 struct KeyTile {
   uint32_t values[columns / tile][4];  // B (columns, tokens)
   uint32_t tokens[2 * S::units];       // B (d, tokens)
   uint32_t terms[2 * S::units];        // B (tokens, d)
 
-  // All are where the lane's ldmatrix reads: v and k of rows by halves, k_parity of rows by parity, which with
-  // d = 8 is the same.
+  // All are where the lane's ldmatrix reads: v and k of rows by halves, k_parity of rows by parity, which
+  // with d = 8 is the same.
   DEVICE KeyTile(const T* v, const T* k, const T* k_parity) {
     UNROLL for (int i = 0; i < columns / tile; ++i) ldmatrix(values[i], v + tile * i);
     ldmatrix_transposed(tokens, k_parity);
     ldmatrix(terms, k);
   }
 
-  // Adds to H and G of a tile of 16 queries, and for taylor to `dots` the lane's part of the sum of c sim of rows
-  // g and g + 8. With has_deltas c is c - delta / r, and deltas has delta / r of the 16 rows. `diagonal`: the
-  // tokens are those of the rows.
+  // Adds to H and G of a tile of 16 queries, and for taylor to `dots` the lane's part of the sum of c sim of
+  // rows g and g + 8. With has_deltas c is c - delta / r, and deltas has delta / r of the 16 rows.
+  // `diagonal`: the tokens are those of the rows.
   DEVICE void add_pairs(float (&h_sum)[S::units][4], float (&g_sum)[S::units][4], float (&dots)[2],
                         const uint32_t (&rows)[2 * S::units],
                         const uint32_t (&row_gradients)[columns / tile][4], bool diagonal, bool has_deltas,
@@ -67,7 +68,8 @@ struct KeyTile {
 };
 
 // Adds taylor's linear features to the gradient of its products, and sets `dots` to the lane's part of
-// phi(x).(S g) of rows g and g + 8, of all features. A product is of degree 2 and comes twice in x . gradient.
+// phi(x).(S g) of rows g and g + 8, of all features. A product is of degree 2 and comes twice in x .
+// gradient.
 template <class T, class S>
 DEVICE void linear_gradient(float (&gradient)[S::own_tiles][Order<S>::numbers],
                             float (&dots)[S::own_tiles][2], const float (&x)[S::own_tiles][Order<S>::numbers],

@@ -1,16 +1,16 @@
-// Backward of the maps whose score is a polynomial of u = q'.k' (outer, taylor): how a warp holds rows of q' or
-// k' and what it makes of the gradient of their features, up to the row's end.
+// Backward of the maps whose score is a polynomial of u = q'.k' (outer, taylor): how a warp holds rows of q'
+// or k' and what it makes of the gradient of their features, up to the row's end.
 //
 // Order of features. A lane holds d / 4 features that lie side by side, of rows g and g + 8 of a tile of 16
 // rows: with d = 16 the features 4t .. 4t + 3, with d = 8 the features 2t and 2t + 1. Rounded in pairs these
 // numbers are a fragment A of mma if column 8n + 2t + j of a fragment is feature (d / 4) t + 2n + j. All
-// fragments that meet such rows have their features in this order. Then x_(a - 1) is in the same lane as x_a for
-// all but one of its features, and 8 or 4 bytes a lane are a row in memory.
+// fragments that meet such rows have their features in this order. Then x_(a - 1) is in the same lane as x_a
+// for all but one of its features, and 8 or 4 bytes a lane are a row in memory.
 //
 // From a state. G = S g has a number G_(e,a) for the product x_a x_(a + e), and the gradient of x_a is
 //   sum over e of G_(e,a) x_(a + e) + G_(e,a - e) x_(a - e)
-// with each product once, in which offset 0 counts once: half of J(x)^T G for outer, all of it for taylor. The
-// second term takes Horner's rule: from the last offset down, moving by one position at each.
+// with each product once, in which offset 0 counts once: half of J(x)^T G for outer, all of it for taylor.
+// The second term takes Horner's rule: from the last offset down, moving by one position at each.
 #pragma once
 
 #include <type_traits>
@@ -124,7 +124,8 @@ DEVICE void order_sums(State<T, S>& state, const Lane& lane) {
   }
 }
 
-// product = rows Z, and for taylor with the sum of k' added to each row; gram_terms as publish_state leaves them.
+// product = rows Z, and for taylor with the sum of k' added to each row; gram_terms as publish_state leaves
+// them.
 template <class T, class S>
 DEVICE void multiply_sums(float (&product)[S::own_tiles][S::units][4],
                           const uint32_t (&rows)[S::own_tiles][2 * S::units], const uint32_t* gram_terms,
@@ -156,13 +157,14 @@ DEVICE void multiply_sums(float (&product)[S::own_tiles][S::units][4],
   }
 }
 
-// Of the published state, which has each slab's rows from 8 on and each further slab 32 bytes further down with
-// d = 16, so that an ldmatrix of rows in the order of features meets all banks.
+// Of the published state, which has each slab's rows from 8 on and each further slab 32 bytes further down
+// with d = 16, so that an ldmatrix of rows in the order of features meets all banks.
 template <class S>
 constexpr int published_shift = S::feature_dim == 8 ? 0 : tile;
 
 // slab[o] = the gradient of the 16 products (d = 8: of the 8 products) whose rows of the state begin at
-// first_row: values (16 tokens, 64 columns) times these rows. `half`: there are half of them, and they come twice.
+// first_row: values (16 tokens, 64 columns) times these rows. `half`: there are half of them, and they come
+// twice.
 template <class T, class S>
 DEVICE void offset_gradient(float (&slab)[S::own_tiles][S::units][4],
                             const uint32_t (&values)[S::own_tiles][columns / tile][4], const T* published,
@@ -198,8 +200,8 @@ DEVICE void offset_gradient(float (&slab)[S::own_tiles][S::units][4],
   }
 }
 
-// gradient = what the head of this file says, without taylor's linear features. x are the rows, values the rows
-// of 64 columns that the state is multiplied with.
+// gradient = what the head of this file says, without taylor's linear features. x are the rows, values the
+// rows of 64 columns that the state is multiplied with.
 template <class T, class S>
 DEVICE void products_gradient(float (&gradient)[S::own_tiles][Order<S>::numbers],
                               const float (&x)[S::own_tiles][Order<S>::numbers],
@@ -252,8 +254,8 @@ template <class S>
 struct AffineSums {
   float values[2 * Order<S>::of_lane] = {};  // gamma's, then beta's
 
-  // Adds a row's: `gradient` is that of gamma LayerNorm(x) + beta, or a multiple of it, `raw` the row as it is in
-  // memory, and statistics its mean and 1 / deviation.
+  // Adds a row's: `gradient` is that of gamma LayerNorm(x) + beta, or a multiple of it, `raw` the row as it
+  // is in memory, and statistics its mean and 1 / deviation.
   DEVICE void add(const float (&gradient)[Order<S>::of_lane], const float (&raw)[Order<S>::of_lane],
                   float2 statistics) {
     const float shift = -statistics.x * statistics.y;
@@ -263,8 +265,8 @@ struct AffineSums {
     }
   }
 
-  // Adds the sums over the warp to (2, d) floats in shared memory, which belong to the warp. At each distance two
-  // lanes share what is left, so that each lane ends with one number.
+  // Adds the sums over the warp to (2, d) floats in shared memory, which belong to the warp. At each distance
+  // two lanes share what is left, so that each lane ends with one number.
   DEVICE void add_to(float* sums, const Lane& lane) {
     constexpr int count = 2 * Order<S>::of_lane;
     const int g = lane.group;

@@ -112,14 +112,14 @@ DEVICE void multiply_state(float (&out)[S::own_tiles][8][4],
 
 // p = sim of 16 rows and 16 tokens, rounded, as a fragment A. `diagonal`: the tokens are those of the rows.
 template <class T, class S>
-DEVICE void scores(uint32_t (&p)[4], const uint32_t (&rows)[2 * S::units],
-                   const uint32_t (&tokens)[2 * S::units], bool diagonal, const Lane& lane) {
+DEVICE void scores(uint32_t (&p)[4], const uint32_t (&rows)[2 * S::units], const uint32_t (&tokens)[4],
+                   bool diagonal, const Lane& lane) {
   float u[2][4] = {};
   UNROLL for (int n = 0; n < 2; ++n) {
     if constexpr (S::units == 2) {
       mma_m16n8k16<T>(u[n], rows, tokens[2 * n], tokens[2 * n + 1]);
     } else {
-      mma_m16n8k8<T>(u[n], rows[0], rows[1], tokens[n]);
+      mma_m16n8k8<T>(u[n], rows[0], rows[1], tokens[2 * n]);
     }
     UNROLL for (int j = 0; j < 4; ++j) u[n][j] =
         S::taylor ? 1 + u[n][j] * (1 + 0.5f * u[n][j]) : u[n][j] * u[n][j];
@@ -142,15 +142,14 @@ DEVICE void walk_tokens(float (&out)[S::own_tiles][8][4], float (&sum)[S::own_ti
                         const T* values, bool add, const Lane& lane) {
   constexpr int last = S::own_tiles - 1;
   const int last_tile = tile * lane.warp + last * tiles_apart(lane.warp);
-  const T* value_place = values + lane.row_of_parity() * value_stride + lane.column_of_parity();
+  const T* of_values = value_place(values, lane);
+  const T* terms = term_place<S>(keys, lane);
   NO_UNROLL for (int token = 0; token < S::chunk; token += tile) {
     uint32_t v[columns / tile][4];
-    UNROLL for (int i = 0; i < columns / tile; ++i) ldmatrix_transposed(v[i], value_place + tile * i);
+    UNROLL for (int i = 0; i < columns / tile; ++i) ldmatrix_transposed(v[i], of_values + tile * i);
     if (token <= last_tile) {
-      uint32_t tokens[2 * S::units];  // fragment B (features, 16 tokens)
-      const int row = S::units == 2 ? lane.row_of_parity() : lane.lane & 7;
-      ldmatrix_transposed(tokens, keys + row * S::feature_stride + token +
-                                      (S::units == 2 ? lane.column_of_parity() : lane.column_of_halves()));
+      uint32_t tokens[4];  // fragment B (features, 16 tokens)
+      ldmatrix_transposed(tokens, terms);
       UNROLL for (int o = last; o >= 0; --o) {
         const int own = tile * lane.warp + o * tiles_apart(lane.warp);
         if (o < last && token > own) continue;
@@ -163,8 +162,9 @@ DEVICE void walk_tokens(float (&out)[S::own_tiles][8][4], float (&sum)[S::own_ti
         mma_m16n8k16<T>(sum[o], p, pack<T>(1.0f, 1.0f), pack<T>(1.0f, 1.0f));
       }
     }
-    if (add) add_tokens(state, keys + token, v, value_place, lane);
-    value_place += tile * value_stride;
+    if (add) add_tokens(state, terms, v, of_values, lane);
+    of_values += tile * value_stride;
+    terms += tile;
   }
 }
 

@@ -48,14 +48,15 @@ DEVICE int halves_row(const Lane& lane, int half_rows) {
   return (lane.lane & 7) + (lane.lane & 16 ? half_rows : 0);
 }
 
-// ---- copies ---- With `whole` all rows and columns are there; else what is not there becomes 0. What
-// depends on the lane is worked out anew in each chunk, so that it need not live in registers beside the
-// state.
+// ---- copies ----
+
+// With `whole` all rows and columns are there; else what is not there becomes 0. Callers read `thread` anew
+// in each chunk, so that what depends on it need not live in registers beside the state.
 
 // Starts the copy of the warp's own rows of q or k; `rows` is the first row of the segment.
 template <class S, bool whole, int raw_stride = S::raw_stride, class T>
-DEVICE void copy_rows(T* raw, const T* rows, int stride, int first, int end) {
-  const int thread = thread_index_anew(), lane = thread % 32, warp = thread / 32;
+DEVICE void copy_rows(T* raw, const T* rows, int stride, int first, int end, int thread) {
+  const int lane = thread % 32, warp = thread / 32;
   if (lane >= tile * S::units) return;
   const int token = tile * warp + lane / S::units, element = 8 * (lane % S::units), apart = tiles_apart(warp);
   T* const target = raw + token * raw_stride + element;
@@ -71,8 +72,8 @@ DEVICE void copy_rows(T* raw, const T* rows, int stride, int first, int end) {
 // on, of q. statistics (chunk / 16, {k, q}, 16)
 template <class S, bool whole>
 DEVICE void copy_statistics(float2* statistics, const float* of_keys, const float* of_queries, int first,
-                            int end) {
-  const int thread = thread_index_anew(), lane = thread % 32, warp = thread / 32;
+                            int end, int thread) {
+  const int lane = thread % 32, warp = thread / 32;
   const float* const rows = lane < tile ? of_keys : of_queries;
   const int token = first + tile * warp + lane % tile, apart = tiles_apart(warp);
   UNROLL for (int i = 0; i < S::own_tiles; ++i) {
@@ -84,9 +85,10 @@ DEVICE void copy_statistics(float2* statistics, const float* of_keys, const floa
 
 // Starts the copy of the block's value rows; `rows` begins at the block's first column.
 template <class S, bool whole, class T>
-DEVICE void copy_values(T* values, const T* rows, int stride, int first, int end, int columns_left) {
+DEVICE void copy_values(T* values, const T* rows, int stride, int first, int end, int columns_left,
+                        int thread) {
   constexpr int units = columns / 8, step = threads / units;
-  const int thread = thread_index_anew(), token = thread / units, column = 8 * (thread % units);
+  const int token = thread / units, column = 8 * (thread % units);
   T* const target = values + token * value_stride + column;
   const T* const source = rows + static_cast<int64_t>(first + token) * stride + column;
   UNROLL for (int i = 0; i < S::chunk / step; ++i) {

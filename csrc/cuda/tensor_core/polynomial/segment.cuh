@@ -21,7 +21,7 @@ struct SegmentTiles {
 // Leaves the sums over the rows of each segment in the segment's slot; those of the last segment only where
 // launch.all_segments says so.
 template <class T, class S>
-KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S> + 1) segment_state_kernel(Arguments<Problem> arguments) {
+KERNEL void LAUNCH_BOUNDS(threads, 3) segment_state_kernel(Arguments<Problem> arguments) {
   using L = SegmentTiles<S>;
   const Problem& problem = arguments.problem;
   DYNAMIC_SHARED_MEMORY(char, memory);
@@ -46,12 +46,14 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S> + 1) segment_state_kernel(A
   state.clear(lane);
   const auto copy_chunk = [&](int first, auto whole) {
     constexpr bool all = decltype(whole)::value;
-    copy_rows<S, all>(key_rows, origins->k, row_stride(problem.k), first, rows_end);
+    const int thread = thread_index_anew();
+    copy_rows<S, all>(key_rows, origins->k, row_stride(problem.k), first, rows_end, thread);
     if (problem.layer_norm == LayerNorm::token) {
-      copy_statistics<S, all>(statistics, origins->key_statistics, origins->key_statistics, first, rows_end);
+      copy_statistics<S, all>(statistics, origins->key_statistics, origins->key_statistics, first, rows_end,
+                              thread);
     }
     copy_values<S, all>(values + first / S::chunk % 2 * S::value_tile, origins->v, row_stride(problem.v),
-                        first, rows_end, columns_left);
+                        first, rows_end, columns_left, thread);
   };
   const auto copy = [&](int first) {
     if (first + S::chunk <= rows_end && columns_left >= columns) {
@@ -80,15 +82,16 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S> + 1) segment_state_kernel(A
     }
     sync_threads();  // k' and v are there, and the value tile of the chunk before is free
     if (first + S::chunk < rows_end) copy(first + S::chunk);
-    const T* value_place = values + first / S::chunk % 2 * S::value_tile +
-                           lane.row_of_parity() * value_stride + lane.column_of_parity();
+    const T* of_values = value_place(values + first / S::chunk % 2 * S::value_tile, lane);
+    const T* terms = term_place<S>(keys, lane);
     NO_UNROLL for (int token = 0; token < S::chunk; token += tile) {
       uint32_t v[columns / tile][4];
       UNROLL for (int i = 0; i < columns / tile && StateShape<S>::by_features; ++i) {
-        ldmatrix_transposed(v[i], value_place + tile * i);
+        ldmatrix_transposed(v[i], of_values + tile * i);
       }
-      add_tokens(state, keys + token, v, value_place, lane);
-      value_place += tile * value_stride;
+      add_tokens(state, terms, v, of_values, lane);
+      of_values += tile * value_stride;
+      terms += tile;
     }
     if (lane.warp == 0) add_gram(state, keys, lane);
     if (first + S::chunk < rows_end) sync_threads();  // all have read k'

@@ -184,21 +184,30 @@ struct State {
 
 // ---- a chunk's contribution ----
 
-// Adds 16 tokens: `terms` is the feature tile from their first column on, `v` their value fragments B of all
-// columns, which are read where full slabs are split over features, and `values` where the lane's ldmatrix
-// reads the first.
+// Where a lane's ldmatrix reads the fragment A (16 features, 16 tokens) of a feature tile, and its
+// ldmatrix_transposed the first 16 columns of a value tile.
+template <class S, class T>
+DEVICE const T* term_place(const T* terms, const Lane& lane) {
+  return terms + parity_row(lane, S::half_rows) * S::feature_stride + lane.column_of_parity();
+}
+template <class T>
+DEVICE const T* value_place(const T* values, const Lane& lane) {
+  return values + lane.row_of_parity() * value_stride + lane.column_of_parity();
+}
+
+// Adds 16 tokens, from the lane's places of their tiles; v is their value fragments B of all columns, which
+// are read where full slabs are split over features.
 template <class T, class S>
 DEVICE void add_tokens(State<T, S>& state, const T* terms, const uint32_t (&v)[columns / tile][4],
                        const T* values, const Lane& lane) {
   using Spread = StateShape<S>;
-  const T* const place = terms + lane.column_of_parity();
   uint32_t base[4], phi[4], own_v[4];  // base and phi are fragments A (16 features, 16 tokens)
   ldmatrix_transposed(own_v, values + tile * lane.warp);
-  ldmatrix(base, place + parity_row(lane, S::half_rows) * S::feature_stride);
+  ldmatrix(base, terms);
   UNROLL for (int e = 0; e < Spread::own_slabs; ++e) {
-    const int row =
-        parity_row(lane, S::rotated_half_rows) + Spread::slab_offsets * State<T, S>::slab(e, lane);
-    ldmatrix(phi, place + row * S::feature_stride);
+    const int rotation = Spread::slab_offsets * State<T, S>::slab(e, lane) +
+                         (S::units == 1 && lane.lane & 8 ? S::rotated_half_rows : 0);
+    ldmatrix(phi, terms + rotation * S::feature_stride);
     multiply<T>(phi, phi, base);
     UNROLL for (int i = 0; i < Spread::own_columns / tile; ++i) {
       const uint32_t* const b = Spread::by_features ? v[i] : own_v;
@@ -210,11 +219,9 @@ DEVICE void add_tokens(State<T, S>& state, const T* terms, const uint32_t (&v)[c
     phi[0] = multiply_pairs<T>(base[0], base[1]);
     phi[2] = multiply_pairs<T>(base[2], base[3]);
   } else {  // the last four products of offset 4 repeat the first four
-    uint32_t rotated[2];
-    ldmatrix(rotated,
-             terms + ((lane.lane & 7) + S::feature_dim / 2) * S::feature_stride + lane.column_of_halves());
-    phi[0] = lane.group < S::feature_dim / 2 ? multiply_pairs<T>(base[0], rotated[0]) : 0u;
-    phi[2] = lane.group < S::feature_dim / 2 ? multiply_pairs<T>(base[2], rotated[1]) : 0u;
+    ldmatrix(phi, terms + S::feature_dim / 2 * S::feature_stride);
+    phi[0] = lane.group < S::feature_dim / 2 ? multiply_pairs<T>(base[0], phi[0]) : 0u;
+    phi[2] = lane.group < S::feature_dim / 2 ? multiply_pairs<T>(base[2], phi[2]) : 0u;
   }
   // the constant is 1 for padded tokens too, since their values are 0
   phi[1] = phi[3] = S::taylor && lane.group == 0 ? pack<T>(1.0f, 1.0f) : 0u;
@@ -249,8 +256,8 @@ DEVICE void add_gram(State<T, S>& state, const T* terms, const Lane& lane) {
 
 // ---- the published tile ----
 
-// Where a row of the tile begins. With a shift the rows of each slab of 16 lie that much further down from its
-// ninth on, and each slab twice that: for an ldmatrix of rows that are not side by side.
+// Where a row of the tile begins. With a shift the rows of each slab of 16 lie that much further down from
+// its ninth on, and each slab twice that: for an ldmatrix of rows that are not side by side.
 template <int shift = 0>
 HOST_DEVICE constexpr int published_row(int row) {
   return row * value_stride + row / tile * 2 * shift + (row & 8 ? shift : 0);
