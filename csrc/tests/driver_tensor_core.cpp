@@ -51,7 +51,7 @@ void add_cases(FeatureMap map, int64_t dim, bool narrow, std::vector<Case>* all)
   add(head, {1, 1, 1, 140, 208, 2}, true, true);
   add(head, {2, 2, 3, 130, 64, 2}, true, true)->shared_affine = true;
   add(head, {1, 1, 2, 200, 80, 2}, true, true)->cu_seqlens = {0, 70, 70, 73, 200};
-  add(head, {1, 1, 2, 70, 64, 1}, true, true)->negative = true;
+  add(head, {1, 1, 2, 16, 64, 1}, true, true)->negative = true;
   // large v beside small grad y
   add(head, {1, 1, 1, 320, 64, 2}, true, false)->value_size = 300;
   // what the plan chooses by itself; packed, with rows before, between and after the sequences

@@ -90,8 +90,8 @@ struct Run {
     const int64_t squares = is_polynomial(c.map) ? circulant_begin(c.map, c.dim) : 0;
     for (int64_t s = 0; s < sequences * c.kv_heads; ++s) {
       for (int64_t f = 0; f < c.dim; ++f)
-        initial_k.values[s * features + squares + f] += c.negative ? -3000 : 3;
-      if (c.map == FeatureMap::taylor) initial_k.values[s * features] += c.negative ? -5000 : 5;
+        initial_k.values[s * features + squares + f] += c.negative ? -60 : 3;
+      if (c.map == FeatureMap::taylor) initial_k.values[s * features] += c.negative ? -100 : 5;
     }
     initial_k.upload();
   }

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cuda/plan/parts.h"
+#include "cuda/plan/tensor_core_shape.h"
 
 namespace rebased {
 namespace {
