@@ -115,8 +115,8 @@ struct BackwardProblem : Problem {
 
 // One token per sequence: seqlen is 1, and row strides mean nothing. y is what the updated state answers.
 struct StepProblem : Problem {
-  // (num_slots, kv_heads, ...), updated in place. A slot's own entries are contiguous. Slots lie kv_stride and
-  // k_stride apart: in the pages of a serving engine other things stand between them.
+  // (num_slots, kv_heads, ...), updated in place. A slot's own entries are contiguous. Slots lie kv_stride
+  // and k_stride apart: in the pages of a serving engine other things stand between them.
   MutableState state;
   int64_t num_slots, kv_stride, k_stride;
   const int64_t* state_index;  // (batch) slots, or null for slot = batch; outside [0, num_slots): y = 0
