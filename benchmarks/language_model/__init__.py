@@ -5,8 +5,9 @@
     python -m benchmarks.language_model compare  --small [--seeds N]
     python -m benchmarks.language_model speed
 
-text.py reads a folder and tokenizes it, model.py is the decoder, train.py the loop with its checkpoints,
-parallel.py the same loop over several processes (torchrun), evaluate.py perplexity over all,
-associative-recall and other tokens, generate.py decodes with the recurrent step, compare.py sets the mixers
-side by side over several seeds, speed.py times a training step with the native op and with plain PyTorch.
+text.py reads a folder and tokenizes it, sizes.py makes the model (`rebased_cuda.models`), train.py the loop
+with its checkpoints, parallel.py the same loop over several processes (torchrun), evaluate.py perplexity over
+all, associative-recall and other tokens, generate.py decodes with the recurrent step, compare.py sets the
+mixers side by side over several seeds, speed.py times a training step with the native op and with plain
+PyTorch.
 """

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .parallel import OneProcess
+from .sizes import logits_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def perplexity(
         part = processes.columns(some)
         is_recall = processes.columns(F.pad(recall_tokens(some), (1, 0)))[:, 1:]
         with autocast:
-            logits = model(part[:, :-1])
+            logits = logits_of(model, part[:, :-1])
         losses = F.cross_entropy(logits.float().mT, part[:, 1:], reduction="none").double()
         for kind, chosen in enumerate((losses[~is_recall], losses[is_recall])):
             sums[0, kind] += chosen.sum()

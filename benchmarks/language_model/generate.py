@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import Cache
 
 from benchmarks.training import load_checkpoint
+from rebased_cuda.models import RebasedForCausalLM
 
-from .model import LanguageModel, ModelConfiguration
+from .sizes import ModelConfiguration, logits_of, make_model
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Generation:
     process_bytes: tuple[int, int]
 
 
-def load_model(path: Path, device: torch.device) -> tuple[LanguageModel, Tokenizer]:
+def load_model(path: Path, device: torch.device) -> tuple[RebasedForCausalLM, Tokenizer]:
     """The trained model of a checkpoint, for inference, and its tokenizer.
 
     Raises:
@@ -34,7 +36,7 @@ def load_model(path: Path, device: torch.device) -> tuple[LanguageModel, Tokeniz
     checkpoint = load_checkpoint(path)
     if checkpoint is None:
         raise FileNotFoundError(f"{path}: no such checkpoint")
-    model = LanguageModel(ModelConfiguration(**checkpoint["model_configuration"]))
+    model = make_model(ModelConfiguration(**checkpoint["model_configuration"]))
     model.load_state_dict(checkpoint["model"])
     return model.to(device).eval(), Tokenizer.from_str(checkpoint["tokenizer"])
 
@@ -47,32 +49,46 @@ def choose(logits: Tensor, temperature: float) -> Tensor:
 
 
 @torch.no_grad()
-def by_step(model: LanguageModel, prompt: Tensor, count: int, temperature: float = 0.0) -> Generation:
+def by_step(model: RebasedForCausalLM, prompt: Tensor, count: int, temperature: float = 0.0) -> Generation:
     """`count` tokens after prompt (N,): the prompt at once, then the recurrent step."""
-    logits, state = model.prefill(prompt.unsqueeze(0))
+    output = model(prompt.unsqueeze(0), use_cache=True, logits_to_keep=1)
+    cache = output.cache
     tokens = prompt.new_zeros(count)
-    tokens[:1] = choose(logits[:, -1], temperature)
-    del logits
-    sizes = [(state.bytes(), _process_bytes(prompt.device))]
+    tokens[:1] = choose(output.logits[:, -1], temperature)
+    del output
+    sizes = [(state_bytes(cache), _process_bytes(prompt.device))]
     start = time.perf_counter()
     for i in range(1, count):
-        tokens[i : i + 1] = choose(model.step(tokens[i - 1 : i], state), temperature)
+        output = model(tokens[None, i - 1 : i], cache=cache)
+        tokens[i : i + 1] = choose(output.logits[:, -1], temperature)
         if i == 1:  # what a step itself needs is there by now
-            sizes = [(state.bytes(), _process_bytes(prompt.device))]
+            sizes = [(state_bytes(cache), _process_bytes(prompt.device))]
     if prompt.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    sizes.append((state.bytes(), _process_bytes(prompt.device)))
+    sizes.append((state_bytes(cache), _process_bytes(prompt.device)))
     (first_state, first_process), (last_state, last_process) = sizes
     return Generation(tokens, seconds, (first_state, last_state), (first_process, last_process))
 
 
+def state_bytes(cache: Cache) -> int:
+    """Memory of what a cache holds: recurrent states, or keys and values."""
+    held: list[Tensor | None] = []
+    for layer in cache.layers:
+        held += (
+            layer.recurrent_states.values()
+            if hasattr(layer, "recurrent_states")
+            else (layer.keys, layer.values)
+        )
+    return sum(x.numel() * x.element_size() for x in held if x is not None)
+
+
 @torch.no_grad()
-def by_recomputing(model: LanguageModel, prompt: Tensor, count: int) -> Tensor:
+def by_recomputing(model: RebasedForCausalLM, prompt: Tensor, count: int) -> Tensor:
     """`count` likeliest tokens after prompt (N,), each from the whole sequence so far."""
     tokens = prompt.unsqueeze(0)
     for _ in range(count):
-        tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
+        tokens = torch.cat([tokens, logits_of(model, tokens)[:, -1:].argmax(-1)], 1)
     return tokens[0, len(prompt) :]
 
 

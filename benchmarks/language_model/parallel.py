@@ -79,7 +79,7 @@ class ShardedDataParallel(DataParallel):
     """FSDP2: parameters, gradients and moments are shared out, a block is gathered while it computes."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        for block in model.blocks:
+        for block in model.model.layers:
             fully_shard(block)
         return fully_shard(model)
 
@@ -88,8 +88,8 @@ class ContextParallel(DataParallel):
     """Every process has the whole model and a run of each row's tokens; gradients are averaged as in DDP."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        if model.positions is not None:
-            raise ValueError("parallel: context wants the mixer rebased or based, attention reads whole rows")
+        if model.model.embed_positions is not None:
+            raise ValueError("parallel: context wants the mixer rebased or based without learned positions")
         # a group of its own: the layers' exchanges must not wait for the gradients'
         return super().wrap(context_parallelize(model, distributed.new_group()))
 

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 from rebased_cuda import ReBasedAttention, reference
 from rebased_cuda.demo import baselines, timing
+from rebased_cuda.models import RebasedForCausalLM
 
 from . import text
-from .model import LanguageModel, ModelConfiguration
 from .parallel import OneProcess
+from .sizes import ModelConfiguration, logits_of
 from .train import Trainer, TrainingConfiguration
 
 LENGTHS = (128, 512, 2048)
@@ -40,7 +41,7 @@ class PlainAttention(nn.Module):
         super().__init__()
         self.layer, self.attend = layer, attend
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attention_mask: None = None, cu_seqlens: None = None) -> Tensor:
         layer = self.layer
         affine = (layer.ln_q.weight, layer.ln_q.bias, layer.ln_k.weight, layer.ln_k.bias)
         affine = tuple(parameter.view(layer.num_heads, layer.feature_dim) for parameter in affine)
@@ -67,8 +68,8 @@ def forms(seqlen: int) -> Iterator[tuple[str, Attend]]:
 
 def adapt(model: nn.Module, attend: Attend | None) -> None:
     """The baselines' eps in every ReBased layer, and their arithmetic where `attend` is given."""
-    assert isinstance(model, LanguageModel)
-    for block in model.blocks:
+    assert isinstance(model, RebasedForCausalLM)
+    for block in model.model.layers:
         if isinstance(block.mixer, ReBasedAttention):
             block.mixer.eps = baselines.EPS
             if attend is not None:
@@ -79,8 +80,8 @@ def mixer_gradients(trainer: Trainer) -> Tensor:
     """Of the first batch's loss with respect to all parameters of the ReBased layers, in one row."""
     shape, model = trainer.configuration, trainer.model
     rows = text.batch(trainer.stream, 0, shape.seed, shape.batch, shape.context).to(trainer.processes.device)
-    loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
-    mixers = (block.mixer for block in model.blocks)
+    loss = F.cross_entropy(logits_of(model, rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+    mixers = (block.mixer for block in model.model.layers)
     chosen = [mixer for mixer in mixers if isinstance(mixer, ReBasedAttention | PlainAttention)]
     parameters = [parameter for mixer in chosen for parameter in mixer.parameters()]
     return torch.cat([x.flatten() for x in torch.autograd.grad(loss, parameters)])

@@ -22,7 +22,7 @@ from benchmarks.training import load_checkpoint, save_checkpoint, seed_everythin
 
 from . import parallel, text
 from .evaluate import Perplexity, perplexity
-from .model import LanguageModel, ModelConfiguration
+from .sizes import ModelConfiguration, logits_of, make_model
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BETAS = (0.9, 0.95)
@@ -85,7 +85,7 @@ class Trainer:
         seed_everything(training.seed)
         self.model_configuration, self.configuration = model, training
         self.stream, self.processes = stream, processes
-        plain = LanguageModel(model, activation_checkpointing=training.activation_checkpointing)
+        plain = make_model(model, activation_checkpointing=training.activation_checkpointing)
         if adapt is not None:
             adapt(plain)
         self.model = processes.wrap(plain.to(processes.device))
@@ -116,7 +116,7 @@ class Trainer:
         for piece in rows.chunk(configuration.accumulate):
             part = self.processes.part(piece).to(self.processes.device)
             with self.autocast():
-                logits = self.call(part[:, :-1])
+                logits = logits_of(self.call, part[:, :-1])
             loss = F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten())
             loss = loss / configuration.accumulate
             loss.backward()

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +20,12 @@ from conftest import EMULATED
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("tqdm")
+pytest.importorskip("transformers", minversion="5.24")
 
 from benchmarks.language_model import __main__ as command
 from benchmarks.language_model import compare, generate, parallel, speed, text
 from benchmarks.language_model.evaluate import perplexity, recall_tokens
-from benchmarks.language_model.model import MIXERS, LanguageModel, ModelConfiguration
+from benchmarks.language_model.sizes import MIXERS, ModelConfiguration, logits_of, make_model
 from benchmarks.language_model.train import Trainer, TrainingConfiguration, learning_rate
 from rebased_cuda.demo import baselines
 
@@ -145,8 +147,8 @@ def test_recall_tokens_against_their_definition() -> None:
 
 def test_perplexity_of_a_known_model() -> None:
     class Always(torch.nn.Module):  # gives token 1 probability 1/2, the other two 1/4
-        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-            return torch.tensor([0.25, 0.5, 0.25]).log().expand(*tokens.shape, 3)
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+            return SimpleNamespace(logits=torch.tensor([0.25, 0.5, 0.25]).log().expand(*input_ids.shape, 3))
 
     rows = torch.tensor([[1, 1, 1, 0, 2]])  # bigrams 11, 11 (AR), 10, 02
     one = parallel.OneProcess(torch.device("cpu"))
@@ -160,28 +162,14 @@ def test_perplexity_of_a_known_model() -> None:
 # --- model
 
 
-def test_parameters_are_the_papers() -> None:
-    """Table 9 at the sizes of tables 6 and 7; ReBased differs from Based by gamma and beta of 9 layers."""
+@pytest.mark.parametrize(
+    ("mixer", "parameters"), [("rebased", 156_992_256), ("based", 156_955_392), ("attention", 126_807_552)]
+)
+def test_the_full_preset_is_the_papers(mixer: str, parameters: int) -> None:
+    """Table 9, to the unit."""
     with torch.device("meta"):
-        count = {
-            mixer: sum(
-                x.numel() for x in LanguageModel(ModelConfiguration(mixer, 50304, layers=layers)).parameters()
-            )
-            for mixer, layers in (("attention", 12), ("based", 18), ("rebased", 18))
-        }
-    assert count["attention"] == 126_807_552
-    assert count["rebased"] - count["based"] == 9 * 4 * 12 * 16
-
-
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_the_model_is_causal(mixer: str) -> None:
-    model = LanguageModel(replace(TINY, mixer=mixer)).double()
-    tokens = torch.randint(TINY.vocabulary, (2, 20))
-    changed = tokens.clone()
-    changed[:, 12:] = (changed[:, 12:] + 1) % TINY.vocabulary
-    before, after = model(tokens), model(changed)
-    torch.testing.assert_close(before[:, :12], after[:, :12], rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(before[:, 12], after[:, 12])
+        model = make_model(command.model_configuration(command.parse_arguments(["train"]), mixer))
+    assert sum(x.numel() for x in model.parameters()) == parameters
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -200,19 +188,8 @@ def test_generation_by_step_equals_recomputing(mixer: str, dtype: torch.dtype) -
     assert last > first if mixer == "attention" else last == first
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_logits_of_prefill_and_step_equal_forward(mixer: str) -> None:
-    model = LanguageModel(replace(TINY, mixer=mixer)).double().eval()
-    tokens = torch.randint(TINY.vocabulary, (3, 20))
-    with torch.no_grad():
-        expected = model(tokens)
-        logits, state = model.prefill(tokens[:, :8])
-        rows = [*logits.unbind(1), *(model.step(tokens[:, i], state) for i in range(8, 20))]
-    torch.testing.assert_close(torch.stack(rows, 1), expected, rtol=1e-10, atol=1e-10)
-
-
 def test_decoding_needs_no_more_memory_the_longer_it_runs() -> None:
-    model = LanguageModel(TINY).eval()
+    model = make_model(TINY).eval()
     generation = generate.by_step(model, stream()[:7], 2000)
     first, last = generation.state_bytes
     assert first == last
@@ -223,9 +200,9 @@ def test_decoding_needs_no_more_memory_the_longer_it_runs() -> None:
 
 
 def test_attention_says_how_far_it_reads() -> None:
-    model = LanguageModel(replace(TINY, mixer="attention"))
-    with pytest.raises(ValueError, match="24 learned positions, got 25"):
-        model(torch.zeros(1, 25, dtype=torch.long))
+    model = make_model(replace(TINY, mixer="attention"))
+    with pytest.raises(ValueError, match="expected up to 24 tokens, as many as positions, got 25"):
+        logits_of(model, torch.zeros(1, 25, dtype=torch.long))
 
 
 # --- training
@@ -267,7 +244,7 @@ def test_activation_checkpointing_saves_less() -> None:
         sizes = []
         run = trainer(**changes)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            run.model(stream()[:24].unsqueeze(0))
+            logits_of(run.model, stream()[:24].unsqueeze(0))
         return sum(sizes)
 
     assert saved(activation_checkpointing=True) < saved() / 4

@@ -12,7 +12,17 @@ from problems import relative_error
 from torch import Tensor, nn
 
 from rebased_cuda import rebased_attention, rebased_attention_step, reference
-from rebased_cuda.compat import ReBased, chunk_linear_attn, parallel_rebased
+from rebased_cuda.compat import (
+    FACTORY_KEYWORDS,
+    FORWARD_KEYWORDS,
+    ReBased,
+    chunk_linear_attn,
+    fused_chunk_based,
+    fused_chunk_linear_attn,
+    fused_recurrent_linear_attn,
+    parallel_based,
+    parallel_rebased,
+)
 from rebased_cuda.state import RebasedState
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -91,7 +101,47 @@ def test_parallel_rebased_mistakes():
         parallel_rebased(q, k[0], v)
 
 
-# ---- fla.ops.linear_attn.chunk_linear_attn ----
+# ---- fla.ops.based ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("scale", [None, 1])
+@pytest.mark.parametrize("use_norm", [True, False])
+@pytest.mark.parametrize("function", [parallel_based, fused_chunk_based])
+def test_based(function, dtype, scale, use_norm):
+    factor = 5**-0.5 if scale is None else scale
+
+    def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        u = factor * torch.einsum("bthd,bshd->bhts", q, k)
+        sim = (1 + u + u * u / 2).tril()
+        o = torch.einsum("bhts,bshv->bthv", sim, v)
+        return o / (sim.sum(-1).transpose(1, 2)[..., None] + 1e-6) if use_norm else o
+
+    _agree(function, formula, _qkv(dtype), scale=scale, use_norm=use_norm)
+    q, k, v = _qkv(dtype)
+    head_first = function(
+        *(x.transpose(1, 2) for x in (q, k, v)), scale=scale, use_norm=use_norm, head_first=True
+    )
+    assert relative_error(head_first.transpose(1, 2), formula(*(x.double() for x in (q, k, v)))) <= 2e-5
+
+
+def test_based_mistakes():
+    q, k, v = _qkv(torch.float32)
+    for name, values in {
+        "scale": (NAN, "1", True),
+        "use_norm": (1, None, "yes"),
+        "head_first": (1, None, "yes"),
+        "q": (None, [1.0], torch.zeros(2, 37, 3), torch.zeros(2, 37, 3, 129)),
+        "k": (None, torch.zeros(2, 36, 3, 5)),
+        "v": (None, torch.zeros(2, 37, 3, 257)),
+    }.items():
+        for value in values:
+            for function in (parallel_based, fused_chunk_based):
+                with pytest.raises((ValueError, TypeError), match=f"^{name}: "):
+                    function(**{"q": q, "k": k, "v": v, name: value})
+
+
+# ---- fla.ops.linear_attn ----
 
 
 def _linear(
@@ -170,13 +220,86 @@ def test_chunk_linear_attn_packed():
             assert relative_error(x, y) <= 1e-12
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("features", [130, 300])
+def test_more_features_than_the_op_takes(dtype, normalize, features):
+    """In two pieces and packed, so that states go in and out."""
+    q, k = (torch.rand(1, 23, 2, features, dtype=torch.float64) for _ in range(2))
+    v = torch.randn(1, 23, 2, 6, dtype=torch.float64)
+
+    def expected(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        o, kv, z = _linear(q, k, v, features**-0.5, normalize)
+        return (o, kv, z[:, None]) if normalize else (o, kv)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        first, state = chunk_linear_attn(q[:, :9], k[:, :9], v[:, :9], None, None, True, normalize)
+        rest = (x[:, 9:] for x in (q, k, v))
+        bounds = torch.tensor([0, 14])
+        last, state = chunk_linear_attn(*rest, None, state, True, normalize, cu_seqlens=bounds)
+        o = torch.cat([first, last], 1)
+        return (o, *state) if normalize else (o, state)
+
+    if dtype == torch.bfloat16:
+        rounded = [x.to(dtype) for x in (q, k, v)]
+        o, *states = ours(*rounded)
+        assert o.dtype == dtype
+        assert all(state.dtype == torch.float32 for state in states)
+        for x, y in zip((o, *states), expected(*(x.double() for x in rounded)), strict=True):
+            assert relative_error(x, y) <= (4e-3 if x is o else 2e-5)
+        return
+    _agree(ours, expected, [x.to(dtype).requires_grad_() for x in (q, k, v)])
+
+
+def _rebased_features(x: Tensor) -> Tensor:
+    """fla's RebasedFeatureMap without its LayerNorm: squares, then products of pairs, (q.k)^2 / d of both."""
+    width = x.shape[-1]
+    i, j = torch.triu_indices(width, width, 1)
+    return torch.cat([x * x * width**-0.5, x[..., i] * x[..., j] * (2 / width) ** 0.5], -1)
+
+
+def test_the_features_of_flas_layers_give_what_the_maps_give():
+    q, k, v = (torch.randn(2, 29, 3, width, dtype=torch.float64) for width in (16, 16, 7))
+    features = [_rebased_features(x) for x in (q, k)]
+    assert features[0].shape[-1] == 136
+    o, _ = fused_chunk_linear_attn(*features, v, scale=1)
+    assert relative_error(o, parallel_rebased(q, k, v, eps=1e-10)) <= 1e-9
+
+
+@pytest.mark.parametrize("features", [5, 130])
+def test_the_other_calls_of_linear_attention(features):
+    q, k = (torch.rand(2, 37, 3, features, dtype=torch.float64) for _ in range(2))
+    v = torch.randn(2, 37, 3, 7, dtype=torch.float64)
+    for normalize in (True, False):
+        expected = chunk_linear_attn(q, k, v, 0.3, None, True, normalize)
+        for function in (fused_chunk_linear_attn, fused_recurrent_linear_attn):
+            o, state = function(q, k, v, 0.3, output_final_state=True, normalize=normalize)
+            again, _ = function(q, k, v, 0.3, initial_state=state, normalize=normalize)
+            assert torch.equal(o, expected[0])
+            for x, y in zip(*((s if normalize else (s,)) for s in (state, expected[1])), strict=True):
+                assert torch.equal(x, y)
+            assert torch.equal(again, chunk_linear_attn(q, k, v, 0.3, expected[1], False, normalize)[0])
+    assert torch.equal(fused_chunk_linear_attn(q, k, v)[0], chunk_linear_attn(q, k, v)[0])
+    plain = chunk_linear_attn(q, k, v, normalize=False)[0]  # its own default
+    assert torch.equal(fused_recurrent_linear_attn(q, k, v)[0], plain)
+    with pytest.raises(ValueError, match="reverse: expected False, got True; flip"):
+        fused_recurrent_linear_attn(q, k, v, reverse=True)
+    with pytest.raises(TypeError, match="reverse: "):
+        fused_recurrent_linear_attn(q, k, v, reverse=1)
+
+
 def test_chunk_linear_attn_defaults_and_mistakes():
     q, k, v = _qkv(torch.float32, positive=True)
     o, state = chunk_linear_attn(q, k, v)
     assert state is None
     assert relative_error(o, _linear(q, k, v, 5**-0.5, True)[0]) <= 2e-5
-    with pytest.raises(ValueError, match="q: expected up to 128 features, got 130"):
-        chunk_linear_attn(q.repeat(1, 1, 1, 26), k.repeat(1, 1, 1, 26), v)
+    wide = torch.zeros(2, 37, 3, 130)
+    with pytest.raises(ValueError, match="k: expected q's 130 features, got 131"):
+        chunk_linear_attn(wide, torch.zeros(2, 37, 3, 131), v)
+    with pytest.raises(ValueError, match="v: expected a width up to 255 with 130 features, got 256"):
+        chunk_linear_attn(wide, wide, torch.zeros(2, 37, 3, 256))
+    with pytest.raises(ValueError, match="initial_state: expected kv of shape"):
+        chunk_linear_attn(wide, wide, v, initial_state=torch.zeros(2, 3, 128, 7))
     with pytest.raises(TypeError, match="initial_state: expected one tensor"):
         chunk_linear_attn(q, k, v, initial_state=(None, None), normalize=False)
     with pytest.raises(ValueError, match="initial_state: expected z of shape"):
@@ -270,10 +393,22 @@ def test_an_initial_state_of_any_floating_dtype():
             "cu_seqlens=None",
         ),
         (
+            fused_chunk_linear_attn,
+            "q, k, v, scale=None, initial_state=None, output_final_state=False, normalize=True, "
+            "cu_seqlens=None",
+        ),
+        (
+            fused_recurrent_linear_attn,
+            "q, k, v, scale=None, initial_state=None, output_final_state=False, reverse=False, "
+            "normalize=False, cu_seqlens=None",
+        ),
+        (parallel_based, "q, k, v, scale=None, use_norm=True, head_first=False"),
+        (fused_chunk_based, "q, k, v, scale=None, use_norm=True, head_first=False"),
+        (
             ReBased,
             "d_model, l_max=2048, feature_dim=16, num_key_value_heads=12, num_heads=12, "
             "feature_name='taylor_exp', eps=1e-12, causal=True, mode='parallel', use_beta=True, "
-            "use_gamma=True, normalize=True",
+            "use_gamma=True, normalize=True, factory",
         ),
     ],
 )
@@ -386,6 +521,18 @@ def test_mixer(way):
             assert parameter.grad is None
         else:
             assert relative_error(parameter.grad, weights[name].grad) <= 1e-9, name
+
+
+def test_the_mixer_ignores_what_factories_hand_in_and_nothing_else():
+    made = ReBased(d_model=12, feature_dim=5, num_heads=3, num_key_value_heads=3, layer_idx=4, l_max=64)
+    assert set(FACTORY_KEYWORDS) >= {"layer_idx"}
+    ReBased(12, 2048, 5, 3, 3, **dict.fromkeys(FACTORY_KEYWORDS))
+    with pytest.raises(TypeError, match="dropout: unexpected keyword of ReBased,"):
+        ReBased(12, 2048, 5, 3, 3, dropout=0.1)
+    x = torch.randn(1, 4, 12)
+    assert torch.equal(made(x, **dict.fromkeys(FORWARD_KEYWORDS)), made(x))
+    with pytest.raises(TypeError, match=r"past_key_values: unexpected keyword of ReBased\.forward,"):
+        made(x, past_key_values=None)
 
 
 def test_mixer_defaults():
