@@ -125,7 +125,7 @@ struct BackwardProblem : Problem {
 
 // One token per sequence: seqlen is 1, and row strides mean nothing. y is what the updated state answers.
 struct StepProblem : Problem {
-  // (num_slots, kv_heads, ...), updated in place. A slot's own entries are contiguous, and slots lie kv_stride
+  // (num_slots, kv_heads, ...), updated in place. A slot's own entries are contiguous. Slots lie kv_stride
   // and k_stride apart: in the pages of a serving engine other things stand between them.
   MutableState state;
   int64_t num_slots, kv_stride, k_stride;
