@@ -3,9 +3,9 @@
 `rebased_attention` is the op, `rebased_attention_step` its one-token decode step, `RebasedState` what a
 sequence leaves behind; `ReBasedAttention` and `GatedShortConvolution` are layers; `rebased_cuda.reference` is
 the same maths in plain torch, the judge of every backend, and `attention_matrix` its matrix of who attends to
-whom. `build_info()` says what this build contains. `rebased_cuda.context_parallel` spreads a sequence over
-processes, `rebased_cuda.compat` has other packages' calls, `rebased_cuda.models` language models for transformers, `rebased_cuda.testing` tells and forces how the
-CUDA kernels are launched.
+whom. `build_info()` says what this build contains. `rebased_cuda.models` has language models for
+transformers, `rebased_cuda.context_parallel` spreads a sequence over processes, `rebased_cuda.compat` has
+other packages' calls, `rebased_cuda.testing` tells and forces how the CUDA kernels are launched.
 """
 
 import torch  # before _C: loads the libtorch_cpu that _C's symbols are found in
