@@ -116,6 +116,32 @@ def run_reference(inputs: list[Tensor | None], problem: Problem, form: Any = ref
     return run(form, [None if x is None else x.double() for x in inputs], problem)
 
 
+def laid_out(x: Tensor, how: str) -> Tensor:
+    """The values of x in another layout; those that are expanded take the first one's values.
+
+    Between padded rows lie NaNs, which nobody may read.
+    """
+    if x.numel() == 0 or how == "contiguous":
+        return x
+    if how == "padded rows":
+        return torch.cat([x, torch.full_like(x[..., :1], torch.nan)], -1)[..., :-1]
+    if how == "padded rows, aligned":
+        padding = torch.full_like(x[..., :1], torch.nan).expand(*x.shape[:-1], 8 + -x.shape[-1] % 8)
+        return torch.cat([x, padding], -1)[..., : x.shape[-1]]
+    if how == "last strided":
+        return torch.stack([x, -x], -1)[..., 0]
+    if how == "offset":
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    if how == "token major":
+        return x.transpose(-2, -3).contiguous().transpose(-2, -3) if x.dim() > 2 else x
+    if how == "expanded batch":
+        return x[:1].expand_as(x)
+    if how == "expanded heads":
+        return x[:, :1].expand_as(x)
+    assert how == "columns first", how
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
 def relative_error(value: Tensor, expected: Tensor) -> float:
     """L2 norm of the difference over that of the expected value."""
     if value.numel() == 0:

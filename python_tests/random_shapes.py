@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from problems import NORMS, Problem, paged, rounds_operands
+from problems import NORMS, Problem, laid_out, paged, rounds_operands
 from torch import Tensor
 
 from rebased_cuda import (
@@ -68,8 +68,8 @@ class Draw:
     def inputs(self) -> list[Tensor | None]:
         """Leaves that require grad, in their layouts."""
         values = _values(self.problem, self.absent)
-        laid = [_laid(x, how) for x, how in zip(values[:3], self.layouts, strict=True)]
-        laid += [None if x is None else _laid(x, self.parameter_layout) for x in values[3:7]]
+        laid = [laid_out(x, how) for x, how in zip(values[:3], self.layouts, strict=True)]
+        laid += [None if x is None else laid_out(x, self.parameter_layout) for x in values[3:7]]
         leaves = [None if x is None else x.detach().requires_grad_() for x in (*laid, *values[7:])]
         if not self.state_gradient:
             leaves[7:] = [None if x is None else x.detach() for x in leaves[7:]]
@@ -211,9 +211,9 @@ def _shortened(text: str, example: dict[str, Any]) -> tuple[dict[str, Any], dict
     segments = 9 if many else 3 if few else 1
     chunks = (2 if not compensated else 3 if many else 4) * segments - (segments > 1)
     forced = {"path": path, "segments": segments, "compensated_rows": int(compensated)}
-    feature_dim, chunk = example["feature_dim"], 64  # the most that fixed kernels have
+    lengths = (int(word[len("chunk=") :]) for word in words if word.startswith("chunk="))
+    feature_dim, chunk = example["feature_dim"], next(lengths, 64)  # the most that float32's kernels have
     if path == "general":
-        chunk = next(int(word[len("chunk=") :]) for word in words if word.startswith("chunk="))
         forced |= {"chunk": chunk, "state_in_shared": int("state-in-shared" in words)}
         while feature_dim > 5 and chunks * chunk * _row_work(example | {"feature_dim": feature_dim}) > LONG:
             feature_dim -= 1
@@ -284,28 +284,6 @@ def _values(problem: Problem, absent: tuple[int, ...]) -> list[Tensor | None]:
     return [*values, *state]
 
 
-def _laid(x: Tensor, how: str) -> Tensor:
-    """The values of x in another layout; those that are expanded take the first one's values."""
-    if x.numel() == 0 or how == "contiguous":
-        return x
-    if how == "padded rows":
-        return torch.cat([x, x[..., :1] * 3], -1)[..., :-1]
-    if how == "padded rows, aligned":
-        return torch.cat([x, *[x[..., :1]] * (8 + -x.shape[-1] % 8)], -1)[..., : x.shape[-1]]
-    if how == "last strided":
-        return torch.stack([x, -x], -1)[..., 0]
-    if how == "offset":
-        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-    if how == "token major":
-        return x.transpose(-2, -3).contiguous().transpose(-2, -3) if x.dim() > 2 else x
-    if how == "expanded batch":
-        return x[:1].expand_as(x)
-    if how == "expanded heads":
-        return x[:, :1].expand_as(x)
-    assert how == "columns first", how
-    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
-
-
 LAYOUTS = (
     "padded rows",
     "padded rows, aligned",
@@ -366,7 +344,7 @@ def _everything(function: Any, draw: Draw, inputs: list[Tensor | None]) -> Resul
     for output in used:
         gradient = torch.randn(output.shape, generator=generator, dtype=torch.float64)
         gradient = gradient.to(draw.problem.dtype if output is outputs[0] else draw.problem.accumulator)
-        upstream.append(_laid(gradient.to(output.device), draw.gradient_layout).to(output.dtype))
+        upstream.append(laid_out(gradient.to(output.device), draw.gradient_layout).to(output.dtype))
     leaves = [x for x in inputs if x is not None and x.requires_grad]
     gradients = torch.autograd.grad(used, leaves, upstream, allow_unused=True, materialize_grads=True)
     return [x.detach() for x in outputs], list(gradients)

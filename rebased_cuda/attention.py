@@ -162,18 +162,19 @@ def _attend(
 ) -> Tensor | tuple[Tensor, RebasedState]:
     result: Any
     with_state = return_state or state[0] is not None
+    grad_mode = torch.is_grad_enabled()
     if (
         # a trace holds the operator itself, or it could be neither checked nor saved; it has no gradients
-        (torch.is_grad_enabled() and (torch.compiler.is_compiling() or not torch._C._is_tracing()))
+        (grad_mode and (torch.compiler.is_compiling() or not torch._C._is_tracing()))
         or forward_ad._current_level >= 0  # where the bare operator would give silent zeros
         or _functorch_is_active()
         or torch.compiler.is_compiling()
     ):
         if not with_state:
-            result = Attention.apply(*inputs, cu_seqlens, options)  # type: ignore[no-untyped-call]
+            result = Attention.apply(*inputs, cu_seqlens, options, grad_mode)  # type: ignore[no-untyped-call]
             return result  # type: ignore[no-any-return]
         result = AttentionWithState.apply(  # type: ignore[no-untyped-call]
-            return_state, options, *inputs, *state, cu_seqlens
+            return_state, options, grad_mode, *inputs, *state, cu_seqlens
         )
         y, *final = result if return_state else (result,)
     elif with_state:

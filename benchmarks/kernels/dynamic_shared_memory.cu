@@ -1,10 +1,10 @@
-// The dynamic shared memory that tensor_core_family (cuda/tensor_core/launch.cuh, backward.cuh) and
+// The dynamic shared memory that tensor_core_family (cuda/tensor_core/family/) and
 // float32_family (cuda/float32/launch.cuh) ask for: ptxas cannot know. Lines out: bytes, kernel. The grouped
 // kernels' is for 4 query heads per kv head, the float32 path's for one.
 #include <cstdio>
 
 #include "cuda/plan/float32_shape.h"
-#include "cuda/tensor_core/backward.cuh"
+#include "cuda/tensor_core/family/backward.cuh"
 
 namespace rebased::cuda::tensor_core {
 

@@ -7,8 +7,9 @@ loop's own blocks) times (runs per chunk). Every instruction of a block counts, 
 that a branch skips (three kinds of LayerNorm are compiled in and one of them runs), so the number is an upper
 bound of what a warp issues. Where warps differ in how often a loop runs, it is their mean. What is outside
 the chunk loop is not counted. Kernels whose last argument is true serve several query heads per kv head;
-their number is that of one head. python_tests/cuda/ptx/test_ptx.py compares HMMA per chunk with those that
-really run.
+their number is that of one head. Inner loops of the tensor-core kernels without HMMA are those of rows in
+pieces of less than 16 bytes, which an aligned call skips: they are not counted.
+python_tests/cuda/ptx/test_ptx.py compares HMMA per chunk with those that really run.
 """
 
 from __future__ import annotations
@@ -202,13 +203,26 @@ def loops_of(name: str) -> tuple[Nest, ...] | None:
     return special or LOOPS.get(base)
 
 
-def per_chunk(function: Function, loop: Loop, nests: tuple[Nest, ...], runs: float = 1) -> Counter[str]:
+def has_product(function: Function, loop: Loop, product: str) -> bool:
+    own = any(opcode.startswith(product) for opcode in function.opcodes(loop))
+    return own or any(has_product(function, inner, product) for inner in loop.inner)
+
+
+def counted_loops(function: Function, loop: Loop, product: str) -> list[Loop]:
+    """The loops inside `loop` that an aligned call runs."""
+    return [x for x in loop.inner if product != "HMMA" or has_product(function, x, product)]
+
+
+def per_chunk(
+    function: Function, loop: Loop, nests: tuple[Nest, ...], product: str, runs: float = 1
+) -> Counter[str]:
     """Opcodes per chunk of `loop`, which itself runs `runs` times per chunk."""
-    if len(loop.inner) != len(nests):
-        raise ValueError(f"a loop has {len(loop.inner)} inner loops and LOOPS knows of {len(nests)}")
+    inner_loops = counted_loops(function, loop, product)
+    if len(inner_loops) != len(nests):
+        raise ValueError(f"a loop has {len(inner_loops)} inner loops and LOOPS knows of {len(nests)}")
     total: Counter[str] = Counter({opcode: runs * count for opcode, count in function.opcodes(loop).items()})
-    for inner, nest in zip(loop.inner, nests, strict=True):
-        total += per_chunk(function, inner, nest.inner, nest.runs)
+    for inner, nest in zip(inner_loops, nests, strict=True):
+        total += per_chunk(function, inner, nest.inner, product, nest.runs)
     return total
 
 
@@ -233,10 +247,11 @@ def measure(name: str, architecture: int, function: Function) -> Figures:
     whole = Counter(instruction.opcode for instruction in function.instructions)
     bases = by_base(whole)
     chunk: Counter[str] = Counter()
-    loop, nests = chunk_loop(function, product_of(name)), loops_of(name)
+    product = product_of(name)
+    loop, nests = chunk_loop(function, product), loops_of(name)
     if loop and nests:
         try:
-            chunk = per_chunk(function, loop, nests)
+            chunk = per_chunk(function, loop, nests, product)
         except ValueError as error:
             raise ValueError(f"{name} at sm_{architecture}: {error}") from None
     accesses: Counter[str] = Counter()

@@ -12,7 +12,7 @@ from typing import Any
 
 from . import others, peers
 from .harness import DIRECTIONS, OURS
-from .questions import nothing_slower, reference
+from .questions import layer, nothing_slower, reference
 
 Rows = Sequence[dict[str, Any]]
 CASES = [(feature_map, direction) for feature_map in ("outer", "square") for direction in DIRECTIONS]
@@ -22,7 +22,7 @@ SOFTMAX = {4096: (18.0, 17.0, 75.0, 60.0), 16384: (65.0, 62.0, 300.0, 220.0)}  #
 CHUNKED = (2.8, 2.6, 5.0, 3.5)
 FAST_TRANSFORMERS = (5.5, 5.0, 3.0, 2.2)
 BFLOAT16, AVX2, TWO_THREADS = 1.5, 0.75, (1.8, 1.7)
-STEP_OVER_COPY, OVERHEAD_SECONDS = 1.3, 15e-6
+STEP_OVER_COPY, OVERHEAD_SECONDS, LAYER_OVER_PARTS = 1.3, 15e-6, 1.1
 CHUNKED_FORMS = tuple(x for x in peers.PLAIN if peers.QUADRATIC not in x)
 
 
@@ -47,6 +47,7 @@ def targets(rows: Rows) -> list[Target]:
         *_instruction_sets(timed),
         *_threads(timed),
         *_calls(timed),
+        *_layer(timed),
         *_nothing_slower(timed),
     ]
 
@@ -116,6 +117,13 @@ def _calls(rows: Rows) -> Iterator[Target]:
     if row is not None:
         name = "one step of one head: microseconds"
         yield Target(name, row["median"] * 1e6, OVERHEAD_SECONDS * 1e6, at_most=True, unit="us")
+
+
+def _layer(rows: Rows) -> Iterator[Target]:
+    row = _pick(rows, "layer", DIRECTIONS[0], "outer").get(layer.PARTS)
+    if row is not None and row["ratio"]:
+        name = "a layer's 32 tokens after a state: over its Linears and the op alone"
+        yield Target(name, 1 / row["ratio"], LAYER_OVER_PARTS, at_most=True)
 
 
 def _nothing_slower(rows: Rows) -> Iterator[Target]:

@@ -36,6 +36,7 @@ class NativeBackend {
   static int64_t workspace_bytes(const AnyProblem& problem, const Parallel& plan) {
     return cpu::workspace_bytes(problem, plan.threads);
   }
+  static int64_t kept_bytes(const Parallel&) { return 0; }
   void run(const ForwardProblem& problem, const Parallel& plan) const { cpu::forward(problem, plan); }
   void run(const BackwardProblem& problem, const Parallel& plan) const { cpu::backward(problem, plan); }
   void run(const StepProblem& problem, const Parallel& plan) const { cpu::step(problem, plan); }
@@ -74,6 +75,7 @@ class EmulatedBackend {
     return make_plan(problem, device_);
   }
   static int64_t workspace_bytes(const Problem&, const Plan& plan) { return plan.workspace.bytes; }
+  static int64_t kept_bytes(const Plan& plan) { return plan.kept_bytes; }
   template <class AnyProblem>
   void run(const AnyProblem& problem, const Plan& plan) const {
     require_success(emulated::run(problem, plan, nullptr));
@@ -97,6 +99,7 @@ class CudaBackend {
     return make_plan(problem, device_);
   }
   static int64_t workspace_bytes(const Problem&, const Plan& plan) { return plan.workspace.bytes; }
+  static int64_t kept_bytes(const Plan& plan) { return plan.kept_bytes; }
   template <class AnyProblem>
   void run(const AnyProblem& problem, const Plan& plan) const {
     require_success(cuda::run(problem, plan, stream_));

@@ -171,9 +171,8 @@ struct StateOutputs {
 // A host workspace up to this many bytes is on the stack: a decode step then allocates nothing but y.
 constexpr int64_t kStackWorkspace = 32 << 10;
 
-template <class Backend, class AnyProblem>
-void run(const Backend& backend, AnyProblem& problem, const Tensor& like) {
-  const auto plan = backend.plan(problem);
+template <class Backend, class AnyProblem, class Plan>
+void run_planned(const Backend& backend, AnyProblem& problem, const Plan& plan, const Tensor& like) {
   const int64_t bytes = backend.workspace_bytes(problem, plan);
   if (Backend::on_host && bytes <= kStackWorkspace) {
     alignas(64) char workspace[kStackWorkspace];
@@ -190,6 +189,31 @@ void run(const Backend& backend, AnyProblem& problem, const Tensor& like) {
     problem.workspace = workspace->mutable_data_ptr();
   }
   backend.run(problem, plan);
+}
+
+template <class Backend, class AnyProblem>
+void run(const Backend& backend, AnyProblem& problem, const Tensor& like) {
+  run_planned(backend, problem, backend.plan(problem), like);
+}
+
+// The same with room for what the backend keeps for backward, which is given back.
+template <class Backend>
+Tensor run_keeping(const Backend& backend, ForwardProblem& problem, const Tensor& like) {
+  const auto plan = backend.plan(problem);
+  Tensor kept = empty(like, {backend.kept_bytes(plan)}, ScalarType::Byte);
+  problem.kept = kept.mutable_data_ptr();
+  run_planned(backend, problem, plan, like);
+  return kept;
+}
+
+constexpr const char* kNotKept = "kept: must be what forward_kept returned for these inputs";
+
+// What forward kept, as backward reads it: at a multiple of 16 bytes, wherever a hook on saved tensors put
+// it.
+inline OptionalTensor kept_input(const OptionalTensor& kept) {
+  if (!kept) return kept;
+  require(kept->dim() == 1 && kept->scalar_type() == ScalarType::Byte, kNotKept);
+  return with_dense_rows(with_memory("kept", *kept));
 }
 
 }  // namespace rebased

@@ -3,6 +3,9 @@
 //   forward, backward          the op and its gradients, where no state comes in or goes out
 //   forward_with_state and     the same with states. They are operators of their own, since in a call of
 //   backward_with_state        microseconds every argument and every result costs time
+//   forward_kept               forward_with_state, and one tensor of bytes more, which spares backward work
+//                              where it is handed on; without elements where the backend keeps nothing. Its
+//                              size follows from the inputs' sizes alone where keep_states is false
 //   step                       one token more, whose state is updated in place
 //   forward_state              the state that rows of k and v leave behind. With this operator and the `part`
 //                              of backward_with_state, processes that share a sequence exchange states
@@ -25,13 +28,14 @@ constexpr const char* kInitialState[2] = {"initial_state.kv", "initial_state.k"}
 struct Outputs {
   Tensor y, r;
   std::optional<StateOutputs> final_state;
+  OptionalTensor kept;
 };
 
 template <class Backend>
 Outputs run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Parameters& parameters,
                     const OptionalTensor& initial_kv, const OptionalTensor& initial_k,
                     const OptionalTensor& cu_seqlens, const Options& options, bool with_state,
-                    bool return_state) {
+                    bool return_state, Keep keep = Keep::nothing) {
   const Backend backend(q);
   require(q.dim() == 4, "q, k, v: must have four dimensions");
   const Inputs inputs(q, k, v, parameters, cu_seqlens);
@@ -41,14 +45,19 @@ Outputs run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Par
   problem.initial_state = initial.pointers();
   Outputs outputs{empty_rows(q, problem.batch, problem.heads, problem.seqlen, problem.head_dim),
                   empty(q, {problem.batch, problem.heads, problem.seqlen}, accumulator_type(problem.dtype)),
-                  std::nullopt};
+                  std::nullopt, std::nullopt};
   if (with_state) {
     outputs.final_state.emplace(problem, q, return_state);
     problem.final_state = outputs.final_state->pointers;
   }
   problem.y = mutable_rows(outputs.y);
   problem.r = outputs.r.mutable_data_ptr();
-  run(backend, problem, q);
+  problem.keep = keep;
+  if (keep == Keep::nothing) {
+    run(backend, problem, q);
+  } else {
+    outputs.kept = run_keeping(backend, problem, q);
+  }
   return outputs;
 }
 
@@ -73,6 +82,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_with_state(
       q, k, v, {gamma_q, beta_q, gamma_k, beta_k}, initial_kv, initial_k, cu_seqlens,
       {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, true, return_state);
   return {outputs.y, outputs.r, outputs.final_state->kv, outputs.final_state->k};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_kept(
+    const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor gamma_q, OptionalTensor beta_q,
+    OptionalTensor gamma_k, OptionalTensor beta_k, OptionalTensor initial_kv, OptionalTensor initial_k,
+    OptionalTensor cu_seqlens, std::string feature_map, std::string layer_norm, double scale, double eps,
+    double layer_norm_eps, bool normalize, bool return_state, bool keep_states) {
+  const Outputs outputs =
+      run_forward<Backend>(q, k, v, {gamma_q, beta_q, gamma_k, beta_k}, initial_kv, initial_k, cu_seqlens,
+                           {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, true,
+                           return_state, keep_states ? Keep::states : Keep::statistics);
+  return {outputs.y, outputs.r, outputs.final_state->kv, outputs.final_state->k, *outputs.kept};
 }
 
 // What the rows of k and v leave behind: the state after them, from an empty one.
@@ -115,7 +137,8 @@ Gradients run_backward(const Tensor& grad_y, const OptionalTensor& grad_kv, cons
                        const Tensor& q, const Tensor& k, const Tensor& v, const Parameters& parameters,
                        const OptionalTensor& initial_kv, const OptionalTensor& initial_k,
                        const OptionalTensor& cu_seqlens, const Tensor& y, const Tensor& r,
-                       const Options& options, BackwardPart part, bool with_state) {
+                       const Options& options, BackwardPart part, bool with_state,
+                       const OptionalTensor& kept) {
   const Backend backend(q);
   require(q.dim() == 4, "q, k, v: must have four dimensions");
   const Inputs inputs(q, k, v, parameters, cu_seqlens);
@@ -127,6 +150,7 @@ Gradients run_backward(const Tensor& grad_y, const OptionalTensor& grad_kv, cons
     if (*tensor) inputs.require_same_device(**tensor);
   }
   for (const Tensor* tensor : {&grad_y, &y, &r}) inputs.require_same_device(*tensor);
+  if (kept) inputs.require_same_device(*kept);
   problem.initial_state = initial.pointers();
   problem.grad_final_state = grad_final.pointers();
   const Tensor dense_y = with_dense_rows(with_memory("y", y)),
@@ -144,6 +168,9 @@ Gradients run_backward(const Tensor& grad_y, const OptionalTensor& grad_kv, cons
   problem.y = const_rows(dense_y);
   problem.grad_y = const_rows(dense_grad_y);
   problem.r = dense_r.const_data_ptr();
+  const OptionalTensor dense_kept = kept_input(kept);
+  problem.kept = const_pointer(dense_kept);
+  problem.kept_bytes = dense_kept ? dense_kept->numel() : 0;
 
   const auto rows_like = [&](bool wanted, const Tensor& like, int64_t heads, int64_t width,
                              MutableRows* target) {
@@ -175,7 +202,9 @@ Gradients run_backward(const Tensor& grad_y, const OptionalTensor& grad_kv, cons
     gradients.initial_state.emplace(problem, q, present);
     problem.grad_initial_state = gradients.initial_state->pointers;
   }
-  run(backend, problem, q);
+  const auto plan = backend.plan(problem);
+  require(Backend::kept_bytes(plan) <= problem.kept_bytes, kNotKept);
+  run_planned(backend, problem, plan, q);
   return gradients;
 }
 
@@ -184,10 +213,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_y, const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor gamma_q,
     OptionalTensor beta_q, OptionalTensor gamma_k, OptionalTensor beta_k, OptionalTensor cu_seqlens,
     const Tensor& y, const Tensor& r, std::string feature_map, std::string layer_norm, double scale,
-    double eps, double layer_norm_eps, bool normalize) {
+    double eps, double layer_norm_eps, bool normalize, OptionalTensor kept) {
   Gradients g = run_backward<Backend>(
       grad_y, kNone, kNone, q, k, v, {gamma_q, beta_q, gamma_k, beta_k}, kNone, kNone, cu_seqlens, y, r,
-      {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, BackwardPart::all, false);
+      {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, BackwardPart::all, false, kept);
   return {std::move(g.q),      std::move(g.k),       std::move(g.v),     std::move(g.gamma_q),
           std::move(g.beta_q), std::move(g.gamma_k), std::move(g.beta_k)};
 }
@@ -198,10 +227,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Tensor& v, OptionalTensor gamma_q, OptionalTensor beta_q, OptionalTensor gamma_k,
     OptionalTensor beta_k, OptionalTensor initial_kv, OptionalTensor initial_k, OptionalTensor cu_seqlens,
     const Tensor& y, const Tensor& r, std::string feature_map, std::string layer_norm, double scale,
-    double eps, double layer_norm_eps, bool normalize, std::string part) {
+    double eps, double layer_norm_eps, bool normalize, std::string part, OptionalTensor kept) {
   const Gradients g = run_backward<Backend>(
       grad_y, grad_kv, grad_k, q, k, v, {gamma_q, beta_q, gamma_k, beta_k}, initial_kv, initial_k, cu_seqlens,
-      y, r, {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, backward_part_of(part), true);
+      y, r, {feature_map, layer_norm, scale, eps, layer_norm_eps, normalize}, backward_part_of(part), true,
+      kept);
   return {g.q, g.k, g.v, g.gamma_q, g.beta_q, g.gamma_k, g.beta_k, g.initial_state->kv, g.initial_state->k};
 }
 
@@ -223,7 +253,7 @@ void check_slots(const StepProblem& p) {
   }
 }
 
-// Where a part of the state lies: in `count` slots, each contiguous, `stride` elements or `pitch` bytes apart.
+// Where a part of the state lies: in `count` slots, each contiguous, `stride` elements (`pitch` bytes) apart.
 struct SlotMemory {
   SlotMemory(const char* name, const Tensor& tensor) : extent(extent_of(name, tensor)) {
     const Layout layout(tensor);
@@ -336,6 +366,7 @@ void implement(Library& library) {
   library.impl("backward", TORCH_BOX(&backward<Backend>));
   library.impl("forward_with_state", TORCH_BOX(&forward_with_state<Backend>));
   library.impl("backward_with_state", TORCH_BOX(&backward_with_state<Backend>));
+  library.impl("forward_kept", TORCH_BOX(&forward_kept<Backend>));
   library.impl("step", TORCH_BOX(&step<Backend>));
   library.impl("forward_state", TORCH_BOX(&forward_state<Backend>));
 }
@@ -354,7 +385,7 @@ STABLE_TORCH_LIBRARY(rebased_cuda, library) {
   library.def(
       "backward(Tensor grad_y, Tensor q, Tensor k, Tensor v, Tensor? gamma_q, Tensor? beta_q, "
       "Tensor? gamma_k, Tensor? beta_k, Tensor? cu_seqlens, Tensor y, Tensor r, str feature_map, "
-      "str layer_norm, float scale, float eps, float layer_norm_eps, bool normalize) -> "
+      "str layer_norm, float scale, float eps, float layer_norm_eps, bool normalize, Tensor? kept=None) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "forward_with_state(Tensor q, Tensor k, Tensor v, Tensor? gamma_q, Tensor? beta_q, Tensor? gamma_k, "
@@ -365,8 +396,13 @@ STABLE_TORCH_LIBRARY(rebased_cuda, library) {
       "backward_with_state(Tensor grad_y, Tensor? grad_kv, Tensor? grad_k, Tensor q, Tensor k, Tensor v, "
       "Tensor? gamma_q, Tensor? beta_q, Tensor? gamma_k, Tensor? beta_k, Tensor? initial_kv, "
       "Tensor? initial_k, Tensor? cu_seqlens, Tensor y, Tensor r, str feature_map, str layer_norm, "
-      "float scale, float eps, float layer_norm_eps, bool normalize, str part) -> "
+      "float scale, float eps, float layer_norm_eps, bool normalize, str part, Tensor? kept=None) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "forward_kept(Tensor q, Tensor k, Tensor v, Tensor? gamma_q, Tensor? beta_q, Tensor? gamma_k, "
+      "Tensor? beta_k, Tensor? initial_kv, Tensor? initial_k, Tensor? cu_seqlens, str feature_map, "
+      "str layer_norm, float scale, float eps, float layer_norm_eps, bool normalize, bool return_state, "
+      "bool keep_states) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "forward_state(Tensor k, Tensor v, Tensor? gamma_k, Tensor? beta_k, Tensor? cu_seqlens, "
       "str feature_map, str layer_norm, float layer_norm_eps) -> (Tensor, Tensor)");

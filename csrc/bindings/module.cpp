@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/row_layout.h"
 #include "cuda/plan/configurations.h"
 #include "cuda/plan/plan.h"
 #include "op/backend.h"
@@ -88,7 +89,7 @@ int count_launches(AnyProblem problem, const rebased::Plan& plan) {
 
 py::dict plan(const std::string& direction, int64_t batch, int64_t heads, int64_t kv_heads, int64_t seqlen,
               int64_t feature_dim, int64_t head_dim, const std::string& dtype, const std::string& feature_map,
-              const std::string& layer_norm, int64_t sequences, bool state, int multiprocessors,
+              const std::string& layer_norm, int64_t sequences, bool state, bool keep, int multiprocessors,
               int64_t shared_memory_per_block) {
   const std::pair<const char*, int64_t> sizes[] = {{"batch", batch},
                                                    {"heads", heads},
@@ -124,10 +125,16 @@ py::dict plan(const std::string& direction, int64_t batch, int64_t heads, int64_
     auto p = problem(rebased::ForwardProblem{});
     p.y.data = p.r = present;
     if (state) p.final_state = {present, present};
+    p.keep = keep ? rebased::Keep::states : rebased::Keep::nothing;
     plan_call(p);
   } else if (direction == "backward") {
     auto p = problem(rebased::BackwardProblem{});
     if (state) p.grad_final_state = {present, present};
+    if (keep) {
+      auto forward = problem(rebased::ForwardProblem{});
+      forward.keep = rebased::Keep::states;
+      p.kept_bytes = rebased::make_plan(forward, device).kept_bytes;
+    }
     p.grad_q.data = p.grad_k.data = p.grad_v.data = present;
     p.grad_query_affine = p.grad_key_affine = {present, present};
     plan_call(p);
@@ -144,6 +151,125 @@ py::dict plan(const std::string& direction, int64_t batch, int64_t heads, int64_
 #endif
   for (const auto& [name, value] : rebased::plan_entries(chosen)) result[name.c_str()] = value;
   return result;
+}
+
+using Sizes = std::vector<int64_t>;
+
+// A call of the op as far as the plan looks at it. `sequences`: of packed ones, or -1.
+struct GivenCall {
+  std::vector<Sizes> sizes, strides;  // of q, k and v
+  std::string dtype, feature_map, layer_norm;
+  std::vector<bool> parameters;  // whether gamma_q, beta_q, gamma_k, beta_k are there
+  int64_t sequences;
+  bool normalize, initial_state, return_state, keep;
+  rebased::Device device;
+
+  // Rows in memory: as they were given where `like` is one of q, k and v, or dense.
+  rebased::ConstRows rows(size_t like, int64_t heads, int64_t width, bool given) const {
+    alignas(16) static const char present[16] = {};
+    const Sizes& size = sizes[like];
+    const int64_t rows = size[2], *stride = strides[like].data();
+    const rebased::Dtype type = parse("dtype", dtype);
+    const rebased::RowLayout layout(size.data(), stride, 4, rebased::element_size(type), 0,
+                                    type == rebased::Dtype::bfloat16);
+    const auto used = [&](int i) { return size[static_cast<size_t>(i)] == 1 ? 0 : stride[i]; };
+    if (given && layout.dense && layout.aligned) return {present, used(0), used(1), used(2)};
+    if (stride[1] < stride[2]) return {present, heads * rows * width, width, heads * width};
+    return {present, heads * rows * width, rows * width, width};
+  }
+  static rebased::Dtype parse(const char* argument, const std::string& text) {
+    return ::parse<rebased::Dtype>(argument, text, dtype_names);
+  }
+
+  template <class AnyProblem>
+  AnyProblem problem() const {
+    static const int64_t present[2] = {};
+    const Sizes &q = sizes[0], &v = sizes[2];
+    AnyProblem p{};
+    p.batch = q[0], p.heads = q[1], p.kv_heads = v[1], p.seqlen = q[2];
+    p.feature_dim = q[3], p.head_dim = v[3];
+    p.num_sequences = sequences < 0 ? p.batch : sequences;
+    p.cu_seqlens = sequences < 0 ? nullptr : present;
+    p.dtype = parse("dtype", dtype);
+    p.feature_map = ::parse<rebased::FeatureMap>("feature_map", feature_map, feature_map_names);
+    p.layer_norm = ::parse<rebased::LayerNorm>("layer_norm", layer_norm, layer_norm_names);
+    if (p.layer_norm == rebased::LayerNorm::token && p.heads == 1) p.layer_norm = rebased::LayerNorm::head;
+    p.normalize = normalize;
+    p.q = rows(0, p.heads, p.feature_dim, true);
+    p.k = rows(1, p.kv_heads, p.feature_dim, true);
+    p.v = rows(2, p.kv_heads, p.head_dim, true);
+    const auto pointer = [&](size_t i) { return parameters[i] ? present : nullptr; };
+    p.query_affine = {pointer(0), pointer(1), p.feature_dim, p.feature_dim};
+    p.key_affine = {pointer(2), pointer(3), p.feature_dim, p.feature_dim};
+    if (initial_state) p.initial_state = {present, present};
+    return p;
+  }
+  rebased::ForwardProblem forward() const {
+    static char present[16];
+    auto p = problem<rebased::ForwardProblem>();
+    const rebased::ConstRows y = rows(0, p.heads, p.head_dim, false);
+    p.y = {present, y.batch_stride, y.head_stride, y.row_stride};
+    if (return_state) p.final_state = {present, present};
+    p.keep = keep ? rebased::Keep::states : rebased::Keep::nothing;
+    return p;
+  }
+  rebased::BackwardProblem backward() const {
+    static char present[16];
+    auto p = problem<rebased::BackwardProblem>();
+    p.y = p.grad_y = rows(0, p.heads, p.head_dim, false);
+    const auto output = [](const rebased::ConstRows& x) {
+      return rebased::MutableRows{present, x.batch_stride, x.head_stride, x.row_stride};
+    };
+    p.grad_q = output(rows(0, p.heads, p.feature_dim, false));
+    p.grad_k = output(rows(1, p.kv_heads, p.feature_dim, false));
+    p.grad_v = output(rows(2, p.kv_heads, p.head_dim, false));
+    if (initial_state) p.grad_initial_state = {present, present};
+    if (return_state) p.grad_final_state = {present, present};
+    if (keep) p.kept_bytes = rebased::make_plan(forward(), device).kept_bytes;
+    return p;
+  }
+};
+
+template <class AnyProblem>
+py::dict explained(const AnyProblem& problem, const rebased::Device& device) {
+  const rebased::Plan plan = rebased::make_plan(problem, device);
+  py::list refusals;
+  for (const auto& [argument, reason, remedy] : rebased::tensor_core_refusals(problem, device)) {
+    refusals.append(py::make_tuple(argument, reason, remedy));
+  }
+  py::dict result;
+  result["path"] = rebased::path_name(plan.path);
+  result["error"] = plan.error;
+  result["segments"] = plan.segments;
+  result["workspace_bytes"] = plan.workspace.bytes;
+  result["kept_bytes"] = plan.kept_bytes;
+  result["refusals"] = refusals;
+  return result;
+}
+
+GivenCall given_call(const std::vector<Sizes>& sizes, const std::vector<Sizes>& strides,
+                     const std::string& dtype, const std::string& feature_map, const std::string& layer_norm,
+                     const std::vector<bool>& parameters, int64_t sequences, bool normalize,
+                     bool initial_state, bool return_state, bool keep, int multiprocessors,
+                     int compute_capability, int64_t shared_memory_per_block) {
+  return {sizes,        strides,    dtype,
+          feature_map,  layer_norm, parameters,
+          sequences,    normalize,  initial_state,
+          return_state, keep,       {multiprocessors, compute_capability, shared_memory_per_block}};
+}
+
+// Of a GPU, or with index -1 of the emulator: multiprocessors, compute capability, shared memory per block.
+py::tuple device_limits([[maybe_unused]] int index) {
+  rebased::Device device{};
+  const char* error = "this build has no kernels for this device";
+#if defined(REBASED_CUDA)
+  if (index >= 0) error = rebased::cuda::query_device(index, &device);
+#endif
+#if defined(REBASED_EMULATOR)
+  if (index < 0) error = rebased::emulated::query_device(0, &device);
+#endif
+  if (*error) throw std::runtime_error(std::string("rebased_cuda: ") + error);
+  return py::make_tuple(device.multiprocessors, device.compute_capability, device.shared_memory_per_block);
 }
 
 void set_plan_override(const std::string& path, int chunk, int segments, int state_in_shared,
@@ -193,7 +319,18 @@ PYBIND11_MODULE(_C, module) {
              py::arg("kv_heads") = 12, py::arg("seqlen") = 4096, py::arg("feature_dim") = 16,
              py::arg("head_dim") = 64, py::arg("dtype") = "bfloat16", py::arg("feature_map") = "outer",
              py::arg("layer_norm") = "token", py::arg("sequences") = 0, py::arg("state") = false,
-             py::arg("multiprocessors") = 132, py::arg("shared_memory_per_block") = 227 << 10);
+             py::arg("keep") = false, py::arg("multiprocessors") = 132,
+             py::arg("shared_memory_per_block") = 227 << 10);
+  py::class_<GivenCall>(module, "GivenCall",
+                        "A call of the op that was checked, on a device with these limits.")
+      .def(py::init(&given_call), py::kw_only(), py::arg("sizes"), py::arg("strides"), py::arg("dtype"),
+           py::arg("feature_map"), py::arg("layer_norm"), py::arg("parameters"), py::arg("sequences"),
+           py::arg("normalize"), py::arg("initial_state"), py::arg("return_state"), py::arg("keep"),
+           py::arg("multiprocessors"), py::arg("compute_capability"), py::arg("shared_memory_per_block"))
+      .def("forward", [](const GivenCall& call) { return explained(call.forward(), call.device); })
+      .def("backward", [](const GivenCall& call) { return explained(call.backward(), call.device); });
+  module.def("device_limits", &device_limits, "Of a GPU, or with index -1 of the emulator.",
+             py::arg("index"));
   module.def("set_plan_override", &set_plan_override,
              "For tests: what every later plan of the CUDA kernels takes instead of its own choice.",
              py::kw_only(), py::arg("path") = "", py::arg("chunk") = 0, py::arg("segments") = 0,

@@ -15,6 +15,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/row_layout.h"
 #include "op/feature_map.h"
 #include "op/problem.h"
 
@@ -95,21 +96,15 @@ struct Layout {
   const int64_t *sizes, *strides;
 };
 
-// Backends want a last stride of 1, and every row at a multiple of 16 bytes where rows have as many: anything
-// else is copied. A size-1 dimension may have any stride.
+// The tensor, or a copy whose rows backends take as they lie.
 inline Tensor with_dense_rows(const Tensor& tensor) {
   const Layout layout(tensor);
-  const int64_t last = layout.dims - 1, unit = 16, size = static_cast<int64_t>(tensor.element_size());
-  const bool dense = layout.sizes[last] == 1 || layout.strides[last] == 1;
-  bool aligned = true;
-  if (layout.sizes[last] * size % unit == 0) {
-    aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % unit == 0;
-    for (int64_t i = 0; i < last; ++i) {
-      aligned = aligned && (layout.sizes[i] == 1 || layout.strides[i] * size % unit == 0);
-    }
-  }
-  if (dense && aligned) return tensor;
-  return torch_call([&] { return dense ? torch::stable::clone(tensor) : torch::stable::contiguous(tensor); });
+  const RowLayout rows(layout.sizes, layout.strides, layout.dims, static_cast<int64_t>(tensor.element_size()),
+                       reinterpret_cast<uintptr_t>(tensor.const_data_ptr()),
+                       tensor.scalar_type() == ScalarType::BFloat16);
+  if (rows.dense && rows.aligned) return tensor;
+  return torch_call(
+      [&] { return rows.dense ? torch::stable::clone(tensor) : torch::stable::contiguous(tensor); });
 }
 
 // The addresses from a tensor's first element to behind its last; none where it has no element.

@@ -3,6 +3,7 @@
 // alone.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -125,5 +126,8 @@ inline thread_local Block* current_block = nullptr;
 // The host releases this variable before a launch and the launch's threads acquire it. At the end of the
 // launch the threads release it and the host acquires it.
 extern char launch_variable, end_variable;
+
+// Whether sums of tensor cores are cut off to float32; else they are rounded. Set at every launch.
+extern std::atomic<bool> tensor_cores_truncate;
 
 }  // namespace rebased::emulator

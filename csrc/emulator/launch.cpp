@@ -106,6 +106,8 @@ class Grid {
         blocks_(uint64_t{launch.grid.x} * launch.grid.y * launch.grid.z) {}
 
   void run() {
+    const char* const truncates = getenv("REBASED_EMULATOR_TRUNCATES");
+    tensor_cores_truncate = truncates && *truncates;
     const uint64_t threads = std::min<uint64_t>(threads_from_environment(), blocks_);
     std::vector<std::thread> others;
     for (uint64_t i = 1; i < threads; ++i) others.emplace_back([this] { work(); });

@@ -124,21 +124,24 @@ unsigned ballot(bool predicate, unsigned mask, Site site);
 
 struct MatrixOperands {
   float* d;           // [4]
-  const uint32_t* a;  // [4]
+  const uint32_t* a;  // [4], or [2] where the depth is 8
   uint32_t b[2];
 };
 void mma_bfloat16(void* const (&operands)[32], unsigned mask);
 void mma_half(void* const (&operands)[32], unsigned mask);
+void mma_bfloat16_k8(void* const (&operands)[32], unsigned mask);
+void mma_half_k8(void* const (&operands)[32], unsigned mask);
 void mma_tf32(void* const (&operands)[32], unsigned mask);
 
-inline void mma(Operation operation, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                Site site) {
+inline void mma(Operation operation, float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1, Site site) {
   MatrixOperands operands{d, a, {b0, b1}};
   warp_collective(operation, "mma", 0xffffffffu, &operands, site);
 }
 
 // `row` is the row that this lane addresses, one of the 8 * count rows.
 void ldmatrix(uint32_t* registers, int count, const void* row, bool transposed, Site site);
+// `row` is the row that this lane addresses, of four matrices.
+void stmatrix(const uint32_t (&registers)[4], void* row, Site site);
 uint32_t transpose_matrix(uint32_t matrix, Site site);
 
 // ---- memory ----

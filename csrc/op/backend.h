@@ -4,7 +4,7 @@
 // All backends keep to one contract. Outputs are written whole, and rows of no sequence get zeros. Inputs are
 // never modified. Results are the same bits on every call with the same Problem and the same resources. A
 // backend allocates nothing: what it needs beyond registers and stack comes as the problem's workspace, of
-// the size that workspace_bytes names beforehand.
+// the size that workspace_bytes names beforehand. The CPU backend keeps nothing from forward for backward.
 #pragma once
 
 #include "op/problem.h"
@@ -38,8 +38,9 @@ struct Plan;  // cuda/plan/plan.h
 
 // The CUDA kernels, as nvcc compiles them (namespace cuda) and as the emulator runs them on the CPU
 // (namespace emulated). A call comes with the plan that was made for it: its workspace has the plan's
-// workspace.bytes. The device of the call is the calling thread's current one. Functions return an error
-// text, empty when all went well. The stream is a cudaStream_t.
+// workspace.bytes, and what it keeps or is given the plan's kept_bytes. The device of the call is the calling
+// thread's current one. Functions return an error text, empty when all went well. The stream is a
+// cudaStream_t.
 #define REBASED_DECLARE_KERNELS                                       \
   const char* query_device(int index, Device* device);                \
   const char* run(const ForwardProblem&, const Plan&, void* stream);  \

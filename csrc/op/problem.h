@@ -46,8 +46,8 @@ struct AffineGradient {
 };
 
 // A state: kv (states, kv_heads, num_features, head_dim) is S, k (states, kv_heads, num_features) is z. Both
-// are contiguous, in the accumulation type and the public feature order (feature_map.h). Where kv is null
-// there is no state.
+// are contiguous (of a step each slot is), in the accumulation type and the public feature order
+// (feature_map.h). Where kv is null there is no state.
 template <class Pointer>
 struct StateOf {
   Pointer kv;
@@ -77,6 +77,12 @@ struct Problem {
   int64_t group_size() const { return heads / kv_heads; }  // query heads per kv head
 };
 
+// What forward leaves for backward in memory of its own, beyond y and r. A backend that has no use for it
+// keeps nothing.
+//   statistics  those of "token" LayerNorm. Their size follows from the problem's sizes alone
+//   states      these, and the states that blocks start from, where the backend's backward can use them
+enum class Keep { nothing, statistics, states };
+
 struct ForwardProblem : Problem {
   // Whether only final_state is asked for, the sum over these rows alone. Then q, query_affine,
   // initial_state, y and r are absent. Processes that share a sequence exchange such states.
@@ -85,7 +91,9 @@ struct ForwardProblem : Problem {
   MutableRows y;             // (batch, heads, seqlen, head_dim)
   void* r;                   // (batch, heads, seqlen): 1 / (sum_j sim(i, j) + eps), 1 when not normalize
   MutableState final_state;  // after the last row of each sequence; null when not asked for
-  void* workspace;           // as many bytes as the backend asks for, 64-byte aligned
+  Keep keep;
+  void* kept;       // as many bytes as the backend keeps, 64-byte aligned
+  void* workspace;  // as many bytes as the backend asks for, 64-byte aligned
 };
 
 // Which part of the backward is asked for. Processes that share a sequence exchange states between its
@@ -107,6 +115,8 @@ struct BackwardProblem : Problem {
   MutableRows grad_q, grad_k, grad_v;
   AffineGradient grad_query_affine, grad_key_affine;
   MutableState grad_initial_state;  // null when not asked for
+  const void* kept;                 // what forward kept, of kept_bytes; null: nothing, it is computed again
+  int64_t kept_bytes;
   void* workspace;
 
   bool wants_queries() const { return part == BackwardPart::all || part == BackwardPart::queries; }
@@ -115,7 +125,7 @@ struct BackwardProblem : Problem {
 
 // One token per sequence: seqlen is 1, and row strides mean nothing. y is what the updated state answers.
 struct StepProblem : Problem {
-  // (num_slots, kv_heads, ...), updated in place. A slot's own entries are contiguous, and slots lie kv_stride
+  // (num_slots, kv_heads, ...), updated in place. A slot's own entries are contiguous. Slots lie kv_stride
   // and k_stride apart: in the pages of a serving engine other things stand between them.
   MutableState state;
   int64_t num_slots, kv_stride, k_stride;

@@ -21,6 +21,7 @@ struct Case {
   int64_t batch = 2, kv_heads = 2, group = 1, seqlen = 37, dim = 5, width = 6;
   bool gamma = true, beta = true, shared_affine = false, normalize = true, states = true;
   bool packed_heads = false;
+  bool negative = false;  // whether the given state makes all denominators, and so r, negative
   int64_t padding = 0;
   double scale = 0.7, eps = 0.05;
   double value_size = 1;            // standard deviation of v; grad y has its inverse
@@ -34,11 +35,11 @@ struct Case {
     static const char* const norms[] = {"none", "token", "head"};
     char text[256];
     std::snprintf(text, sizeof(text),
-                  "%s %s norm=%s B=%d Hkv=%d G=%d N=%d d=%d dv=%d %s%s%s%s%sseg=%d chunk=%d shared=%d %s",
+                  "%s %s norm=%s B=%d Hkv=%d G=%d N=%d d=%d dv=%d %s%s%s%s%s%sseg=%d chunk=%d shared=%d %s",
                   maps[static_cast<int>(map)], dtypes[static_cast<int>(dtype)], norms[static_cast<int>(norm)],
                   static_cast<int>(batch), static_cast<int>(kv_heads), static_cast<int>(group),
                   static_cast<int>(seqlen), static_cast<int>(dim), static_cast<int>(width),
-                  normalize ? "" : "unnormalized ", states ? "states " : "",
+                  normalize ? "" : "unnormalized ", states ? "states " : "", negative ? "negative " : "",
                   cu_seqlens.empty() ? "" : "packed ", shared_affine ? "shared affine " : "",
                   value_size == 1 ? "" : "large values ", plan.segments, plan.chunk, plan.state_in_shared,
                   path_name(path));

@@ -39,12 +39,21 @@ void add_cases(FeatureMap map, int64_t dim, std::vector<Case>* all) {
   add(head, {1, 1, 1, 140, 208, 2}, true, true);
   add(head, {2, 2, 3, 130, 64, 2}, true, true)->shared_affine = true;
   add(head, {1, 1, 2, 200, 80, 2}, true, true)->cu_seqlens = {0, 70, 70, 73, 200};
+  add(head, {1, 1, 2, 70, 64, 1}, true, true)->negative = true;
   // large v beside small grad y
   add(head, {1, 1, 1, 320, 64, 2}, true, false)->value_size = 300;
   // what the plan chooses by itself; packed, with rows before, between and after the sequences
   add(token, {2, 2, 2, 90, 32, 0}, true, true);
   add(token, {1, 3, 1, 150, 16, 0}, true, true)->cu_seqlens = {5, 80, 60, 140, 133};
   add(head, {1, 1, 1, 1100, 16, 0}, true, true);  // in two segments
+  // rows in pieces of 2, 4 and 8 bytes; with an odd padding q and k too begin in the middle of words
+  add(token, {1, 2, 1, 150, 5, 2}, true, true);
+  add(head, {1, 2, 2, 100, 12, 1}, true, true);
+  add(head, {1, 2, 1, 70, 42, 0}, true, true)->padding = 2;
+  add(head, {2, 1, 2, 130, 21, 2}, true, true)->padding = 1;
+  add(none, {1, 2, 1, 97, 130, 0}, true, true)->padding = 3;
+  add(head, {1, 1, 1, 66, 255, 1}, true, true)->packed_heads = false;
+  add(head, {1, 1, 3, 65, 1, 0}, true, true)->padding = 1;
 }
 
 std::vector<Case> cases() {

@@ -89,23 +89,25 @@ void check_numbers(const char* name) {
   }
 }
 
-KERNEL void reciprocals(const float* in, float* fast, float* square_root, double* in_double, uint32_t* tf32) {
+KERNEL void reciprocals(const float* in, float* fast, float* square_root, float* fast_root, double* in_double,
+                        uint32_t* tf32) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   fast[i] = fast_reciprocal(in[i]) * (reciprocal(in[i]) * in[i]);
   square_root[i] = reciprocal_sqrt(in[i]);
+  fast_root[i] = fast_square_root(in[i]);
   in_double[i] = reciprocal(static_cast<double>(in[i])) * reciprocal_sqrt(static_cast<double>(in[i]));
   tf32[i] = to_tf32(-in[i]);
 }
 
 void check_reciprocals() {
   constexpr int count = 1 << 12;
-  Array<float> in(count), fast(count), square_root(count);
+  Array<float> in(count), fast(count), square_root(count), fast_root(count);
   Array<double> in_double(count);
   Array<uint32_t> tf32(count);
   for (int i = 0; i < count; ++i)
     in[i] = std::ldexp(1.0f + random_number(1 << 23) * 0x1p-23f, random_number(80) - 40);
-  run(reciprocals, count / 256, 256, in.data(), fast.data(), square_root.data(), in_double.data(),
-      tf32.data());
+  run(reciprocals, count / 256, 256, in.data(), fast.data(), square_root.data(), fast_root.data(),
+      in_double.data(), tf32.data());
   const auto near = [](double got, double wanted, double tolerance, const char* what) {
     expect(std::fabs(got / wanted - 1) <= tolerance, what, got, wanted);
   };
@@ -113,6 +115,7 @@ void check_reciprocals() {
     const double x = in[i];
     near(fast[i], 1 / x, 4 * 0x1p-23, "fast_reciprocal");
     near(square_root[i], 1 / std::sqrt(x), 2 * 0x1p-23, "reciprocal_sqrt");
+    near(fast_root[i], std::sqrt(x), 0x1p-23, "fast_square_root");
     near(in_double[i], 1 / (x * std::sqrt(x)), 4 * 0x1p-52, "reciprocals of doubles");
     const double unit = std::ldexp(1.0, std::ilogb(x) - 10);
     const double wanted = -std::floor(x / unit + 0.5) * unit;
@@ -124,23 +127,27 @@ void check_reciprocals() {
 
 // a (16, depth) and b (depth, 8) lie row by row in global memory. Element i of a fragment is the one that the
 // PTX manual numbers so.
-template <class T>
+template <class T, int depth>
 KERNEL void multiply_16_bit(const T* a, const T* b, float* d) {
   const int group = threadIdx.x / 4, thread = threadIdx.x % 4;
   uint32_t a_registers[4] = {}, b_registers[2] = {};
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < depth / 2; ++i) {
     const int row = (i < 2 || (i >= 4 && i < 6)) ? group : group + 8;
     const int column = thread * 2 + (i & 1) + (i < 4 ? 0 : 8);
-    a_registers[i / 2] |= static_cast<uint32_t>(a[row * 16 + column].bits) << 16 * (i % 2);
+    a_registers[i / 2] |= static_cast<uint32_t>(a[row * depth + column].bits) << 16 * (i % 2);
   }
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < depth / 4; ++i) {
     const int row = thread * 2 + (i & 1) + (i < 2 ? 0 : 8);
     b_registers[i / 2] |= static_cast<uint32_t>(b[row * 8 + group].bits) << 16 * (i % 2);
   }
   float registers[4];
   const auto element = [&](int i) { return (i < 2 ? group : group + 8) * 8 + thread * 2 + (i & 1); };
   for (int i = 0; i < 4; ++i) registers[i] = d[element(i)];
-  mma_m16n8k16<T>(registers, a_registers, b_registers[0], b_registers[1]);
+  if constexpr (depth == 16) {
+    mma_m16n8k16<T>(registers, a_registers, b_registers[0], b_registers[1]);
+  } else {
+    mma_m16n8k8<T>(registers, a_registers[0], a_registers[1], b_registers[0]);
+  }
   for (int i = 0; i < 4; ++i) d[element(i)] = registers[i];
 }
 
@@ -228,6 +235,35 @@ void check_matrices() {
       }
     }
   }
+}
+
+// out (2, 16, 72): a tile (16, 16) that holds its own indices, stored with rows of 72 elements that follow
+// each other, and with the rows from 8 on 16 elements further down.
+KERNEL void store_matrices(uint16_t* out) {
+  SHARED_MEMORY(uint16_t, tiles, 2 * 16 * 72);
+  const int lane = threadIdx.x, group = lane / 4, thread = lane % 4;
+  for (int i = lane; i < 2 * 16 * 72; i += 32) tiles[i] = 0xffffu;
+  sync_threads();
+  uint32_t registers[4];
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t index = 16 * (group + 8 * (i & 1)) + 8 * (i >> 1) + 2 * thread;
+    registers[i] = index | (index + 1) << 16;
+  }
+  stmatrix<144>(tiles, registers);
+  stmatrix<144, 8 * 144 + 32>(tiles + 16 * 72, registers);
+  sync_threads();
+  for (int i = lane; i < 2 * 16 * 72; i += 32) out[i] = tiles[i];
+}
+
+void check_stored_matrices() {
+  Array<uint16_t> out(2 * 16 * 72);
+  run(store_matrices, 1, 32, out.data());
+  std::vector<int> wanted(2 * 16 * 72, 0xffff);
+  for (int tile = 0; tile < 2; ++tile) {
+    for (int i = 0; i < 256; ++i)
+      wanted[(16 * tile + i / 16) * 72 + (i >= 128 && tile ? 16 : 0) + i % 16] = i;
+  }
+  for (size_t i = 0; i < out.size(); ++i) expect(out[i] == wanted[i], "stmatrix", out[i], wanted[i]);
 }
 
 // ---- exchanges, copies, indices ----
@@ -329,10 +365,13 @@ int main() {
   check_numbers<bfloat16_t>("bfloat16 conversion");
   check_numbers<half_t>("half conversion");
   check_reciprocals();
-  check_product<bfloat16_t>("mma in bfloat16", multiply_16_bit<bfloat16_t>, 16);
-  check_product<half_t>("mma in half", multiply_16_bit<half_t>, 16);
+  check_product<bfloat16_t>("mma in bfloat16", multiply_16_bit<bfloat16_t, 16>, 16);
+  check_product<half_t>("mma in half", multiply_16_bit<half_t, 16>, 16);
+  check_product<bfloat16_t>("mma of depth 8 in bfloat16", multiply_16_bit<bfloat16_t, 8>, 8);
+  check_product<half_t>("mma of depth 8 in half", multiply_16_bit<half_t, 8>, 8);
   check_product<float>("mma in tf32", multiply_tf32, 8);
   check_matrices();
+  check_stored_matrices();
   check_exchange();
   check_copies();
   check_indices();

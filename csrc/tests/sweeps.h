@@ -9,8 +9,10 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cuda/plan/plan.h"
@@ -32,6 +34,7 @@ struct Run {
   Tensor y, r, final_kv, final_k, grad_q, grad_k, grad_v, grad_gamma_q, grad_beta_q, grad_gamma_k,
       grad_beta_k, grad_initial_kv, grad_initial_k;
   Buffer bounds;
+  std::unique_ptr<Buffer> kept;  // what the last forward kept for backward
 
   explicit Run(const Case& c)
       : c(c),
@@ -83,11 +86,12 @@ struct Run {
     for (Tensor* state : {&initial_kv, &grad_final_kv, &grad_final_k}) state->randomize(random, 0, 0.5);
     initial_k.randomize(random, 0, 0.1);
     // A state that keys have made has a denominator far from 0: the squares get some mass, or all features
-    // do.
+    // do. A state may also be any other, of which a negative one is far from 0 too.
     const int64_t squares = is_polynomial(c.map) ? circulant_begin(c.map, c.dim) : 0;
     for (int64_t s = 0; s < sequences * c.kv_heads; ++s) {
-      for (int64_t f = 0; f < c.dim; ++f) initial_k.values[s * features + squares + f] += 3;
-      if (c.map == FeatureMap::taylor) initial_k.values[s * features] += 5;
+      for (int64_t f = 0; f < c.dim; ++f)
+        initial_k.values[s * features + squares + f] += c.negative ? -3000 : 3;
+      if (c.map == FeatureMap::taylor) initial_k.values[s * features] += c.negative ? -5000 : 5;
     }
     initial_k.upload();
   }
@@ -115,6 +119,10 @@ struct Run {
     const Plan plan = make_plan(p, device);
     Buffer workspace(plan.workspace.bytes);
     p.workspace = workspace.data();
+    if constexpr (std::is_same_v<AnyProblem, ForwardProblem>) {
+      kept = std::make_unique<Buffer>(plan.kept_bytes);
+      p.kept = kept->data();
+    }
     const char* const error = BACKEND::run(p, plan, nullptr);
     if (*error) fail(c.name(), error);
 #if !defined(REBASED_EMULATED)
@@ -152,7 +160,10 @@ struct Run {
     if (c.states) forward.final_state = {final_kv.data(), final_k.data()};
     forward.y = y.rows<MutableRows>();
     forward.r = r.data();
-    if (!in_parts) expect_path(make_plan(forward, device));
+    if (!in_parts) {
+      forward.keep = Keep::states;
+      expect_path(make_plan(forward, device));
+    }
     call(forward, device);
 
     auto backward = problem<BackwardProblem>();
@@ -170,6 +181,8 @@ struct Run {
     backward.grad_key_affine = {c.gamma ? grad_gamma_k.data() : nullptr,
                                 c.beta ? grad_beta_k.data() : nullptr};
     if (!in_parts) {
+      backward.kept = kept->data();
+      backward.kept_bytes = make_plan(forward, device).kept_bytes;
       expect_path(make_plan(backward, device));
       call(backward, device);
       for (Tensor* result : results()) result->download();

@@ -8,7 +8,7 @@
 #include <cstring>
 
 #include "cuda/launch/sequence.cuh"
-#include "cuda/tensor_core/backward.cuh"
+#include "cuda/tensor_core/family/backward.cuh"
 #include "emulator/tracer.h"
 #include "op/backend.h"
 

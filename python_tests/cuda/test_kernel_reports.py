@@ -178,11 +178,19 @@ def test_loops_of_a_listing():
     (loop,) = function.loops
     (inner,) = loop.inner
     assert function.opcodes(inner) == {"HMMA.16816.F32.BF16": 1, "STG.E.128": 1, "BRA": 1}
-    total = per_chunk(function, loop, (Nest(3),))
+    total = per_chunk(function, loop, (Nest(3),), "HMMA")
     outer = {"LDSM.16.M88.4": 1, "BRA.DIV": 1, "STL": 1, "CALL.REL.NOINC": 1}
     assert total == {**outer, "HMMA.16816.F32.BF16": 3, "STG.E.128": 3, "BRA": 4}
     with pytest.raises(ValueError, match="1 inner loops and LOOPS knows of 2"):
-        per_chunk(function, loop, (Nest(3), Nest(2)))
+        per_chunk(function, loop, (Nest(3), Nest(2)), "HMMA")
+
+
+def test_loops_of_narrow_rows_are_not_counted():
+    """In a tensor-core kernel, where an inner loop without HMMA is one that aligned rows skip."""
+    function = Function(LISTING.replace("HMMA.16816.F32.BF16 R4", "LDGSTS.E.64 R4").splitlines())
+    (loop,) = function.loops
+    assert "LDGSTS.E.64" not in per_chunk(function, loop, (), "HMMA")
+    assert per_chunk(function, loop, (Nest(3),), "FFMA")["LDGSTS.E.64"] == 3
 
 
 def test_widths_of_accesses():

@@ -17,6 +17,7 @@ from problems import (
     NORMS,
     TENSOR_CORE_MAPS,
     Problem,
+    laid_out,
     plain_low_precision,
     relative_error,
     run,
@@ -116,6 +117,33 @@ def test_tensor_core_path(feature_map, dim, segments, variant, override, kernel_
     for value, exact in zip(got, expected, strict=True):
         assert value.isfinite().all()
         if exact.norm().item() / max(exact.numel(), 1) ** 0.5 > 1e-3 * largest:
+            assert relative_error(value, exact) <= (PARAMETER_LIMIT if exact.dim() < 3 else LIMIT)
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", ["contiguous", "token major", "padded rows", "offset"])
+@pytest.mark.parametrize("head_dim", [1, 5, 12, 21, 42, 64, 130, 255])
+@pytest.mark.parametrize(("feature_map", "dim"), TENSOR_CORE_MAPS)
+def test_tensor_cores_take_rows_of_any_width_and_stride(
+    feature_map, dim, head_dim, layout, override, kernel_device
+):
+    """In pieces of 2 to 16 bytes; grad y lies as the others do, and the chunk's last rows are missing."""
+    problem = Problem(
+        feature_map, "head", 1, 4, 2, 101, dim, head_dim, dtype=torch.bfloat16, device=kernel_device, eps=0.5
+    )
+    inputs = problem.inputs(requires_grad=True)
+    weight = laid_out(torch.linspace(-1, 1, 4 * 101 * head_dim).view(1, 4, 101, head_dim), layout)
+    override(path="tensor_core", segments=2)
+    results = []
+    for function, leaves in ((rebased_attention, inputs), (reference.chunked, _wide(inputs))):
+        given = [laid_out(x, layout) for x in leaves[:3]]
+        y = function(*given, *leaves[3:7], **problem.options())
+        gradients = torch.autograd.grad(y, leaves[:7], laid_out(weight.to(y), layout))
+        results.append([y, *gradients])
+    largest = max(e.norm().item() / e.numel() ** 0.5 for e in results[1])
+    for value, exact in zip(*results, strict=True):
+        assert value.isfinite().all()
+        if exact.norm().item() / exact.numel() ** 0.5 > 1e-3 * largest:
             assert relative_error(value, exact) <= (PARAMETER_LIMIT if exact.dim() < 3 else LIMIT)
 
 
@@ -313,19 +341,38 @@ def test_plan_takes_tensor_cores_for_bfloat16():
     for direction in ("forward", "backward"):
         for seqlen in (1, 64, 200, 500):  # where fewer operations without a state would not pay for SIMT ones
             assert testing.plan(direction, seqlen=seqlen)["path"] == "tensor_core"
-        for head_dim in (16, 64, 208):
-            for feature_dim in (8, 32):
+        for head_dim in (1, 5, 16, 42, 64, 208, 255):
+            for feature_dim in (8, 16, 32):
                 plan = testing.plan(direction, feature_dim=feature_dim, head_dim=head_dim)
                 assert plan["path"] == "tensor_core"
     others = (
         {"dtype": "float32"},
         {"dtype": "float16"},
-        {"head_dim": 40},
         {"feature_dim": 17},
         *({"feature_dim": d, "feature_map": m} for d in (8, 32) for m in MAPS if m != "outer"),
     )
     for changes in others:
         assert testing.plan("forward", **changes)["path"] != "tensor_core"
+
+
+def test_plan_takes_long_chunks_where_two_blocks_have_room():
+    for direction in ("forward", "backward"):
+        for kilobytes, chunk in ((227, 128), (163, 64), (99, 64)):
+            for map_and_dim in (("outer", 16), ("outer", 8), ("taylor", 16)):
+                sizes = dict(zip(("feature_map", "feature_dim"), map_and_dim, strict=True))
+                plan = testing.plan(direction, shared_memory_per_block=kilobytes << 10, **sizes)
+                assert (plan["path"], plan["tiles.chunk"]) == ("tensor_core", chunk)
+        assert testing.plan(direction, feature_map="square")["tiles.chunk"] == 64
+
+
+@pytest.mark.parametrize("feature_map", ["outer", "taylor"])
+def test_plan_cuts_segments_before_tensor_cores_drift(feature_map):
+    """At any number of blocks, also where one block a sequence would fill the device."""
+    for batch in (1, 8, 512):
+        for seqlen in (4096, 4097, 8192, 100_000, 131_072, 1 << 20):
+            plan = testing.plan("forward", batch=batch, seqlen=seqlen, feature_map=feature_map)
+            chunk, segments = plan["tiles.chunk"], plan["segments"]
+            assert -(-seqlen // (chunk * segments)) * chunk <= 4096
 
 
 def test_plan_takes_register_tiles_for_float32_with_16_features():
@@ -375,10 +422,11 @@ def test_plan_fills_the_gpu_from_one_head_and_splits_nothing_when_full(direction
 
 @pytest.mark.parametrize(
     ("direction", "feature_map", "resident"),
-    [("forward", "outer", 3), ("backward", "outer", 2), ("backward", "square", 3)],
+    [("forward", "outer", 2), ("backward", "outer", 2), ("backward", "square", 3)],
 )
 def test_plan_starts_no_wave_for_a_few_blocks(direction, feature_map, resident):
-    """132 multiprocessors: 12 long heads are one wave; of 96 heads the last wave is half full or more."""
+    """132 multiprocessors: 12 long heads are one wave, or two where segments have a longest length; of 96
+    heads the last wave is half full or more."""
     room = 132 * resident
     options = {
         "dtype": "bfloat16",
@@ -388,7 +436,8 @@ def test_plan_starts_no_wave_for_a_few_blocks(direction, feature_map, resident):
         "kv_heads": 12,
     }
     long = testing.plan(direction, batch=1, seqlen=131072, **options)["segments"]
-    assert 0.9 * room < 12 * long <= room
+    waves = 2 if feature_map == "outer" else 1
+    assert 0.9 * room * waves < 12 * long <= room * waves
     blocks = 96 * testing.plan(direction, batch=8, seqlen=4096, **options)["segments"]
     assert (blocks - 1) % room + 1 > room / 2
 
@@ -438,6 +487,38 @@ def test_few_launches_a_call(changes, forward, backward):
     shape = {"batch": batch, "heads": 12, "kv_heads": 12, "seqlen": 4096} | changes
     assert testing.plan("forward", **shape)["launches"] == forward
     assert testing.plan("backward", **shape)["launches"] == backward
+
+
+@needs_launches
+@pytest.mark.parametrize(
+    ("changes", "forward", "backward"),
+    [
+        ({}, 3, 5),
+        ({"layer_norm": "head"}, 2, 4),
+        ({"batch": 64}, 2, 4),  # no sequence is split: there are no states
+        ({"seqlen": 131072, "batch": 1}, 4, 6),  # a scan sums the states of each direction
+        ({"feature_map": "square"}, 3, 5),
+        ({"feature_dim": 32}, 4, 6),
+        ({"dtype": "float32"}, 4, 9),  # other chunks forward than backward: states are not kept
+    ],
+)
+def test_backward_computes_nothing_again_that_was_kept(changes, forward, backward):
+    shape = {"batch": 8, "heads": 12, "kv_heads": 12, "seqlen": 4096, "keep": True} | changes
+    assert testing.plan("forward", **shape)["launches"] == forward
+    assert testing.plan("backward", **shape)["launches"] == backward
+
+
+@pytest.mark.parametrize("feature_map", MAPS)
+@pytest.mark.parametrize(("batch", "seqlen"), [(8, 4096), (1, 131072), (3, 704), (64, 4096)])
+def test_a_forward_that_keeps_is_cut_as_its_backward(feature_map, batch, seqlen):
+    shape = {"batch": batch, "seqlen": seqlen, "feature_map": feature_map, "keep": True}
+    forward, backward = (testing.plan(direction, **shape) for direction in ("forward", "backward"))
+    assert forward["segments"] == backward["segments"]
+    assert forward["kept_bytes"] == backward["kept_bytes"] > 0
+    with_states = "workspace.states.bytes" in forward
+    assert with_states == (forward["segments"] > 1)
+    statistics = 2 * batch * seqlen * 2 * 4
+    assert (forward["kept_bytes"] > statistics) == with_states
 
 
 @needs_launches

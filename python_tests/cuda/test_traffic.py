@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -78,6 +79,27 @@ def test_one_pass_moves_every_tensor_once_a_sweep(figures, sweep, feature_map, d
     assert {name: moved[name] for name in expected} == expected
     few = [name for name in moved if name not in expected]
     assert sum(sum(moved[name]) for name in few) < 1, "gamma, beta and their gradients' partial sums"
+
+
+@pytest.mark.slow
+@needs_emulator
+def test_statistics_of_a_token_read_it_once(tmp_path):
+    for command in (
+        ["cmake", "-S", traffic.ROOT / "csrc/tests", "-B", tmp_path, "-G", "Ninja", "-DSANITIZER=trace"],
+        ["cmake", "--build", tmp_path, "--target", "traffic_token_norm"],
+    ):
+        subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run([tmp_path / "traffic_token_norm"], check=True, capture_output=True, text=True)
+    runs = json.loads(done.stdout)
+    assert len(runs) == 5
+    for name, traced in runs.items():
+        _, heads, dim = name.split()
+        moved = {b["name"]: (b["read_bytes"], b["written_bytes"]) for b in traced["buffers"]}
+        tokens = moved["statistics"][1] // 8
+        assert tokens == 333
+        assert moved == {"x": (2 * int(heads) * int(dim) * tokens, 0), "statistics": (0, 8 * tokens)}
+        if int(dim) % 16 == 0:  # rows are whole sectors
+            assert all(32 * b["read_sectors"] == b["read_bytes"] for b in traced["buffers"])
 
 
 @pytest.mark.slow

@@ -130,3 +130,22 @@ def test_plain_chunked_form(feature_map):
         return relative_error(y, reference.chunked(*(x.double() for x in tensors), **options)[:, :, -EDGE:])
 
     assert y_error(1 << 18) <= max(1e-6, 3 * y_error(SHORT))
+
+
+@pytest.mark.skipif(not EMULATED, reason="the emulator's")
+@pytest.mark.parametrize("feature_map", ["outer", "taylor"])
+def test_tensor_cores_that_truncate(feature_map, override, monkeypatch):
+    """A state of positive terms, where sums of tensor cores are cut off: short segments keep it from drifting."""
+    monkeypatch.setenv("REBASED_EMULATOR_TRUNCATES", "1")
+    q, k, v, *_ = (x.bfloat16() for x in inputs(1 << 14, 16, 16))
+
+    def bias() -> float:
+        _, (kv, _) = rebased_attention(q, k, v, feature_map=feature_map, return_state=True)
+        # products as the kernels round them, summed exactly
+        phi = reference.key_features(k.float(), feature_map).bfloat16().double()
+        exact = phi.transpose(2, 3) @ v.double()
+        return float((kv / exact - 1).mean())
+
+    assert abs(bias()) < 6e-5
+    override(path="tensor_core", segments=1)
+    assert bias() < -1.5e-4

@@ -38,6 +38,23 @@ def test_opcheck_forward(variant, return_state):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("return_state", "keep_states"), [(False, False), (False, True), (True, True)])
+def test_opcheck_forward_kept(variant, return_state, keep_states):
+    inputs = _inputs(variant)
+    torch.library.opcheck(ops.forward_kept.default, (*inputs, *OPTIONS, return_state, keep_states))
+    y, r, *_, kept = ops.forward_kept(*inputs, *OPTIONS, False, keep_states)
+    *given, kv, k_sum, cu_seqlens = inputs
+    torch.library.opcheck(
+        ops.backward_with_state.default,
+        (torch.ones_like(y), None, None, *given, kv, k_sum, cu_seqlens, y, r, *OPTIONS, "all", kept),
+    )
+    if kv is None:
+        torch.library.opcheck(
+            ops.backward.default, (torch.ones_like(y), *given, cu_seqlens, y, r, *OPTIONS, kept)
+        )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_opcheck_backward(variant):
     inputs = _inputs(variant)
     y, r, kv, k = ops.forward_with_state(*inputs, *OPTIONS, True)

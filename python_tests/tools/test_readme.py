@@ -33,22 +33,29 @@ def test_the_ten_lines_run():
     assert names["y_next"].shape == (2, 12, 64)
 
 
+def test_the_layers_go_on():
+    names = _run(EXAMPLES[1])
+    assert names["state"].kv.shape == (2, 12, 136, 64)
+    assert names["y"].shape == (2, 1, 768)
+    assert names["pool"].kv[[7, 3]].any(-1).any(-1).all()
+
+
 def test_the_language_model_runs():
     pytest.importorskip("transformers", minversion="5.24")
-    names = _run(EXAMPLES[1])
+    names = _run(EXAMPLES[2])
     assert names["said"].shape == (2, 96)
     assert all(x.grad is not None for x in names["model"].parameters())
 
 
 def test_the_compatible_calls_run():
-    names = _run(EXAMPLES[2])
+    names = _run(EXAMPLES[3])
     assert names["o"].shape == (2, 1024, 12, 64)
     assert names["state"][0].shape == (2, 12, 16, 64)
     assert names["y"].shape == (2, 1024, 768)
 
 
 def test_every_example_is_run_by_a_test():
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4
     assert set(FILES) == {word for command in COMMANDS for word in command.split() if word.endswith(".py")}
 
 

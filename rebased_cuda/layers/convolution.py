@@ -24,8 +24,8 @@ from .sequences import Slots, pack, values_at_hand
 class DepthwiseConvolution(nn.Conv1d):
     """nn.Conv1d with a group for every channel and bias: the module `conv`.
 
-    nn.Conv1d itself takes several times as long for one token, and longer for many too, since it wants its
-    input turned. This is as many multiply-adds as the kernel has entries, over memory that holds the channels
+    nn.Conv1d itself takes twice as long for one token, and longer for many too, since it wants its input
+    turned. This is as many multiply-adds as the kernel has entries, over memory that holds the channels
     of a token side by side, in float32 (float64 for float64).
     """
 
@@ -37,12 +37,12 @@ class DepthwiseConvolution(nn.Conv1d):
         window = input.mT
         size = self.weight.shape[2]
         rows = window.shape[1] - (size - 1)
-        weight, y = self.weight.squeeze(1).mT, self.bias
+        weight, y = self.weight, self.bias
         assert y is not None
         if weight.dtype in (torch.float16, torch.bfloat16):
             weight, y = weight.float(), y.float()
-        for i in range(size):
-            y = torch.addcmul(y, window[:, i : i + rows], weight[i])
+        for i, entry in enumerate(weight.squeeze(1).unbind(1)):
+            y = torch.addcmul(y, window[:, i : i + rows], entry)
         return y.to(input.dtype).mT
 
 
@@ -168,7 +168,8 @@ class GatedShortConvolution(ContextParallelLayer):
             refuse_gradients(self, "prefill with state_index", u, *slots.pool)
             check_writable("state", *slots.pool)
         if rows.cu_seqlens is None:
-            y, after = self._convolve(u, before)
+            y, last = self._convolve(u, before)
+            after = last.mT.clone(memory_format=torch.contiguous_format).mT  # else it holds the whole window
         else:
             y, after = self._convolve_packed(rows.x, rows.cu_seqlens, before)
         if slots is not None:
@@ -192,12 +193,14 @@ class GatedShortConvolution(ContextParallelLayer):
         return slots.read()[0], slots
 
     def _convolve(self, u: Tensor, before: Tensor | None, name: str = "u") -> tuple[Tensor, Tensor]:
-        """y of u (B, N, hidden_size) after the tokens `before` (a state, or None: zeros); the next state."""
+        """y of u (B, N, hidden_size) after the tokens `before` (a state, or None: zeros).
+
+        And the next state, a view of all those tokens.
+        """
         if before is None:
             before = u.new_zeros(u.shape[0], self.hidden_size, self.kernel_size - 1)
         window = torch.cat([before.mT, u], 1)  # (B, kernel_size - 1 + N, hidden_size)
-        after = window[:, u.shape[1] :].clone(memory_format=torch.contiguous_format).mT
-        return self._gate(u, call(self.conv, window.mT, name).mT, name), after
+        return self._gate(u, call(self.conv, window.mT, name).mT, name), window[:, u.shape[1] :].mT
 
     def _convolve_packed(self, u: Tensor, cu_seqlens: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """`_convolve` of packed sequences, each with the tokens before it put in front of it.

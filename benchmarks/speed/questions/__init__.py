@@ -19,6 +19,7 @@ from . import (
     feature_maps,
     hand_over,
     instruction_sets,
+    layer,
     length,
     nothing_slower,
     overhead,
@@ -53,6 +54,7 @@ QUESTIONS = {
         instruction_sets,
         decoding,
         hand_over,
+        layer,
         overhead,
         nothing_slower,
     )

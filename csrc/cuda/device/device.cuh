@@ -207,6 +207,17 @@ PRIMITIVE double reciprocal_sqrt(double value) {
 #endif
 }
 
+// The square root of value >= 0, off by at most 1 unit in the last place; takes subnormals for 0.
+PRIMITIVE float fast_square_root(float value) {
+#if defined(REBASED_EMULATED)
+  return std::sqrt(value);
+#else
+  float result;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+#endif
+}
+
 // ---- pairs of 16-bit floats in one register; T is bfloat16_t or half_t ----
 
 template <class T>
@@ -430,6 +441,32 @@ PRIMITIVE uint32_t transpose_matrix(uint32_t matrix REBASED_SITE) {
 #endif
 }
 
+// Stores a tile (16, 16) of 16-bit elements to shared memory, at 16 aligned bytes. Its rows lie row_bytes
+// apart, and row 8 begins lower_bytes behind row 0. Lane l brings two C fragments of mma, packed:
+//   registers[0]  row g, columns 2t, 2t + 1        registers[1]  row g + 8, the same columns
+//   registers[2]  row g, columns 2t + 8, 2t + 9    registers[3]  row g + 8, the same columns
+template <int row_bytes, int lower_bytes = 8 * row_bytes>
+PRIMITIVE void stmatrix(void* tile, const uint32_t (&registers)[4] REBASED_SITE) {
+  static_assert(row_bytes % 16 == 0 && lower_bytes % 16 == 0);
+  const int lane = static_cast<int>(threadIdx.x % 32);
+#if defined(REBASED_EMULATED) || __CUDA_ARCH__ >= 900
+  const int place = (lane & 7) * row_bytes + (lane & 8 ? lower_bytes : 0) + (lane & 16);
+#endif
+#if defined(REBASED_EMULATED)
+  emulator::stmatrix(registers, static_cast<char*>(tile) + place, site);
+#elif __CUDA_ARCH__ >= 900
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(static_cast<char*>(tile) + place));
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(registers[0]), "r"(registers[1]), "r"(registers[2]), "r"(registers[3])
+               : "memory");
+#else
+  char* const own = static_cast<char*>(tile) + lane / 4 * row_bytes + lane % 4 * 4;
+  UNROLL for (int i = 0; i < 4; ++i) {
+    *reinterpret_cast<uint32_t*>(own + (i & 1 ? lower_bytes : 0) + (i & 2 ? 16 : 0)) = registers[i];
+  }
+#endif
+}
+
 // d += a b with a (16 x 16) and b (16 x 8) of T (bfloat16_t or half_t), d (16 x 8) in float32.
 //   a[0]  row g,     columns 2t, 2t + 1        a[1]  row g + 8, the same columns
 //   a[2]  row g,     columns 2t + 8, 2t + 9    a[3]  row g + 8, the same columns
@@ -452,6 +489,29 @@ PRIMITIVE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+#endif
+}
+
+// The same with a (16 x 8) and b (8 x 8): a[0], a[1] and b0 alone.
+template <class T>
+PRIMITIVE void mma_m16n8k8(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b0 REBASED_SITE) {
+#if defined(REBASED_EMULATED)
+  const uint32_t a[2] = {a0, a1};
+  emulator::mma(is_bfloat16<T> ? emulator::mma_bfloat16_k8 : emulator::mma_half_k8, d, a, b0, 0, site);
+#else
+  if constexpr (is_bfloat16<T>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b0));
   }
 #endif
 }

@@ -69,7 +69,7 @@ Family<BackwardProblem> float32_family(const BackwardProblem&) {
                       launches);
           },
           nullptr,
-          false};
+          Deltas::of_rows};
 }
 
 }  // namespace rebased::REBASED_BACKEND

@@ -56,7 +56,7 @@ Family<BackwardProblem> general_family(const BackwardProblem&) {
           [](AnyCall call, Launches* to) { Launch{call, to}.add(general_grad_q<E>); },
           [](AnyCall call, Launches* to) { Launch{call, to}.add(general_grad_kv<E>); },
           [](AnyCall call, Launches* to) { Launch{call, to}.template add_whole_state<true>(); },
-          false};
+          Deltas::of_rows};
 }
 
 }  // namespace rebased::REBASED_BACKEND

@@ -17,20 +17,27 @@ inline Grid token_grid(const Problem& problem, int parts) {
   return Grid(divide_up(problem.batch * problem.seqlen, rows_per_block), parts);
 }
 
-// Clamped bounds of packed sequences, and the statistics of "token" LayerNorm.
+// Clamped bounds of packed sequences, and the statistics of "token" LayerNorm, which backward may be given as
+// forward has kept them.
 template <class E, class AnyProblem>
 void add_preparation(const Call<AnyProblem>& call, Launches* launches) {
+  constexpr bool given = std::is_same_v<AnyProblem, BackwardProblem>;
   const AnyProblem& problem = call.problem;
+  const int64_t tokens = problem.batch * problem.seqlen;
+  const int dim = static_cast<int>(problem.feature_dim);
   Parts<TokenRows<E>> parts;
+  int64_t blocks = 0;
   const auto add = [&](const Region& statistics, const ConstRows& x, int64_t heads) {
-    if (statistics.bytes == 0) return;
-    parts.add({x, static_cast<int>(heads), call.template region<Accumulator<E>>(statistics)});
+    if (statistics.bytes == 0 || (given && statistics.kept)) return;
+    const TokenRows<E> rows(x, static_cast<int>(heads), dim,
+                            call.template region<Accumulator<E>>(statistics));
+    parts.add(rows);
+    blocks = maximum(blocks, rows.blocks(tokens));
   };
   add(call.workspace.query_statistics, problem.q, problem.heads);
   add(call.workspace.key_statistics, problem.k, problem.kv_heads);
-  launches->add(token_statistics<E>, token_grid(problem, parts.count), row_threads, 0, parts,
-                problem.batch * problem.seqlen, problem.seqlen, static_cast<int>(problem.feature_dim),
-                problem.layer_norm_eps);
+  launches->add(token_statistics<E>, Grid(blocks, parts.count), row_threads, 0, parts, tokens, problem.seqlen,
+                dim, problem.layer_norm_eps);
   if (int64_t* const bounds = call.template region<int64_t>(call.workspace.bounds)) {
     launches->add(clamp_bounds<bounds_threads>, 1, bounds_threads, 0, problem.cu_seqlens,
                   problem.num_sequences + 1, problem.seqlen, bounds);
@@ -161,21 +168,26 @@ const char* run_sequence(const BackwardProblem& problem, const Plan& plan,
   const int64_t groups = plan.column_groups;
   Launches launches(stream);
   add_preparation<E>(call, &launches);
-  if (!family.delta_of_groups || !problem.wants_keys()) {
-    add_deltas<E>(call, family.delta_of_groups, groups, &launches);
+  const bool keys_leave = family.deltas == Deltas::from_grad_kv,
+             queries_leave = family.deltas == Deltas::from_grad_q;
+  if (!(keys_leave && problem.wants_keys()) && !(queries_leave && problem.wants_queries())) {
+    add_deltas<E>(call, keys_leave || queries_leave, groups, &launches);
   }
   if (problem.part == BackwardPart::reverse_state) {
     family.whole_state(call, &launches);
     return launches.error();
   }
+  const auto add_queries = [&] {
+    if (!problem.wants_queries()) return;
+    if (!workspace.states.kept) family.states(call, &launches);
+    family.grad_q(call, &launches);
+  };
+  if (queries_leave) add_queries();
   if (problem.wants_keys()) {
     family.reverse_states(call, &launches);
     family.grad_kv(call, &launches);
   }
-  if (problem.wants_queries()) {
-    family.states(call, &launches);
-    family.grad_q(call, &launches);
-  }
+  if (!queries_leave) add_queries();
   add_finish<E>(call, groups, workspace.query_gradient, problem.q, problem.query_affine, problem.grad_q,
                 problem.heads, &launches);
   add_finish<E>(call, groups, workspace.key_gradient, problem.k, problem.key_affine, problem.grad_k,

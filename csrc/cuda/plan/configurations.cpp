@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "cuda/plan/plan.h"
-#include "cuda/plan/tensor_core_shape.h"
 #include "op/backend.h"
 
 namespace rebased {
@@ -63,8 +62,7 @@ int64_t work_of(const Shape& shape) {
 // Whether the call's results are a few numbers, or its sequence does not fill a chunk, so that some threads
 // have no row.
 bool says_little(const Shape& shape, const Plan& plan) {
-  const int64_t chunk = plan.path == Path::tensor_core ? tensor_core::chunk : plan.tiles.chunk;
-  const bool fills_no_chunk = shape.direction != Direction::step && shape.seqlen <= chunk;
+  const bool fills_no_chunk = shape.direction != Direction::step && shape.seqlen <= plan.tiles.chunk;
   return shape.feature_dim < 5 || shape.head_dim < 3 || fills_no_chunk;
 }
 
@@ -85,7 +83,8 @@ class Found {
 };
 
 // All sizes of the contract, of one short sequence: every choice but that of segments and of what goes with
-// their length. Tiles hold whole quads of columns, so that of four widths the first and the last will do.
+// their length. Tiles hold whole quads of columns, so that of four widths the first and the last will do, and
+// for the pieces in which bfloat16 rows are read the second.
 // Calls that need no state take the kernels without one only where these are cheaper: some of those fill
 // chunks.
 void add_short_sequences(int64_t shared_memory_per_block, Found* found) {
@@ -123,7 +122,8 @@ void add_short_sequences(int64_t shared_memory_per_block, Found* found) {
         if (!fixed && (map == FeatureMap::elu || map == FeatureMap::identity)) continue;
         shape.dtype = dtype, shape.feature_map = map, shape.feature_dim = d;
         for (int64_t quad = 0; quad < 256; quad += 4) {
-          for (const int64_t dv : {quad + 1, quad + 4}) {
+          for (const int64_t dv : {quad + 1, quad + 2, quad + 4}) {
+            if (dv == quad + 2 && dtype != Dtype::bfloat16) continue;
             shape.head_dim = dv;
             add_calls(fixed);
           }

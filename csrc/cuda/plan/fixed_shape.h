@@ -15,9 +15,21 @@ constexpr int max_group_size = 16;  // query heads per kv head
 // Blocks that share the columns of one head.
 inline int64_t column_groups(const Problem& problem) { return (problem.head_dim + columns - 1) / columns; }
 
+// say(argument, reason, remedy) for each reason why tiles of a fixed shape do not hold a problem.
+template <class Say>
+inline void refuse_sizes(const Problem& problem, const Say& say) {
+  if (problem.num_sequences == 0 || problem.seqlen == 0) {
+    say("q", "there are no rows", "a call with rows");
+  }
+  if (problem.head_dim > 256) say("v", "its head dim is past 256", "a head dim up to 256");
+  if (problem.group_size() > max_group_size) {
+    say("k", "more than 16 query heads share a kv head", "more heads of k and v");
+  }
+}
 inline bool supports_sizes(const Problem& problem) {
-  return problem.num_sequences > 0 && problem.seqlen > 0 && problem.head_dim >= 16 &&
-         problem.head_dim <= 256 && problem.group_size() <= max_group_size;
+  bool supported = true;
+  refuse_sizes(problem, [&](const char*, const char*, const char*) { supported = false; });
+  return supported;
 }
 
 // Whether every row can be accessed in pieces of 16 bytes, which are `elements` elements.

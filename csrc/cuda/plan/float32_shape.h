@@ -135,8 +135,9 @@ inline bool is_whole(const BackwardProblem& problem) { return problem.part == Ba
 template <class AnyProblem>
 inline bool supports(const AnyProblem& problem) {
   return problem.dtype == Dtype::float32 && problem.feature_map != FeatureMap::identity &&
-         problem.feature_dim == feature_dim && problem.head_dim % 4 == 0 && is_whole(problem) &&
-         supports_sizes(problem) && all_rows(problem, [](const auto& rows) { return aligned(rows, 4); });
+         problem.feature_dim == feature_dim && problem.head_dim >= 16 && problem.head_dim % 4 == 0 &&
+         is_whole(problem) && supports_sizes(problem) &&
+         all_rows(problem, [](const auto& rows) { return aligned(rows, 4); });
 }
 
 }  // namespace float32_path

@@ -116,8 +116,8 @@ Plan plan_general(const Problem& problem, const Device& device, Sweep sweep, boo
 
   const bool slots = !quadratic && (plan.segments > 1 || !plan.tiles.state_in_shared);
   const int64_t affine = sweep.backward ? problem.group_size() * 2 * problem.feature_dim : 0;
-  add_preparation_regions(problem, &plan);
-  add_state_regions(problem, sweep, plan.tiles.slot_size() * accumulator, slots, slots, &plan);
+  add_preparation_regions(problem, sweep, &plan);
+  add_state_regions(problem, sweep, plan.tiles.slot_size() * accumulator, slots, slots, false, &plan);
   if (sweep.backward) add_gradient_regions(problem, sweep, false, &plan);
   if (!quadratic) add_carries(problem, plan.tiles.slot_size() + affine, &plan);
   return plan;

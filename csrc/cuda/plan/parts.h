@@ -25,13 +25,16 @@ inline int64_t mean_rows(const Problem& problem) {
 // and values, or both; neither means the gradient of the initial state alone.
 struct Sweep {
   bool backward, queries, keys;
+  Keep keep;           // what forward keeps
+  int64_t kept_bytes;  // what backward is given; whether states are among it shows in its size
 
+  bool keeps_statistics() const { return keep != Keep::nothing || kept_bytes > 0; }
   bool has_states() const { return !backward || queries; }
   bool has_reverse_states() const { return backward && (keys || !queries); }
 };
-inline Sweep sweep_of(const ForwardProblem&) { return {false, true, true}; }
+inline Sweep sweep_of(const ForwardProblem& problem) { return {false, true, true, problem.keep, 0}; }
 inline Sweep sweep_of(const BackwardProblem& problem) {
-  return {true, problem.wants_queries(), problem.wants_keys()};
+  return {true, problem.wants_queries(), problem.wants_keys(), Keep::nothing, problem.kept_bytes};
 }
 
 constexpr const char* not_taken = "this path does not take this problem";
@@ -50,10 +53,13 @@ Plan plan_tensor_core(const BackwardProblem&, const Device&);
 // groups.
 
 // Clamped bounds, and the statistics of "token" LayerNorm.
-void add_preparation_regions(const Problem&, Plan*);
+void add_preparation_regions(const Problem&, Sweep, Plan*);
 // One slot of `slot_bytes` for each block of a sweep, where `states` and `reverse_states` say that there are
-// any.
-void add_state_regions(const Problem&, Sweep, int64_t slot_bytes, bool states, bool reverse_states, Plan*);
+// any. `keepable`: whether a family's forward leaves its states as its grad_q reads them. To be added after
+// the statistics: backward, which is told how many bytes were kept, sees by that whether they hold states of
+// its own cut.
+void add_state_regions(const Problem&, Sweep, int64_t slot_bytes, bool states, bool reverse_states,
+                       bool keepable, Plan*);
 // What a backward needs beside states. `delta_of_groups`: each column group has a delta of its own.
 void add_gradient_regions(const Problem&, Sweep, bool delta_of_groups, Plan*);
 // The column groups' parts of the gradient of the initial state's sums.

@@ -68,8 +68,14 @@ struct StepTiles {
   int state, state_sums, features, vectors, sums, denominators, scores, size;
 };
 
+// What keeps a call from a family of kernels: the argument it is about, what of it, and what would change it.
+struct Refusal {
+  const char *argument, *reason, *remedy;
+};
+
 struct Region {
   int64_t offset = 0, bytes = 0;
+  bool kept = false;  // it lies in the memory that forward keeps for backward, not in the workspace
 };
 
 // What the workspace holds, each region at a multiple of 64 bytes; a region of 0 bytes is absent.
@@ -121,6 +127,7 @@ struct Plan {
   int64_t carry_size = 0;           // accumulators of a slot of workspace.carries
   int carry_rows_log2 = 0;          // of compensated_rows: a shift costs kernels less than a division
   Workspace workspace;
+  int64_t kept_bytes = 0;  // of the regions that forward keeps, or that backward is given
 };
 
 // For tests: what to take instead of the choice that a plan would make; 0 means the plan's own choice.
@@ -144,9 +151,9 @@ Plan make_plan(const BackwardProblem&, const Device&);
 Plan make_plan(const StepProblem&, const Device&);
 
 // What sets one launch apart from another as far as code is concerned: direction, path, kernel instance,
-// threads, chunk, where the state is, one column group or more, segments, grouped heads, packed sequences,
-// compensated sums. Tests hold each that the plan can choose against the reference; of those that take long
-// calls they force it upon short ones, which launch the same code.
+// threads, chunk, where the state is, one column group or more, segments, the narrowest pieces of rows,
+// grouped heads, packed sequences, compensated sums. Tests hold each that the plan can choose against the
+// reference; of those that take long calls they force it upon short ones, which launch the same code.
 std::string launch_configuration(const ForwardProblem&, const Plan&);
 std::string launch_configuration(const BackwardProblem&, const Plan&);
 std::string launch_configuration(const StepProblem&, const Plan&);
@@ -154,6 +161,10 @@ std::string launch_configuration(const StepProblem&, const Plan&);
 // For tests: from record_launches(true) on, every plan that is made leaves its configuration here.
 void record_launches(bool);
 std::vector<std::string> take_recorded_launches();
+
+// All that keeps a call from the tensor-core kernels; empty where they take it.
+std::vector<Refusal> tensor_core_refusals(const ForwardProblem&, const Device&);
+std::vector<Refusal> tensor_core_refusals(const BackwardProblem&, const Device&);
 
 const char* path_name(Path);
 // Every number of a plan under its name, for showing it: "segments", "tiles.chunk",

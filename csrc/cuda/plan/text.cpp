@@ -3,6 +3,7 @@
 #include <mutex>
 
 #include "cuda/plan/parts.h"
+#include "cuda/plan/tensor_core_shape.h"
 
 namespace rebased {
 namespace {
@@ -10,22 +11,28 @@ namespace {
 constexpr const char* dtype_names[] = {"float32", "float64", "float16", "bfloat16"};
 constexpr const char* map_names[] = {"outer", "square", "taylor", "elu", "identity"};
 
-std::string sweep_configuration(const char* direction, const Problem& problem, const Plan& plan) {
+template <class AnyProblem>
+std::string sweep_configuration(const char* direction, const AnyProblem& problem, const Plan& plan) {
   std::string text = std::string(direction) + " " + path_name(plan.path);
   const auto add = [&](const std::string& word) { text += " " + word; };
   add(dtype_names[static_cast<int>(problem.dtype)]);
   const bool fixed = plan.path == Path::tensor_core || plan.path == Path::float32;
   if (fixed) add(map_names[static_cast<int>(problem.feature_map)]);
   if (plan.path == Path::tensor_core) add("d=" + std::to_string(problem.feature_dim));
+  const auto add_chunk = [&] { add("chunk=" + std::to_string(plan.tiles.chunk)); };
   if (fixed) {
     add(plan.column_groups == 1 ? "one-column-group" : "column-groups");
+    if (plan.path == Path::tensor_core) add_chunk();
   } else {
     add("threads=" + std::to_string(plan.tiles.threads));
-    add("chunk=" + std::to_string(plan.tiles.chunk));
+    add_chunk();
   }
   if (plan.path == Path::general) add(plan.tiles.state_in_shared ? "state-in-shared" : "state-in-workspace");
   if (plan.path != Path::quadratic) {
     add(plan.segments == 1 ? "one-segment" : plan.segments <= 8 ? "few-segments" : "many-segments");
+  }
+  if (plan.path == Path::tensor_core) {
+    add("pieces=" + std::to_string(tensor_core::Pieces(problem).least()));
   }
   if (problem.group_size() > 1) add("grouped");
   if (problem.cu_seqlens) add("packed");
@@ -94,6 +101,7 @@ std::vector<std::pair<std::string, int64_t>> plan_entries(const Plan& plan) {
       {"step.heads_at_once", plan.step.heads_at_once},
       {"step.features_at_once", plan.step.features_at_once},
       {"workspace.bytes", plan.workspace.bytes},
+      {"kept_bytes", plan.kept_bytes},
   };
   const Workspace& workspace = plan.workspace;
   const std::pair<const char*, Region> regions[] = {

@@ -2,31 +2,35 @@
 #include <algorithm>
 
 #include "cuda/plan/parts.h"
+#include "cuda/plan/tensor_core_shape.h"
 
 namespace rebased {
 namespace {
 
-void add_region(bool needed, Region* region, int64_t bytes, Plan* plan) {
+void add_region(bool needed, Region* region, int64_t bytes, Plan* plan, bool kept = false) {
   if (!needed) return;
-  *region = {plan->workspace.bytes, bytes};
-  plan->workspace.bytes += round_up(bytes, 64);
+  int64_t& end = kept ? plan->kept_bytes : plan->workspace.bytes;
+  *region = {end, bytes, kept};
+  end += round_up(bytes, 64);
 }
 
 }  // namespace
 
-void add_preparation_regions(const Problem& problem, Plan* plan) {
+void add_preparation_regions(const Problem& problem, Sweep sweep, Plan* plan) {
   Workspace& workspace = plan->workspace;
-  const bool token_norm = problem.layer_norm == LayerNorm::token;
+  const bool token_norm = problem.layer_norm == LayerNorm::token, kept = sweep.keeps_statistics();
   const int64_t statistics = problem.batch * problem.seqlen * 2 * accumulator_size(problem.dtype);
   add_region(problem.cu_seqlens != nullptr, &workspace.bounds, (problem.num_sequences + 1) * 8, plan);
-  add_region(token_norm, &workspace.query_statistics, statistics, plan);
-  add_region(token_norm, &workspace.key_statistics, statistics, plan);
+  add_region(token_norm, &workspace.query_statistics, statistics, plan, kept);
+  add_region(token_norm, &workspace.key_statistics, statistics, plan, kept);
 }
 
 void add_state_regions(const Problem& problem, Sweep sweep, int64_t slot_bytes, bool states,
-                       bool reverse_states, Plan* plan) {
+                       bool reverse_states, bool keepable, Plan* plan) {
   const int64_t bytes = problem.num_sequences * problem.kv_heads * plan->segments * slot_bytes;
-  add_region(states && sweep.has_states(), &plan->workspace.states, bytes, plan);
+  const bool kept = sweep.backward ? plan->kept_bytes + round_up(bytes, 64) == sweep.kept_bytes
+                                   : sweep.keep == Keep::states;
+  add_region(states && sweep.has_states(), &plan->workspace.states, bytes, plan, keepable && kept);
   add_region(reverse_states && sweep.has_reverse_states(), &plan->workspace.reverse_states, bytes, plan);
 }
 
@@ -34,8 +38,10 @@ void add_gradient_regions(const Problem& problem, Sweep sweep, bool delta_of_gro
   Workspace& workspace = plan->workspace;
   const int64_t accumulator = accumulator_size(problem.dtype), tokens = problem.batch * problem.seqlen;
   const int64_t groups = plan->column_groups;
-  // kernels with a delta of their own group read one even where rows are not normalised
-  add_region(delta_of_groups ? sweep.queries || sweep.keys : problem.normalize, &workspace.delta,
+  // kernels with a delta of their own group read one even where rows are not normalised, and those of
+  // polynomial/ for the gradient of a state too
+  const bool for_state = tensor_core::polynomial_kernels(problem.feature_map, problem.feature_dim);
+  add_region(delta_of_groups ? sweep.queries || sweep.keys || for_state : problem.normalize, &workspace.delta,
              (delta_of_groups ? groups : 1) * tokens * problem.heads * accumulator, plan);
 
   const bool unfinished = groups > 1 || problem.layer_norm == LayerNorm::token;

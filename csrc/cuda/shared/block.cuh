@@ -26,17 +26,27 @@ struct Call {
   int64_t carry_size;
   Workspace workspace;
 
-  // Null where the plan has no such region.
+  // Null where the plan has no such region. Offsets of what is kept are made to count from the workspace too.
   template <class T>
   HOST_DEVICE T* region(const Region& region) const {
-    return region.bytes ? reinterpret_cast<T*>(static_cast<char*>(problem.workspace) + region.offset)
+    return region.bytes ? reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(problem.workspace) +
+                                               static_cast<uintptr_t>(region.offset))
                         : nullptr;
   }
 };
 template <class AnyProblem>
 Call<AnyProblem> make_call(const AnyProblem& problem, const Plan& plan) {
-  return {problem,         plan.tiles,    plan.segments, plan.path == Path::quadratic, plan.carry_rows_log2,
-          plan.carry_size, plan.workspace};
+  Call<AnyProblem> call{
+      problem,         plan.tiles,    plan.segments, plan.path == Path::quadratic, plan.carry_rows_log2,
+      plan.carry_size, plan.workspace};
+  // so that kernels need not know which memory a region lies in
+  const auto apart =
+      reinterpret_cast<uintptr_t>(problem.kept) - reinterpret_cast<uintptr_t>(problem.workspace);
+  for (Region* region :
+       {&call.workspace.query_statistics, &call.workspace.key_statistics, &call.workspace.states}) {
+    if (region->kept) region->offset += static_cast<int64_t>(apart);
+  }
+  return call;
 }
 
 DEVICE int64_t group_size(const Problem& problem) { return problem.heads / problem.kv_heads; }

@@ -19,15 +19,18 @@ struct Family<ForwardProblem> {
   Queue<ForwardProblem> whole_state;  // the final state alone, of these rows alone; null where there is none
 };
 
+// What a backward family's workspace has as delta, and which of its kernels leaves it there for the other:
+// that of whole rows, made before both; or delta / r of each column group, left by grad_kv or by grad_q, and
+// made before where that one does not run.
+enum class Deltas { of_rows, from_grad_kv, from_grad_q };
+
 template <>
 struct Family<BackwardProblem> {
   Queue<BackwardProblem> states, reverse_states;  // what the blocks of grad_q and of grad_kv start from
   Queue<BackwardProblem> grad_q;
   Queue<BackwardProblem> grad_kv;      // also the gradient of the initial state
   Queue<BackwardProblem> whole_state;  // that gradient alone, of these rows alone; null where there is none
-  // Whether the workspace has delta / r of each column group, which grad_kv leaves there for grad_q. Else it
-  // has delta of whole rows, before both.
-  bool delta_of_groups;
+  Deltas deltas;
 };
 
 }  // namespace rebased::REBASED_BACKEND

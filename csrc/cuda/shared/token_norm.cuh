@@ -37,50 +37,99 @@ DEVICE void for_each_piece(int heads, int dim, const Visit& visit) {
 
 // Whether every head's row of every token can be accessed in pieces of 16 bytes.
 template <class T, class Pointer>
-DEVICE bool in_pieces(const RowsOf<Pointer>& rows, int dim) {
+HOST_DEVICE bool in_pieces(const RowsOf<Pointer>& rows, int dim) {
   const int64_t elements = rows.batch_stride | rows.head_stride | rows.row_stride | dim;
   return (reinterpret_cast<uintptr_t>(rows.data) | elements * sizeof(T)) % 16 == 0;
 }
+
+// A lane holds up to this many pieces of a token in registers, all of whose loads are then under way at once.
+constexpr int held_pieces = 8;
 
 template <class E>
 struct TokenRows {
   ConstRows x;
   int heads;
   Accumulator<E>* statistics;
+  bool pieces;  // of 16 bytes; else of one element
+  int lanes;    // of a warp that share a token: as few as can hold it, else all
+
+  TokenRows() = default;
+  TokenRows(const ConstRows& x, int heads, int dim, Accumulator<E>* statistics)
+      : x(x), heads(heads), statistics(statistics), pieces(in_pieces<E>(x, dim)), lanes(1) {
+    const int count = heads * dim / (pieces ? vector_elements<E> : 1);
+    while (lanes < 32 && count > lanes * held_pieces) lanes *= 2;
+  }
+  int64_t blocks(int64_t tokens) const { return divide_up(tokens * lanes, row_threads); }
 };
 
+// A token is read once: in one go, or where its lanes cannot hold it a part after the other, whose means and
+// sums of squared deviations are then put together (Chan, Golub and LeVeque).
 template <int piece, class E>
-DEVICE void token_statistics_of(const TokenRows<E>& rows, const E* x, int64_t token, int dim, double eps) {
+DEVICE void token_statistics_of(const TokenRows<E>& rows, int64_t tokens, int64_t seqlen, int dim,
+                                double eps) {
   using A = Accumulator<E>;
-  const auto sum_over_token = [&](const auto& term) {
-    A sum = 0;
-    for_each_piece<piece>(rows.heads, dim, [&](int head, int i) {
-      E values[piece];
-      load_piece(values, x + head * rows.x.head_stride + i);
-      UNROLL for (int n = 0; n < piece; ++n) sum += term(convert<A>(values[n]));
-    });
-    return warp_sum(sum) / (rows.heads * dim);
+  const int lane = threadIdx.x % rows.lanes, width = dim / piece;
+  const int64_t wanted = (static_cast<int64_t>(blockIdx.x) * row_threads + threadIdx.x) / rows.lanes;
+  const bool has_token = wanted < tokens;  // lanes without one read nothing, and go along with their warp
+  const int64_t token = has_token ? wanted : tokens - 1;
+  const E* const x = head_rows<E>(rows.x, token / seqlen, 0, token % seqlen);
+  const auto sum_over_lanes = [&](A value) {
+    for (int distance = rows.lanes / 2; distance > 0; distance /= 2) value += shuffle_xor(value, distance);
+    return value;
   };
-  const A mean = sum_over_token([](A value) { return value; });
-  const A variance = sum_over_token([mean](A value) { return (value - mean) * (value - mean); });
-  if (threadIdx.x % 32 == 0) {
-    rows.statistics[2 * token] = mean;
-    rows.statistics[2 * token + 1] = reciprocal_sqrt(variance + static_cast<A>(eps));
+  const int head_step = rows.lanes / width, piece_step = rows.lanes % width;
+  int head = lane / width, index = lane % width;
+  A mean = 0, deviations = 0;
+  int seen = 0;
+  for (const int size = rows.heads * dim; seen < size;) {
+    Vector<E, piece> held[held_pieces];
+    bool present[held_pieces];
+    UNROLL for (int n = 0; n < held_pieces; ++n) {
+      present[n] = has_token && head < rows.heads;
+      if (present[n]) {
+        held[n] = *reinterpret_cast<const Vector<E, piece>*>(x + head * rows.x.head_stride + index * piece);
+      }
+      head += head_step;
+      index += piece_step;
+      if (index >= width) {
+        index -= width;
+        ++head;
+      }
+    }
+    const auto sum_of = [&](const auto& term) {
+      A sum = 0;
+      UNROLL for (int n = 0; n < held_pieces; ++n) {
+        if (!present[n]) continue;
+        UNROLL for (int i = 0; i < piece; ++i) sum += term(convert<A>(held[n].x[i]));
+      }
+      return sum_over_lanes(sum);
+    };
+    const int count = minimum(size - seen, rows.lanes * held_pieces * piece);
+    const A own_mean = sum_of([](A value) { return value; }) / count;
+    deviations += sum_of([own_mean](A value) { return (value - own_mean) * (value - own_mean); });
+    const A step = own_mean - mean, share = static_cast<A>(count) / (seen + count);
+    mean += step * share;
+    deviations += step * step * share * seen;
+    seen += count;
+  }
+  if (lane == 0 && has_token) {
+    const A variance = deviations / seen;
+    *reinterpret_cast<Vector<A, 2>*>(rows.statistics + 2 * token) = {
+        mean, reciprocal_sqrt(variance + static_cast<A>(eps))};
   }
 }
 
-// statistics (tokens, 2) = mean and 1 / standard deviation over (heads, dim) of each token.
+// statistics (tokens, 2) = mean and 1 / standard deviation over (heads, dim) of each token. A warp takes
+// several tokens, and a block its part's next ones; parts with fewer blocks leave the last of the grid alone.
 template <class E>
 KERNEL void LAUNCH_BOUNDS(row_threads, 1)
     token_statistics(Parts<TokenRows<E>> parts, int64_t tokens, int64_t seqlen, int dim, double eps) {
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * rows_per_block + threadIdx.x / 32;
-  if (token >= tokens) return;
   const TokenRows<E> rows = parts.chosen();
-  const E* const x = head_rows<E>(rows.x, token / seqlen, 0, token % seqlen);
-  if (in_pieces<E>(rows.x, dim)) {
-    token_statistics_of<vector_elements<E>>(rows, x, token, dim, eps);
+  if (static_cast<int64_t>(blockIdx.x) * row_threads >= tokens * rows.lanes) return;
+  if (rows.pieces) {
+    token_statistics_of<vector_elements<E>>(rows, tokens, seqlen, dim, eps);
   } else {
-    token_statistics_of<1>(rows, x, token, dim, eps);
+    token_statistics_of<1>(rows, tokens, seqlen, dim, eps);
   }
 }
 

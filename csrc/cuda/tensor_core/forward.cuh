@@ -99,21 +99,21 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(grouped))
   const bool is_key = static_cast<int>(threadIdx.x) >= chunk;
   const int token = static_cast<int>(threadIdx.x % chunk);
 
-  const auto copy = [&](int stage, int first, int head) {
+  const auto bring = [&](const auto& step, int stage, int first, int head) {
     if (is_key) {
-      copy_rows<T, S>(row_tile, origins->k, row_stride(problem.k), origins->key_statistics, first + token,
-                      rows_end);
+      step.template rows<T, S>(row_tile, origins->k, row_stride(problem.k), arguments.pieces.k,
+                               origins->key_statistics, first + token, rows_end);
     } else {
-      copy_rows<T, S>(row_tile, origins->q + head * problem.q.head_stride, row_stride(problem.q),
-                      origins->query_statistics, first + token, rows_end);
+      step.template rows<T, S>(row_tile, origins->q + head * problem.q.head_stride, row_stride(problem.q),
+                               arguments.pieces.q, origins->query_statistics, first + token, rows_end);
     }
-    copy_values(value_tiles + stage * chunk * columns, origins->v, row_stride(problem.v), first, rows_end,
-                columns_left);
-    copy_async_commit();
+    step.values(value_tiles + stage * chunk * columns, origins->v, row_stride(problem.v), arguments.pieces.v,
+                first, rows_end, columns_left);
+    step.commit();
   };
 
   sync_threads();  // affine
-  if (rows_end > 0) copy(0, 0, 0);
+  if (rows_end > 0) bring(Start(), 0, 0, 0);
   int head = 0;
   for (int first = 0; first < rows_end;) {
     const int stage = (first / chunk * group_size + head) & 1;
@@ -121,6 +121,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(grouped))
     T* const keys = key_tiles + stage * S::feature_tile;
     const T* const chunk_values = value_tiles + stage * chunk * columns;
     copy_async_wait<0>();
+    if (arguments.pieces.settles) bring(Settle(), stage, first, head);
     sync_warp();
     store_row<T, S>(is_key ? keys : queries, token, row_tile, first + token < rows_end,
                     affine + (is_key ? group_size : head) * S::affine_size, problem.layer_norm,
@@ -128,7 +129,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(grouped))
     const bool last_head = head + 1 == group_size;
     const int next_head = last_head ? 0 : head + 1, next = last_head ? first + chunk : first;
     sync_threads();  // the tiles of this step are complete, and the tiles of the step before are free
-    if (next < rows_end) copy(stage ^ 1, next, next_head);
+    if (next < rows_end) bring(Start(), stage ^ 1, next, next_head);
 
     T* const y = origins->y + head * problem.y.head_stride;
     float* const r = origins->r + head * problem.seqlen;
@@ -161,7 +162,8 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(grouped))
         }
         store_tile(staging + lane.warp * tile * tile, out[i],
                    y + static_cast<int64_t>(tile_row) * row_stride(problem.y) + tile * lane.warp,
-                   row_stride(problem.y), rows_end - tile_row, columns_left - tile * lane.warp, lane);
+                   row_stride(problem.y), arguments.pieces.y, rows_end - tile_row,
+                   columns_left - tile * lane.warp, lane);
       }
     }
     if (last_head) {
@@ -209,29 +211,30 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(false))
   State<S> state(sums);
   state.clear();
   const int token = static_cast<int>(threadIdx.x);  // threads 64..127 hold no row
-  const auto copy = [&](int stage, int first) {
+  const auto bring = [&](const auto& step, int stage, int first) {
     if (token < chunk) {
-      copy_rows<T, S>(row_tile, origins->k, row_stride(problem.k), origins->key_statistics, first + token,
-                      rows_end);
+      step.template rows<T, S>(row_tile, origins->k, row_stride(problem.k), arguments.pieces.k,
+                               origins->key_statistics, first + token, rows_end);
     }
-    copy_values(value_tiles + stage * chunk * columns, origins->v, row_stride(problem.v), first, rows_end,
-                columns_left);
-    copy_async_commit();
+    step.values(value_tiles + stage * chunk * columns, origins->v, row_stride(problem.v), arguments.pieces.v,
+                first, rows_end, columns_left);
+    step.commit();
   };
 
   sync_threads();  // affine
-  if (rows_end > 0) copy(0, 0);
+  if (rows_end > 0) bring(Start(), 0, 0);
   int stage = 0;
   for (int first = 0; first < rows_end; first += chunk, stage ^= 1) {
     T* const keys = key_tiles + stage * S::feature_tile;
     copy_async_wait<0>();
+    if (arguments.pieces.settles) bring(Settle(), stage, first);
     sync_warp();
     if (token < chunk) {
       store_row<T, S>(keys, token, row_tile, first + token < rows_end, key_affine, problem.layer_norm,
                       arguments.layer_norm_eps);
     }
     sync_threads();
-    if (first + chunk < rows_end) copy(stage ^ 1, first + chunk);
+    if (first + chunk < rows_end) bring(Start(), stage ^ 1, first + chunk);
     add_chunk<T, S, false>(state, keys, value_tiles + stage * chunk * columns, {}, lane);
     state.count += static_cast<float>(minimum(rows_end - first, chunk));
   }

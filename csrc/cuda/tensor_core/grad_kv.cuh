@@ -39,7 +39,7 @@ DEVICE void scale_tiles(float (&out)[tile_pair][2][4], float scale) {
 template <class T, class S>
 DEVICE void value_gradient(const State<S>& state, const QueryRows<T>& query_rows, const ChunkScale& scales,
                            const float* warp_maxima, const T* queries, const T* keys, const T* gradients,
-                           T* staging, T* target, int stride, int rows_left, int columns_left,
+                           T* staging, T* target, int stride, int piece, int rows_left, int columns_left,
                            bool first_step, bool last_step, float4* gathered, const Lane& lane) {
   NO_UNROLL for (int begin = 0; begin < chunk; begin += tile * tile_pair) {
     float out[tile_pair][2][4] = {}, unused[tile_pair][4];
@@ -65,8 +65,8 @@ DEVICE void value_gradient(const State<S>& state, const QueryRows<T>& query_rows
       }
       const int row = begin + tile * i;
       if (last_step) {
-        store_tile(staging, out[i], target + static_cast<int64_t>(row) * stride, stride, rows_left - row,
-                   columns_left - tile * lane.warp, lane);
+        store_tile(staging, out[i], target + static_cast<int64_t>(row) * stride, stride, piece,
+                   rows_left - row, columns_left - tile * lane.warp, lane);
       }
     }
   }
@@ -140,25 +140,26 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
   const auto row_tile = [&](int stage) {
     return RowTile<T>{row_elements + stage * threads * S::feature_dim, given_statistics};
   };
-  const auto copy = [&](int first, int head) {
+  const auto bring = [&](const auto& step, int first, int head) {
     const int stage = stage_of(first, head);
     if (is_key) {
-      copy_rows<T, S>(row_tile(stage), origins->k, row_stride(problem.k), origins->key_statistics,
-                      first + token, rows_end);
+      step.template rows<T, S>(row_tile(stage), origins->k, row_stride(problem.k), arguments.pieces.k,
+                               origins->key_statistics, first + token, rows_end);
     } else {
-      copy_rows<T, S>(row_tile(stage), origins->q + head * problem.q.head_stride, row_stride(problem.q),
-                      origins->query_statistics, first + token, rows_end);
+      step.template rows<T, S>(row_tile(stage), origins->q + head * problem.q.head_stride,
+                               row_stride(problem.q), arguments.pieces.q, origins->query_statistics,
+                               first + token, rows_end);
     }
-    copy_values(tiles.values + stage * tiles.value_tile, origins->v, row_stride(problem.v), first, rows_end,
-                columns_left);
-    origins->copy_gradients(tiles.gradients + stage * tiles.value_tile, tiles.y, r, problem, first, head,
-                            rows_end, columns_left);
-    copy_async_commit();
+    step.values(tiles.values + stage * tiles.value_tile, origins->v, row_stride(problem.v),
+                arguments.pieces.v, first, rows_end, columns_left);
+    origins->bring_gradients(step, tiles.gradients + stage * tiles.value_tile, tiles.y, r, arguments, first,
+                             head, rows_end, columns_left);
+    step.commit();
   };
 
   const int last_chunk = (rows_end + chunk - 1) / chunk * chunk - chunk;  // negative: no rows
   sync_threads();                                                         // affine
-  if (last_chunk >= 0) copy(last_chunk, group_size - 1);
+  if (last_chunk >= 0) bring(Start(), last_chunk, group_size - 1);
   // query heads from the last to the first too, so that stages alternate
   int head = group_size - 1;
   for (int first = last_chunk; first >= 0;) {
@@ -168,6 +169,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
     const bool first_step = head + 1 == group_size, last_step = head == 0;
     share_maximum<T>(warp_maxima, state, lane);
     copy_async_wait<0>();
+    if (arguments.pieces.settles) bring(Settle(), first, head);
     sync_threads();  // the copies have arrived, and the tiles of the step before are free
     const Range range = shared_range<T>(warp_maxima);
     const ChunkScale scales = chunk_scale<T>(r, rows_end - first, lane);
@@ -181,7 +183,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
     scale_gradients(gradients, tiles.y, r, query_rows, scales, delta, rows_end - first, problem.normalize);
     const int next_head = last_step ? group_size - 1 : head - 1, next = last_step ? first - chunk : first;
     sync_threads();
-    if (next >= 0) copy(next, next_head);
+    if (next >= 0) bring(Start(), next, next_head);
 
     // the rows of q have gone into the feature tile, so that their place is free until the next step but one
     T* const warp_staging =
@@ -204,7 +206,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
           buffers.key_gradient ? nullptr
                                : first_row<T>(problem.grad_k, span, span.kv_head) +
                                      static_cast<int64_t>(tile_row) * row_stride(problem.grad_k),
-          row_stride(problem.grad_k),
+          row_stride(problem.grad_k), arguments.pieces.grad_k,
           buffers.key_gradient ? buffers.key_gradient + row_index * S::feature_dim : nullptr,
           affine_sums + lane.warp * S::affine_size};
       finish_rows<T, S>(gradient, row_tile(stage), chunk + tile * lane.warp,
@@ -216,8 +218,8 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
     T* const grad_v = first_row<T>(problem.grad_v, span, span.kv_head) + first_column() + tile * lane.warp +
                       static_cast<int64_t>(first) * row_stride(problem.grad_v);
     value_gradient<T, S>(state, query_rows, scales, warp_maxima, queries, keys, gradients, warp_staging,
-                         grad_v, row_stride(problem.grad_v), rows_end - first, columns_left, first_step,
-                         last_step, tiles.gathered_values, lane);
+                         grad_v, row_stride(problem.grad_v), arguments.pieces.grad_v, rows_end - first,
+                         columns_left, first_step, last_step, tiles.gathered_values, lane);
 
     add_reverse_chunk<T, S>(state, queries, gradients, query_rows, scales, lane);
     head = next_head;

@@ -54,29 +54,30 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
   const auto row_tile = [&](int stage) {
     return RowTile<T>{row_elements + stage * threads * S::feature_dim, given_statistics};
   };
-  const auto copy = [&](int first, int head) {
+  const auto bring = [&](const auto& step, int first, int head) {
     const int stage = stage_of(first, head);
     if (is_key) {
-      copy_rows<T, S>(row_tile(stage), origins->k, row_stride(problem.k), origins->key_statistics,
-                      first + token, rows_end);
+      step.template rows<T, S>(row_tile(stage), origins->k, row_stride(problem.k), arguments.pieces.k,
+                               origins->key_statistics, first + token, rows_end);
     } else {
-      copy_rows<T, S>(row_tile(stage), origins->q + head * problem.q.head_stride, row_stride(problem.q),
-                      origins->query_statistics, first + token, rows_end);
+      step.template rows<T, S>(row_tile(stage), origins->q + head * problem.q.head_stride,
+                               row_stride(problem.q), arguments.pieces.q, origins->query_statistics,
+                               first + token, rows_end);
     }
-    copy_values(tiles.values + stage * tiles.value_tile, origins->v, row_stride(problem.v), first, rows_end,
-                columns_left);
-    copy_values(tiles.gradients + stage * tiles.value_tile,
-                origins->grad_y + head * problem.grad_y.head_stride, row_stride(problem.grad_y), first,
-                rows_end, columns_left);
-    copy_floats(r_stages + stage * chunk, origins->r + head * problem.seqlen, first, rows_end);
+    step.values(tiles.values + stage * tiles.value_tile, origins->v, row_stride(problem.v),
+                arguments.pieces.v, first, rows_end, columns_left);
+    step.values(tiles.gradients + stage * tiles.value_tile,
+                origins->grad_y + head * problem.grad_y.head_stride, row_stride(problem.grad_y),
+                arguments.pieces.grad_y, first, rows_end, columns_left);
+    step.floats(r_stages + stage * chunk, origins->r + head * problem.seqlen, first, rows_end);
     const float* const delta = buffers.delta + blockIdx.y * problem.batch * problem.heads * problem.seqlen +
                                origins->row + head * problem.seqlen;
-    copy_floats(delta_stages + stage * chunk, delta, first, rows_end);
-    copy_async_commit();
+    step.floats(delta_stages + stage * chunk, delta, first, rows_end);
+    step.commit();
   };
 
   sync_threads();  // affine
-  if (rows_end > 0) copy(0, 0);
+  if (rows_end > 0) bring(Start(), 0, 0);
   int head = 0;
   for (int first = 0; first < rows_end;) {
     const int stage = stage_of(first, head);
@@ -84,6 +85,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
     const T* const gradients = tiles.gradients + stage * tiles.value_tile;
     share_maximum<T>(warp_maxima, state, lane);
     copy_async_wait<0>();
+    if (arguments.pieces.settles) bring(Settle(), first, head);
     sync_threads();  // the copies have arrived, and the tiles of the step before are free
     const Range range = shared_range<T>(warp_maxima);
     const float2 statistics = store_row<T, S>(
@@ -94,7 +96,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
     const bool last_head = head + 1 == group_size;
     const int next_head = last_head ? 0 : head + 1, next = last_head ? first + chunk : first;
     sync_threads();
-    if (next < rows_end) copy(next, next_head);
+    if (next < rows_end) bring(Start(), next, next_head);
 
     const int begin = tile * lane.warp;
     uint32_t rows_a[4], row_gradients[warps][4];
@@ -128,7 +130,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
         buffers.query_gradient ? nullptr
                                : first_row<T>(problem.grad_q, span, span.kv_head * group_size + head) +
                                      static_cast<int64_t>(tile_row) * row_stride(problem.grad_q),
-        row_stride(problem.grad_q),
+        row_stride(problem.grad_q), arguments.pieces.grad_q,
         buffers.query_gradient ? buffers.query_gradient + row_index * S::feature_dim : nullptr,
         affine_sums + (head * warps + lane.warp) * S::affine_size};
     finish_rows<T, S>(gradient, row_tile(stage), begin, query_statistics + begin, rows_end - tile_row,

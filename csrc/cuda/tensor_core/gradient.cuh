@@ -202,7 +202,7 @@ DEVICE void pair_gradient(float (&gradient)[S::units][4], const Fragment& rows,
 template <class T>
 struct RowTarget {
   T* rows;  // grad q or grad k, from the tile's first row on; null where `partial` is written instead
-  int stride;
+  int stride, piece;
   float* partial;  // (rows, d): the gradient of gamma LayerNorm(x) + beta, from which another kernel goes on
   float* affine_sums;  // (2 d) in shared memory: this warp's sums for grad gamma and grad beta
 };
@@ -284,7 +284,8 @@ DEVICE void finish_rows(float (&gradient)[S::units][4], const RowTile<T>& row_ti
     UNROLL for (int n = 0; n < width; ++n) {
       UNROLL for (int j = 0; j < 4; ++j) part[n][j] = gradient[first + n][j];
     }
-    store_tile(staging, part, target.rows + 8 * first, target.stride, rows_left, 8 * width, lane);
+    store_tile(staging, part, target.rows + 8 * first, target.stride, target.piece, rows_left, 8 * width,
+               lane);
   }
 }
 

@@ -144,21 +144,22 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(false))
 
   const int token = static_cast<int>(threadIdx.x);  // threads 64..127 hold no row
   const auto stage_of = [&](int first, int head) { return (first / chunk * group_size + head) & 1; };
-  const auto copy = [&](int first, int head) {
+  const auto bring = [&](const auto& step, int first, int head) {
     if (token < chunk) {
-      copy_rows<T, S>(row_tile, origins->q + head * problem.q.head_stride, row_stride(problem.q),
-                      origins->query_statistics, first + token, rows_end);
+      step.template rows<T, S>(row_tile, origins->q + head * problem.q.head_stride, row_stride(problem.q),
+                               arguments.pieces.q, origins->query_statistics, first + token, rows_end);
     }
-    origins->copy_gradients(gradient_tiles + stage_of(first, head) * chunk * columns, y, r, problem, first,
-                            head, rows_end, columns_left);
-    copy_async_commit();
+    origins->bring_gradients(step, gradient_tiles + stage_of(first, head) * chunk * columns, y, r, arguments,
+                             first, head, rows_end, columns_left);
+    step.commit();
   };
   sync_threads();  // affine
   int first = (rows_end + chunk - 1) / chunk * chunk - chunk, head = group_size - 1;
-  if (first >= 0) copy(first, head);
+  if (first >= 0) bring(Start(), first, head);
   while (first >= 0) {
     T* const gradients = gradient_tiles + stage_of(first, head) * chunk * columns;
     copy_async_wait<0>();
+    if (arguments.pieces.settles) bring(Settle(), first, head);
     sync_threads();
     if (token < chunk) {
       store_row<T, S>(queries, token, row_tile, first + token < rows_end, affine + head * S::affine_size,
@@ -169,7 +170,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(false))
     if (head == 0) first -= chunk;
     head = head == 0 ? group_size - 1 : head - 1;
     sync_threads();
-    if (first >= 0) copy(first, head);
+    if (first >= 0) bring(Start(), first, head);
     add_reverse_chunk<T, S>(state, queries, gradients, query_rows, scales, lane);
   }
   store_state(arguments.slots + span.slot * Slot<S>::size, state, lane);

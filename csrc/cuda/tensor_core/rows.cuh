@@ -7,6 +7,7 @@
 #include "cuda/shared/column_groups.cuh"
 #include "cuda/shared/row_norm.cuh"
 #include "cuda/tensor_core/fragments.cuh"
+#include "cuda/tensor_core/ragged.cuh"
 
 namespace rebased::REBASED_BACKEND::tensor_core {
 
@@ -27,6 +28,7 @@ struct Arguments {
   AnyProblem problem;
   Launch launch;
   float scale, eps, layer_norm_eps;
+  Pieces pieces;   // of the accesses to rows
   int group_size;  // query heads per kv head
   float* slots;    // the slots of segments' states in the workspace, or null
   bool scanned;    // whether the slots hold the states to start from, or each segment's own sums
@@ -43,6 +45,7 @@ struct Arguments {
         scale(static_cast<float>(problem.scale)),
         eps(static_cast<float>(problem.eps)),
         layer_norm_eps(static_cast<float>(problem.layer_norm_eps)),
+        pieces(problem),
         group_size(static_cast<int>(problem.group_size())),
         slots(slots),
         scanned(scanned) {}
@@ -65,7 +68,7 @@ struct Span {
   int rows, segment, first_column;
 };
 
-DEVICE Span find_span(const Problem& problem, const Launch& launch) {
+DEVICE Span find_span(const Problem& problem, const Launch& launch, int chunk_length = chunk) {
   Span span;
   const int64_t head = blockIdx.x / launch.segments;
   span.segment = static_cast<int>(blockIdx.x % launch.segments);
@@ -74,9 +77,10 @@ DEVICE Span find_span(const Problem& problem, const Launch& launch) {
   span.batch = launch.bounds ? 0 : span.sequence;
   const int64_t first = launch.bounds ? launch.bounds[span.sequence] : 0;
   const int64_t last = launch.bounds ? launch.bounds[span.sequence + 1] : problem.seqlen;
-  const int64_t segment_chunks = (last - first + chunk * launch.segments - 1) / (chunk * launch.segments);
-  span.begin = minimum(first + span.segment * segment_chunks * chunk, last);
-  span.rows = static_cast<int>(minimum(segment_chunks * chunk, last - span.begin));
+  const int64_t chunk_rows = static_cast<int64_t>(chunk_length) * launch.segments;
+  const int64_t segment_rows = (last - first + chunk_rows - 1) / chunk_rows * chunk_length;
+  span.begin = minimum(first + span.segment * segment_rows, last);
+  span.rows = static_cast<int>(minimum(segment_rows, last - span.begin));
   span.slot = static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y;
   span.first_column = first_column();
   return span;
@@ -104,10 +108,10 @@ struct Origins {
   const float *query_statistics, *key_statistics;
 
   template <class AnyProblem>
-  DEVICE void set(const Arguments<AnyProblem>& arguments) {
+  DEVICE void set(const Arguments<AnyProblem>& arguments, int chunk_length = chunk) {
     const Problem& problem = arguments.problem;
     const Launch& launch = arguments.launch;
-    span = find_span(problem, launch);
+    span = find_span(problem, launch, chunk_length);
     q = first_row<T>(problem.q, span, span.kv_head * arguments.group_size);
     k = first_row<T>(problem.k, span, span.kv_head);
     v = first_row<T>(problem.v, span, span.kv_head) + span.first_column;
@@ -138,26 +142,68 @@ struct RowTile {
   float2* statistics;  // (threads): mean and 1 / deviation of "token" LayerNorm
 };
 
-// Starts the copy of the warp's rows into the same rows of the tile, with zeros past the row `end`. `index`
-// is the row of this thread. As many lanes share a row as it has 16-byte units, so that each access of the
-// warp covers whole sectors of 32 bytes.
+// A warp's part in bringing its own rows into the same rows of a row tile. As many lanes share a row as it
+// has units, so that each access of the warp covers whole sectors of 32 bytes.
+template <class S>
+struct RowUnits {
+  static constexpr int rows_at_once = 32 / S::units;
+  int row;            // of the first unit of this lane; the others follow rows_at_once rows apart
+  int unit;           // which of a row's
+  int offset;         // of the first unit in the elements of the tile
+  int previous_lane;  // has the unit before this lane's
+
+  // `index` is the row of this thread.
+  DEVICE explicit RowUnits(int index) {
+    const int thread = thread_index_anew(), lane = thread % 32, turn = lane / 8 % S::units;
+    // lanes write side by side, and unit_offset says which unit of a row belongs to the place of a lane
+    row = index - lane + lane / S::units;
+    unit = (lane % S::units) ^ turn;
+    offset = (thread - lane) * S::feature_dim + 8 * lane;
+    previous_lane = lane / S::units * S::units + (((unit - 1) & (S::units - 1)) ^ turn);
+  }
+};
+
+// Starts the copy of the warp's rows into the tile, with zeros past the row `end`.
 template <class T, class S>
-DEVICE void copy_rows(const RowTile<T>& tile, const T* rows, int stride, const float* statistics, int index,
-                      int end) {
-  constexpr int units = S::units, rows_at_once = 32 / units;
-  const int thread = thread_index_anew(), lane = thread % 32;
-  // lanes write side by side, and unit_offset says which unit of a row belongs to the place of a lane
-  const int row = index - lane + lane / units, unit = lane % units ^ lane / 8 % units;
-  const T* source = rows + static_cast<int64_t>(row) * stride + 8 * unit;
-  T* const target = tile.elements + (thread - lane) * S::feature_dim + 8 * lane;
-  UNROLL for (int i = 0; i < units; ++i) {
-    const bool present = row + rows_at_once * i < end;
-    copy_async<16>(target + rows_at_once * i * S::feature_dim, present ? source : rows, present ? 16 : 0);
-    source += rows_at_once * static_cast<int64_t>(stride);
+DEVICE void copy_rows(const RowTile<T>& tile, const T* rows, int stride, int piece, const float* statistics,
+                      int index, int end) {
+  if (piece == 16) {
+    const RowUnits<S> own(index);
+    T* const target = tile.elements + own.offset;
+    const T* source = rows + static_cast<int64_t>(own.row) * stride + 8 * own.unit;
+    UNROLL for (int i = 0; i < S::units; ++i) {
+      const bool present = own.row + own.rows_at_once * i < end;
+      copy_async<16>(target + own.rows_at_once * i * S::feature_dim, present ? source : rows,
+                     present ? 16 : 0);
+      source += own.rows_at_once * static_cast<int64_t>(stride);
+    }
+  } else {
+    const RowUnits<S> own(index);
+    T* target = tile.elements + own.offset;
+    const T* source = rows + static_cast<int64_t>(own.row) * stride + 8 * own.unit;
+    NO_UNROLL for (int row = own.row; row < own.row + 32; row += own.rows_at_once) {
+      copy_narrow_unit(target, source, row < end ? S::feature_dim - 8 * own.unit : 0, piece);
+      target += own.rows_at_once * S::feature_dim;
+      source += own.rows_at_once * static_cast<int64_t>(stride);
+    }
   }
   if (!statistics) return;
   const bool present = index < end;
-  copy_async<8>(tile.statistics + thread, statistics + (present ? 2 * index : 0), present ? 8 : 0);
+  copy_async<8>(tile.statistics + thread_index_anew(), statistics + (present ? 2 * index : 0),
+                present ? 8 : 0);
+}
+
+// What the copies of narrow pieces have left to do once they have arrived.
+template <class T, class S>
+DEVICE void settle_rows(const RowTile<T>& tile, const T* rows, int stride, int piece, int index, int end) {
+  if (piece != 2) return;
+  const RowUnits<S> own(index);
+  T* place = tile.elements + own.offset;
+  NO_UNROLL for (int row = own.row; row < own.row + 32; row += own.rows_at_once) {
+    settle_unit(place, rows + static_cast<int64_t>(row) * stride, row < end, own.unit == 0,
+                own.previous_lane);
+    place += own.rows_at_once * S::feature_dim;
+  }
 }
 
 // Unpacks the elements 8 which .. 8 which + 7 of a row from the 16 bytes that hold them.
@@ -208,25 +254,100 @@ DEVICE float2 store_row(T* features, int token, const RowTile<T>& tile, bool pre
 
 // ---- value rows ----
 
+// Which units of a value tile a thread of a block brings in: one of every `step` rows.
+template <int block_threads>
+struct ValueUnits {
+  static constexpr int units = columns / 8, step = block_threads / units;  // of a row; rows at once
+  static_assert(step % 8 == 0, "the permutation of units has period 8");
+  int token, column;
+
+  DEVICE explicit ValueUnits(unsigned thread)
+      : token(static_cast<int>(thread / units)), column(static_cast<int>(thread % units) * 8) {}
+};
+
 // Starts the copy of 64 rows into a value tile, with zeros past the last row and past the last column.
 template <int block_threads = threads, class T>
-DEVICE void copy_values(T* values, const T* rows, int stride, int first, int end, int columns_left) {
-  constexpr int units = columns / 8, step = block_threads / units;  // 16-byte units of a row, rows at once
-  const int token = static_cast<int>(threadIdx.x / units), column = static_cast<int>(threadIdx.x % units) * 8;
-  T* const target = values + value_offset(token, column);
-  const T* source = rows + static_cast<int64_t>(first + token) * stride + column;
-  UNROLL for (int i = 0; i < chunk / step; ++i) {
-    const bool present = first + token + step * i < end && column < columns_left;
-    static_assert(step % 8 == 0, "the permutation of units has period 8");
-    copy_async<16>(target + step * i * columns, present ? source : rows, present ? 16 : 0);
-    source += step * static_cast<int64_t>(stride);
+DEVICE void copy_values(T* values, const T* rows, int stride, int piece, int first, int end,
+                        int columns_left) {
+  using Units = ValueUnits<block_threads>;
+  if (piece == 16) {
+    const Units own(threadIdx.x);
+    T* const target = values + value_offset(own.token, own.column);
+    const T* source = rows + static_cast<int64_t>(first + own.token) * stride + own.column;
+    UNROLL for (int i = 0; i < chunk / Units::step; ++i) {
+      const bool present = first + own.token + Units::step * i < end && own.column < columns_left;
+      copy_async<16>(target + Units::step * i * columns, present ? source : rows, present ? 16 : 0);
+      source += Units::step * static_cast<int64_t>(stride);
+    }
+  } else {
+    const Units own(thread_index_anew());
+    T* target = values + value_offset(own.token, own.column);
+    const T* source = rows + static_cast<int64_t>(first + own.token) * stride + own.column;
+    NO_UNROLL for (int i = 0; i < chunk / Units::step; ++i) {
+      const bool present = first + own.token + Units::step * i < end;
+      copy_narrow_unit(target, source, present ? columns_left - own.column : 0, piece);
+      target += Units::step * columns;
+      source += Units::step * static_cast<int64_t>(stride);
+    }
   }
 }
+
+// What the copies of narrow pieces have left to do once they have arrived.
+template <int block_threads = threads, class T>
+DEVICE void settle_values(T* values, const T* rows, int stride, int piece, int first, int end) {
+  using Units = ValueUnits<block_threads>;
+  if (piece != 2) return;
+  const int thread = thread_index_anew();
+  const Units own(thread);
+  T* target = values + value_offset(own.token, own.column);
+  NO_UNROLL for (int row = first + own.token; row < first + chunk; row += Units::step) {
+    settle_unit(target, rows + static_cast<int64_t>(row) * stride, row < end, own.column == 0,
+                thread % 32 - 1);
+    target += Units::step * columns;
+  }
+}
+
+// The two steps in which rows come into tiles. A kernel lists what it brings in once, and visits the list
+// with either: to start the copies, and when they have arrived. Settle is needed where pieces have 2 bytes;
+// what it writes, the warp that has copied a row sees after a sync_warp, and others after a barrier.
+struct Start {
+  template <class T, class S>
+  DEVICE void rows(const RowTile<T>& tile, const T* rows, int stride, int piece, const float* statistics,
+                   int index, int end) const {
+    copy_rows<T, S>(tile, rows, stride, piece, statistics, index, end);
+  }
+  template <int block_threads = threads, class T>
+  DEVICE void values(T* values, const T* rows, int stride, int piece, int first, int end,
+                     int columns_left) const {
+    copy_values<block_threads>(values, rows, stride, piece, first, end, columns_left);
+  }
+  // Copies 64 floats, with zeros past `end`.
+  DEVICE void floats(float* target, const float* source, int first, int end) const {
+    const int i = static_cast<int>(threadIdx.x);
+    if (i >= chunk) return;
+    const bool present = first + i < end;
+    copy_async<4>(target + i, present ? source + first + i : source, present ? 4 : 0);
+  }
+  DEVICE void commit() const { copy_async_commit(); }
+};
+struct Settle {
+  template <class T, class S>
+  DEVICE void rows(const RowTile<T>& tile, const T* rows, int stride, int piece, const float*, int index,
+                   int end) const {
+    settle_rows<T, S>(tile, rows, stride, piece, index, end);
+  }
+  template <int block_threads = threads, class T>
+  DEVICE void values(T* values, const T* rows, int stride, int piece, int first, int end, int) const {
+    settle_values<block_threads>(values, rows, stride, piece, first, end);
+  }
+  DEVICE void floats(float*, const float*, int, int) const {}
+  DEVICE void commit() const {}
+};
 
 // Stores a tile (16, 8 n) of n = 1 or 2 C fragments, rounded to T. Its way leads through `staging`, 256
 // elements of shared memory that belong to the warp.
 template <class T, int n>
-DEVICE void store_tile(T* staging, const float (&values)[n][4], T* rows, int stride, int rows_left,
+DEVICE void store_tile(T* staging, const float (&values)[n][4], T* rows, int stride, int piece, int rows_left,
                        int columns_left, const Lane& lane) {
   const auto place = [&](int row, int i) { return staging + unit_offset<n>(row, i); };
   UNROLL for (int half = 0; half < 2; ++half) {
@@ -236,11 +357,15 @@ DEVICE void store_tile(T* staging, const float (&values)[n][4], T* rows, int str
     }
   }
   sync_warp();
-  const int row = lane.lane / n, i = lane.lane % n;
-  if (row < tile) {
-    const uint4 unit = load_shared<uint4>(place(row, i));
-    if (row < rows_left && 8 * i < columns_left)
-      store_global(rows + static_cast<int64_t>(row) * stride + 8 * i, unit);
+  if (piece == 16) {
+    const int row = lane.lane / n, i = lane.lane % n;
+    if (row < tile) {
+      const uint4 unit = load_shared<uint4>(place(row, i));
+      if (row < rows_left && 8 * i < columns_left)
+        store_global(rows + static_cast<int64_t>(row) * stride + 8 * i, unit);
+    }
+  } else {
+    store_narrow_tile<n>(place, rows, stride, piece, rows_left, columns_left);
   }
   sync_warp();
 }

@@ -46,14 +46,6 @@ struct SweepTiles {
   }
 };
 
-// Starts the copy of 64 floats, with zeros past `end`.
-DEVICE void copy_floats(float* target, const float* source, int first, int end) {
-  const int i = static_cast<int>(threadIdx.x);
-  if (i >= chunk) return;
-  const bool present = first + i < end;
-  copy_async<4>(target + i, present ? source + first + i : source, present ? 4 : 0);
-}
-
 // How many blocks per multiprocessor the registers must suffice for, in the kernels that hold a state and the
 // gradient of a tile.
 template <class S>
@@ -67,8 +59,8 @@ struct BackwardOrigins : Origins<T> {
   const float* r;
   int64_t row;  // number of the first row of the first query head, in (batch, heads, seqlen)
 
-  DEVICE void set(const Arguments<BackwardProblem>& arguments) {
-    Origins<T>::set(arguments);
+  DEVICE void set(const Arguments<BackwardProblem>& arguments, int chunk_length = chunk) {
+    Origins<T>::set(arguments, chunk_length);
     const BackwardProblem& problem = arguments.problem;
     const Span& span = this->span;
     const int64_t head = span.kv_head * arguments.group_size;
@@ -78,15 +70,18 @@ struct BackwardOrigins : Origins<T> {
     r = static_cast<const float*>(problem.r) + row;
   }
 
-  // Starts the copies of grad y, y and r of a chunk of the block's query head `head`.
-  template <int block_threads = threads>
-  DEVICE void copy_gradients(T* gradients, T* y_tile, float* r_tile, const BackwardProblem& problem,
-                             int first, int head, int end, int columns_left) const {
-    copy_values<block_threads>(gradients, grad_y + head * problem.grad_y.head_stride,
-                               row_stride(problem.grad_y), first, end, columns_left);
-    copy_values<block_threads>(y_tile, y + head * problem.y.head_stride, row_stride(problem.y), first, end,
-                               columns_left);
-    copy_floats(r_tile, r + head * problem.seqlen, first, end);
+  // Brings in grad y, y and r of a chunk of the block's query head `head`: `step` is Start or Settle.
+  template <int block_threads = threads, class Step>
+  DEVICE void bring_gradients(const Step& step, T* gradients, T* y_tile, float* r_tile,
+                              const Arguments<BackwardProblem>& arguments, int first, int head, int end,
+                              int columns_left) const {
+    const BackwardProblem& problem = arguments.problem;
+    step.template values<block_threads>(gradients, grad_y + head * problem.grad_y.head_stride,
+                                        row_stride(problem.grad_y), arguments.pieces.grad_y, first, end,
+                                        columns_left);
+    step.template values<block_threads>(y_tile, y + head * problem.y.head_stride, row_stride(problem.y),
+                                        arguments.pieces.y, first, end, columns_left);
+    step.floats(r_tile, r + head * problem.seqlen, first, end);
   }
 };
 

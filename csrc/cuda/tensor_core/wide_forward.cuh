@@ -103,21 +103,22 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1) wide_forward_kernel(Arguments<Forwar
   // threads 0..63 hold a row of q each, threads 64..127 one of k
   const bool has_row = threadIdx.x < threads, is_key = static_cast<int>(threadIdx.x) >= chunk;
   const int token = static_cast<int>(threadIdx.x % chunk);
-  const auto copy = [&](int stage, int first, int head) {
+  const auto bring = [&](const auto& step, int stage, int first, int head) {
     if (has_row && is_key) {
-      copy_rows<T, Wide>(row_tile, origins->k, row_stride(problem.k), origins->key_statistics, first + token,
-                         rows_end);
+      step.template rows<T, Wide>(row_tile, origins->k, row_stride(problem.k), arguments.pieces.k,
+                                  origins->key_statistics, first + token, rows_end);
     } else if (has_row) {
-      copy_rows<T, Wide>(row_tile, origins->q + head * problem.q.head_stride, row_stride(problem.q),
-                         origins->query_statistics, first + token, rows_end);
+      step.template rows<T, Wide>(row_tile, origins->q + head * problem.q.head_stride, row_stride(problem.q),
+                                  arguments.pieces.q, origins->query_statistics, first + token, rows_end);
     }
-    copy_values<Wide::threads>(tiles.values + stage * chunk * columns, origins->v, row_stride(problem.v),
-                               first, rows_end, columns_left);
-    copy_async_commit();
+    step.template values<Wide::threads>(tiles.values + stage * chunk * columns, origins->v,
+                                        row_stride(problem.v), arguments.pieces.v, first, rows_end,
+                                        columns_left);
+    step.commit();
   };
 
   sync_threads();  // affine
-  if (rows_end > 0) copy(0, 0, 0);
+  if (rows_end > 0) bring(Start(), 0, 0, 0);
   int head = 0;
   for (int first = 0; first < rows_end;) {
     const int stage = (first / chunk * group_size + head) & 1;
@@ -125,6 +126,7 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1) wide_forward_kernel(Arguments<Forwar
     T* const keys = tiles.keys + stage * Wide::feature_tile;
     const T* const chunk_values = tiles.values + stage * chunk * columns;
     copy_async_wait<0>();
+    if (arguments.pieces.settles) bring(Settle(), stage, first, head);
     sync_warp();
     if (has_row) {
       store_row<T, Wide>(is_key ? keys : queries, token, row_tile, first + token < rows_end,
@@ -134,7 +136,7 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1) wide_forward_kernel(Arguments<Forwar
     const bool last_head = head + 1 == group_size;
     const int next_head = last_head ? 0 : head + 1, next = last_head ? first + chunk : first;
     sync_threads();  // the tiles of this step are complete, and the tiles of the step before are free
-    if (next < rows_end) copy(stage ^ 1, next, next_head);
+    if (next < rows_end) bring(Start(), stage ^ 1, next, next_head);
 
     T* const y = origins->y + head * problem.y.head_stride;
     float* const r = origins->r + head * problem.seqlen;
@@ -177,7 +179,8 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1) wide_forward_kernel(Arguments<Forwar
       }
       store_tile(staging + lane.warp * tile * tile, tile_out,
                  y + static_cast<int64_t>(tile_row) * row_stride(problem.y) + lane.column,
-                 row_stride(problem.y), rows_end - tile_row, columns_left - lane.column, lane);
+                 row_stride(problem.y), arguments.pieces.y, rows_end - tile_row, columns_left - lane.column,
+                 lane);
     }
     if (last_head) {
       add_chunk<T, false>(state, keys, chunk_values, {}, lane);
@@ -220,29 +223,31 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1) wide_segment_state_kernel(Arguments<
   WideState state(gram);
   state.clear();
   const int token = static_cast<int>(threadIdx.x);  // the other threads hold no row
-  const auto copy = [&](int stage, int first) {
+  const auto bring = [&](const auto& step, int stage, int first) {
     if (token < chunk) {
-      copy_rows<T, Wide>(row_tile, origins->k, row_stride(problem.k), origins->key_statistics, first + token,
-                         rows_end);
+      step.template rows<T, Wide>(row_tile, origins->k, row_stride(problem.k), arguments.pieces.k,
+                                  origins->key_statistics, first + token, rows_end);
     }
-    copy_values<Wide::threads>(value_tiles + stage * chunk * columns, origins->v, row_stride(problem.v),
-                               first, rows_end, columns_left);
-    copy_async_commit();
+    step.template values<Wide::threads>(value_tiles + stage * chunk * columns, origins->v,
+                                        row_stride(problem.v), arguments.pieces.v, first, rows_end,
+                                        columns_left);
+    step.commit();
   };
 
   sync_threads();  // affine
-  if (rows_end > 0) copy(0, 0);
+  if (rows_end > 0) bring(Start(), 0, 0);
   int stage = 0;
   for (int first = 0; first < rows_end; first += chunk, stage ^= 1) {
     T* const keys = key_tiles + stage * Wide::feature_tile;
     copy_async_wait<0>();
+    if (arguments.pieces.settles) bring(Settle(), stage, first);
     sync_warp();
     if (token < chunk) {
       store_row<T, Wide>(keys, token, row_tile, first + token < rows_end, key_affine, problem.layer_norm,
                          arguments.layer_norm_eps);
     }
     sync_threads();
-    if (first + chunk < rows_end) copy(stage ^ 1, first + chunk);
+    if (first + chunk < rows_end) bring(Start(), stage ^ 1, first + chunk);
     add_chunk<T, false>(state, keys, value_tiles + stage * chunk * columns, {}, lane);
   }
   store_state(arguments.slots + span.slot * Slot<Wide>::size, state);

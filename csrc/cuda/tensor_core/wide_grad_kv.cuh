@@ -12,7 +12,7 @@ namespace rebased::REBASED_BACKEND::tensor_core {
 template <class T>
 DEVICE void value_gradient(const WideState& state, const QueryRows<T>& query_rows, const ChunkScale& scales,
                            const float* warp_maxima, const WideSweepTiles<T>& tiles, const T* gradients,
-                           T* target, int stride, int rows_left, int columns_left, bool first_step,
+                           T* target, int stride, int piece, int rows_left, int columns_left, bool first_step,
                            bool last_step, const WideLane& lane) {
   NO_UNROLL for (int pair = 0; pair < Exchange::pairs; ++pair) {
     const int begin = tile * tile_pair * pair;
@@ -43,7 +43,7 @@ DEVICE void value_gradient(const WideState& state, const QueryRows<T>& query_row
     const int row = begin + tile * lane.half;
     if (last_step) {
       store_tile(tiles.staging + lane.warp * tile * tile, whole,
-                 target + static_cast<int64_t>(row) * stride + lane.column, stride, rows_left - row,
+                 target + static_cast<int64_t>(row) * stride + lane.column, stride, piece, rows_left - row,
                  columns_left - lane.column, lane);
     }
   }
@@ -88,25 +88,28 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1)
   const auto row_tile = [&](int stage) {
     return RowTile<T>{tiles.rows + stage * tiles.row_tile, given_statistics};
   };
-  const auto copy = [&](int first, int head) {
+  const auto bring = [&](const auto& step, int first, int head) {
     const int stage = stage_of(first, head);
     if (has_row && is_key) {
-      copy_rows<T, Wide>(row_tile(stage), origins->k, row_stride(problem.k), origins->key_statistics,
-                         first + token, rows_end);
+      step.template rows<T, Wide>(row_tile(stage), origins->k, row_stride(problem.k), arguments.pieces.k,
+                                  origins->key_statistics, first + token, rows_end);
     } else if (has_row) {
-      copy_rows<T, Wide>(row_tile(stage), origins->q + head * problem.q.head_stride, row_stride(problem.q),
-                         origins->query_statistics, first + token, rows_end);
+      step.template rows<T, Wide>(row_tile(stage), origins->q + head * problem.q.head_stride,
+                                  row_stride(problem.q), arguments.pieces.q, origins->query_statistics,
+                                  first + token, rows_end);
     }
-    copy_values<Wide::threads>(tiles.values + stage * tiles.value_tile, origins->v, row_stride(problem.v),
-                               first, rows_end, columns_left);
-    origins->template copy_gradients<Wide::threads>(tiles.gradients + stage * tiles.value_tile, tiles.y, r,
-                                                    problem, first, head, rows_end, columns_left);
-    copy_async_commit();
+    step.template values<Wide::threads>(tiles.values + stage * tiles.value_tile, origins->v,
+                                        row_stride(problem.v), arguments.pieces.v, first, rows_end,
+                                        columns_left);
+    origins->template bring_gradients<Wide::threads>(step, tiles.gradients + stage * tiles.value_tile,
+                                                     tiles.y, r, arguments, first, head, rows_end,
+                                                     columns_left);
+    step.commit();
   };
 
   const int last_chunk = (rows_end + chunk - 1) / chunk * chunk - chunk;  // negative: no rows
   sync_threads();                                                         // affine
-  if (last_chunk >= 0) copy(last_chunk, group_size - 1);
+  if (last_chunk >= 0) bring(Start(), last_chunk, group_size - 1);
   int head = group_size - 1;
   for (int first = last_chunk; first >= 0;) {
     const int stage = stage_of(first, head);
@@ -114,6 +117,7 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1)
     const bool first_step = head + 1 == group_size, last_step = head == 0;
     share_maximum<T>(warp_maxima, state, lane);
     copy_async_wait<0>();
+    if (arguments.pieces.settles) bring(Settle(), first, head);
     sync_threads();  // the copies have arrived, and the tiles of the step before are free
     const Range range = wide_shared_range<T>(warp_maxima);
     const ChunkScale scales = chunk_scale<T>(r, rows_end - first, lane);
@@ -131,12 +135,13 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1)
                                       problem.normalize);
     const int next_head = last_step ? group_size - 1 : head - 1, next = last_step ? first - chunk : first;
     sync_threads();
-    if (next >= 0) copy(next, next_head);
+    if (next >= 0) bring(Start(), next, next_head);
 
     T* const grad_v = first_row<T>(problem.grad_v, span, span.kv_head) + first_column() +
                       static_cast<int64_t>(first) * row_stride(problem.grad_v);
     value_gradient(state, query_rows, scales, warp_maxima, tiles, gradients, grad_v,
-                   row_stride(problem.grad_v), rows_end - first, columns_left, first_step, last_step, lane);
+                   row_stride(problem.grad_v), arguments.pieces.grad_v, rows_end - first, columns_left,
+                   first_step, last_step, lane);
 
     float gradient[Wide::units][4] = {};
     const int begin = lane.column;  // of this warp's row tile
@@ -186,7 +191,7 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1)
           buffers.key_gradient ? nullptr
                                : first_row<T>(problem.grad_k, span, span.kv_head) +
                                      static_cast<int64_t>(tile_row) * row_stride(problem.grad_k),
-          row_stride(problem.grad_k),
+          row_stride(problem.grad_k), arguments.pieces.grad_k,
           buffers.key_gradient ? buffers.key_gradient + row_index * Wide::feature_dim : nullptr,
           affine_sums + lane.warp * Wide::affine_size};
       finish_rows<T, Wide>(gradient, row_tile(stage), chunk + begin, key_statistics + begin,

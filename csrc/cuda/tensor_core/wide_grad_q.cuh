@@ -46,29 +46,31 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1)
   const auto row_tile = [&](int stage) {
     return RowTile<T>{tiles.rows + stage * tiles.row_tile, given_statistics};
   };
-  const auto copy = [&](int first, int head) {
+  const auto bring = [&](const auto& step, int first, int head) {
     const int stage = stage_of(first, head);
     if (has_row && is_key) {
-      copy_rows<T, Wide>(row_tile(stage), origins->k, row_stride(problem.k), origins->key_statistics,
-                         first + token, rows_end);
+      step.template rows<T, Wide>(row_tile(stage), origins->k, row_stride(problem.k), arguments.pieces.k,
+                                  origins->key_statistics, first + token, rows_end);
     } else if (has_row) {
-      copy_rows<T, Wide>(row_tile(stage), origins->q + head * problem.q.head_stride, row_stride(problem.q),
-                         origins->query_statistics, first + token, rows_end);
+      step.template rows<T, Wide>(row_tile(stage), origins->q + head * problem.q.head_stride,
+                                  row_stride(problem.q), arguments.pieces.q, origins->query_statistics,
+                                  first + token, rows_end);
     }
-    copy_values<Wide::threads>(tiles.values + stage * tiles.value_tile, origins->v, row_stride(problem.v),
-                               first, rows_end, columns_left);
-    copy_values<Wide::threads>(tiles.gradients + stage * tiles.value_tile,
-                               origins->grad_y + head * problem.grad_y.head_stride,
-                               row_stride(problem.grad_y), first, rows_end, columns_left);
-    copy_floats(r_stages + stage * chunk, origins->r + head * problem.seqlen, first, rows_end);
+    step.template values<Wide::threads>(tiles.values + stage * tiles.value_tile, origins->v,
+                                        row_stride(problem.v), arguments.pieces.v, first, rows_end,
+                                        columns_left);
+    step.template values<Wide::threads>(
+        tiles.gradients + stage * tiles.value_tile, origins->grad_y + head * problem.grad_y.head_stride,
+        row_stride(problem.grad_y), arguments.pieces.grad_y, first, rows_end, columns_left);
+    step.floats(r_stages + stage * chunk, origins->r + head * problem.seqlen, first, rows_end);
     const float* const delta = buffers.delta + blockIdx.y * problem.batch * problem.heads * problem.seqlen +
                                origins->row + head * problem.seqlen;
-    copy_floats(delta_stages + stage * chunk, delta, first, rows_end);
-    copy_async_commit();
+    step.floats(delta_stages + stage * chunk, delta, first, rows_end);
+    step.commit();
   };
 
   sync_threads();  // affine
-  if (rows_end > 0) copy(0, 0);
+  if (rows_end > 0) bring(Start(), 0, 0);
   int head = 0;
   for (int first = 0; first < rows_end;) {
     const int stage = stage_of(first, head);
@@ -76,6 +78,7 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1)
     const T* const gradients = tiles.gradients + stage * tiles.value_tile;
     share_maximum<T>(warp_maxima, state, lane);
     copy_async_wait<0>();
+    if (arguments.pieces.settles) bring(Settle(), first, head);
     sync_threads();  // the copies have arrived, and the tiles of the step before are free
     const Range range = wide_shared_range<T>(warp_maxima);
     if (has_row) {
@@ -89,7 +92,7 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1)
     const bool last_head = head + 1 == group_size;
     const int next_head = last_head ? 0 : head + 1, next = last_head ? first + chunk : first;
     sync_threads();
-    if (next < rows_end) copy(next, next_head);
+    if (next < rows_end) bring(Start(), next, next_head);
 
     const int begin = lane.column;  // of this warp's row tile
     float gradient[Wide::units][4];
@@ -127,7 +130,7 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1)
           buffers.query_gradient ? nullptr
                                  : first_row<T>(problem.grad_q, span, span.kv_head * group_size + head) +
                                        static_cast<int64_t>(tile_row) * row_stride(problem.grad_q),
-          row_stride(problem.grad_q),
+          row_stride(problem.grad_q), arguments.pieces.grad_q,
           buffers.query_gradient ? buffers.query_gradient + row_index * Wide::feature_dim : nullptr,
           affine_sums + (head * warps + lane.warp) * Wide::affine_size};
       finish_rows<T, Wide>(gradient, row_tile(stage), begin, query_statistics + begin, rows_end - tile_row,

@@ -6,7 +6,7 @@
 #include <cstdio>
 #include <iostream>
 
-#include "cuda/tensor_core/launch.cuh"
+#include "cuda/tensor_core/family/launch.cuh"
 
 namespace {
 

@@ -274,6 +274,16 @@ class Block(Arithmetic):
                 result[i][warp] = register
         self._write_fragment(instruction.operands[0], result)
 
+    def _stmatrix(self, instruction: Instruction) -> None:
+        warps = self._warps("0xffffffff")
+        if "x4" not in instruction.words or "trans" in instruction.words:
+            raise PtxError("only stmatrix of four matrices as they are is known here")
+        memory, offsets = self.place("shared", instruction.operands[0], 16)
+        registers = self._fragment(instruction.operands[1])
+        for warp, rows in zip(warps, offsets.reshape(-1, 32), strict=True):
+            matrices = ptx_warp.store_matrices([register[warp] for register in registers])
+            memory[rows[:, None] + np.arange(16)] = matrices.reshape(32, 8).view(np.uint8)
+
     def _movmatrix(self, instruction: Instruction) -> None:
         self._warps("0xffffffff")
         (matrix,) = self._fragment(instruction.operands[1])
@@ -283,7 +293,8 @@ class Block(Arithmetic):
 
     def _mma(self, instruction: Instruction) -> None:
         shape, kinds = instruction.words[3], instruction.words[-4:]
-        if (shape, kinds[1]) not in (("m16n8k16", "bf16"), ("m16n8k16", "f16"), ("m16n8k8", "tf32")):
+        shapes = {"bf16": ("m16n8k16", "m16n8k8"), "f16": ("m16n8k16", "m16n8k8"), "tf32": ("m16n8k8",)}
+        if shape not in shapes.get(kinds[1], ()):
             raise PtxError("a shape or type of mma that is not known here")
         self._warps("0xffffffff")
         target, *sources = instruction.operands

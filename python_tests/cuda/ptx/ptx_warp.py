@@ -1,7 +1,7 @@
 """Instructions of a whole warp: shuffles, votes, and those of the tensor cores.
 
 Lane l of a warp has group g = l / 4 and pair t = l % 4; matrix fragments lie as in the PTX manual's figures
-for mma.m16n8k8, mma.m16n8k16, ldmatrix and movmatrix. A register of one warp is an array (32).
+for mma.m16n8k8, mma.m16n8k16, ldmatrix, stmatrix and movmatrix. A register of one warp is an array (32).
 """
 
 from __future__ import annotations
@@ -36,12 +36,18 @@ def load_matrices(rows: np.ndarray, transposed: bool) -> list[np.ndarray]:
     return registers
 
 
+def store_matrices(registers: list[np.ndarray]) -> np.ndarray:
+    """stmatrix: a register (32) for each matrix -> rows (matrices, 8, 8) of 16-bit elements."""
+    rows = np.zeros((len(registers), 8, 8), np.uint16)
+    for matrix, register in zip(rows, registers, strict=True):
+        matrix[GROUP, 2 * PAIR] = register & 0xFFFF
+        matrix[GROUP, 2 * PAIR + 1] = register >> 16
+    return rows
+
+
 def transpose_matrix(register: np.ndarray) -> np.ndarray:
     """movmatrix.trans of one warp."""
-    matrix = np.zeros((8, 8), np.uint16)
-    matrix[GROUP, 2 * PAIR] = register & 0xFFFF
-    matrix[GROUP, 2 * PAIR + 1] = register >> 16
-    return load_matrices(matrix[None], True)[0]
+    return load_matrices(store_matrices([register]), True)[0]
 
 
 def multiply_matrices(
@@ -49,9 +55,12 @@ def multiply_matrices(
 ) -> list[np.ndarray]:
     """mma of one warp: registers of a (4), b (2) and c (4 float32) -> d. `kind` is bf16, f16 or tf32.
 
+    Of bf16 and f16 also those of half the depth, with two registers of a and one of b.
+
     Summed in float64 and rounded once; the order and the truncation of a real tensor core are not known.
     """
-    depth = 8 if kind == "tf32" else 16
+    half = 4 if kind == "tf32" else 8  # what one register of b covers of the depth
+    depth = half * len(b)
     left, right, total = np.zeros((16, depth)), np.zeros((depth, 8)), np.zeros((16, 8))
 
     def entries(register: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -63,10 +72,10 @@ def multiply_matrices(
 
     for i, register in enumerate(a):
         for k, number in entries(register):
-            left[GROUP + 8 * (i % 2), k + depth // 2 * (i // 2)] = number
+            left[GROUP + 8 * (i % 2), k + half * (i // 2)] = number
     for i, register in enumerate(b):
         for k, number in entries(register):
-            right[k + depth // 2 * i, GROUP] = number
+            right[k + half * i, GROUP] = number
     places = [(GROUP + 8 * (i // 2), 2 * PAIR + i % 2) for i in range(4)]
     for place, register in zip(places, c, strict=True):
         total[place] = register

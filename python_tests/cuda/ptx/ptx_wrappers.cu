@@ -3,7 +3,7 @@
 
 namespace rebased::cuda {
 
-// x, y (32); halves (32): any bits of a 16-bit float; out (12, 32)
+// x, y (32); halves (32): any bits of a 16-bit float; out (13, 32)
 KERNEL void numbers(const float* x, const float* y, const half_t* halves, uint32_t* out) {
   const unsigned lane = threadIdx.x;
   const float a = x[lane], b = y[lane];
@@ -20,6 +20,7 @@ KERNEL void numbers(const float* x, const float* y, const half_t* halves, uint32
   put(9, to_tf32(a));
   put(10, bit_cast<uint32_t>(fast_reciprocal(a)));
   put(11, ballot(a > b));
+  put(12, bit_cast<uint32_t>(fast_square_root(a * a)));
 }
 
 // x (32); out (5, 32)
@@ -60,6 +61,22 @@ KERNEL void matrices(const uint16_t* matrices, uint32_t* out) {
   put(transpose_matrix(r1[0]));
 }
 
+// registers (4, 32) of a tile (16, 16); out (2, 16, 72) of 16-bit elements: the tile stored with rows of 72
+// elements that follow each other, and with the rows from 8 on 16 elements further down
+KERNEL void stored_matrices(const uint32_t* registers, uint32_t* out) {
+  SHARED_MEMORY(uint16_t, tiles, 2 * 16 * 72);
+  const unsigned lane = threadIdx.x;
+  uint32_t* const words = reinterpret_cast<uint32_t*>(tiles);
+  NO_UNROLL for (int i = 0; i < 36; ++i) words[32 * i + lane] = 0xffffffffu;
+  sync_threads();
+  uint32_t own[4];
+  UNROLL for (int i = 0; i < 4; ++i) own[i] = registers[32 * i + lane];
+  stmatrix<144>(tiles, own);
+  stmatrix<144, 8 * 144 + 32>(tiles + 16 * 72, own);
+  sync_threads();
+  NO_UNROLL for (int i = 0; i < 36; ++i) out[32 * i + lane] = words[32 * i + lane];
+}
+
 // fragments (10, 32): a (4), b (2), d (4, float); out (5, 32)
 template <class Multiply>
 DEVICE void multiply(const uint32_t* fragments, float* out, const Multiply& product) {
@@ -78,6 +95,14 @@ KERNEL void product_bfloat16(const uint32_t* fragments, float* out) {
 KERNEL void product_half(const uint32_t* fragments, float* out) {
   multiply(fragments, out,
            [](auto& d, const auto& a, uint32_t b0, uint32_t b1) { mma_m16n8k16<half_t>(d, a, b0, b1); });
+}
+KERNEL void product_bfloat16_k8(const uint32_t* fragments, float* out) {
+  multiply(fragments, out,
+           [](auto& d, const auto& a, uint32_t b0, uint32_t) { mma_m16n8k8<bfloat16_t>(d, a[0], a[1], b0); });
+}
+KERNEL void product_half_k8(const uint32_t* fragments, float* out) {
+  multiply(fragments, out,
+           [](auto& d, const auto& a, uint32_t b0, uint32_t) { mma_m16n8k8<half_t>(d, a[0], a[1], b0); });
 }
 KERNEL void product_tf32(const uint32_t* fragments, float* out) {
   multiply(fragments, out,

@@ -75,7 +75,7 @@ def test_numbers(architecture):
     a, b = (random.standard_normal(32).astype(np.float32) for _ in range(2))
     a[:3] = 1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-11  # ties of bfloat16, of tf32
     halves = random.integers(0, 0x7C00, 32).astype(np.uint16)
-    out = run_wrapper("numbers", architecture, [a, b, halves], 12 * 32, "u4").reshape(12, 32)
+    out = run_wrapper("numbers", architecture, [a, b, halves], 13 * 32, "u4").reshape(13, 32)
     float_of = {bfloat16: ptx_numbers.bfloat16_to_float, half: ptx_numbers.half_to_float}
     np.testing.assert_array_equal(out[0], bfloat16(a))
     np.testing.assert_array_equal(out[1], half(a))
@@ -89,6 +89,7 @@ def test_numbers(architecture):
     tf32 = np.ldexp(np.sign(a) * np.floor(np.abs(mantissa) * 2**11 + 0.5) / 2**11, np.frexp(a)[1])
     np.testing.assert_array_equal(out[9].view(np.float32), tf32.astype(np.float32))
     np.testing.assert_allclose(out[10].view(np.float32), 1 / a, rtol=2e-7)
+    np.testing.assert_allclose(out[12].view(np.float32), np.abs(a), rtol=2e-7)
     assert set(out[11]) == {sum(1 << lane for lane in range(32) if a[lane] > b[lane])}
 
 
@@ -117,11 +118,25 @@ def test_matrices(architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("kind", ["bfloat16", "half", "tf32"])
+def test_stored_matrices(architecture):
+    tile = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    group, t = np.arange(32) // 4, np.arange(32) % 4
+    corners = [(group + 8 * (i % 2), 2 * t + 8 * (i // 2)) for i in range(4)]
+    registers = np.stack([pair(tile[row, column], tile[row, column + 1]) for row, column in corners])
+    out = run_wrapper("stored_matrices", architecture, [registers], 2 * 16 * 72, "u2").reshape(2, 16, 72)
+    expected = np.full((2, 16, 72), 0xFFFF, np.uint16)
+    expected[0, :, :16] = tile
+    expected[1, :8, :16] = tile[:8]
+    expected[1, 8:, 16:32] = tile[8:]
+    np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["bfloat16", "half", "bfloat16_k8", "half_k8", "tf32"])
 def test_products(kind, architecture):
     """Small integers, so that every sum is exact."""
     random = np.random.default_rng(2)
-    depth = 8 if kind == "tf32" else 16
+    depth = 16 if kind in ("bfloat16", "half") else 8
     a, b, d = (
         random.integers(-8, 9, shape).astype(np.float32) for shape in ((16, depth), (depth, 8), (16, 8))
     )
@@ -130,10 +145,12 @@ def test_products(kind, architecture):
         registers = [a[g, t], a[g + 8, t], a[g, t + 4], a[g + 8, t + 4], b[t, g], b[t + 4, g]]
         fragments = [register.view(np.uint32) for register in registers]
     else:
-        bits = {"bfloat16": bfloat16, "half": half}[kind]
-        places = [(g, 2 * t), (g + 8, 2 * t), (g, 2 * t + 8), (g + 8, 2 * t + 8)]
+        bits = {"bfloat16": bfloat16, "half": half}[kind.removesuffix("_k8")]
+        # the wrapper reads four registers of a and two of b, of which the product of depth 8 uses the first
+        second = 2 * t + depth - 8
+        places = [(g, 2 * t), (g + 8, 2 * t), (g, second), (g + 8, second)]
         fragments = [pair(bits(a[row, column]), bits(a[row, column + 1])) for row, column in places]
-        fragments += [pair(bits(b[row, g]), bits(b[row + 1, g])) for row in (2 * t, 2 * t + 8)]
+        fragments += [pair(bits(b[row, g]), bits(b[row + 1, g])) for row in (2 * t, second)]
     corners = [(g, 2 * t), (g, 2 * t + 1), (g + 8, 2 * t), (g + 8, 2 * t + 1)]
     fragments += [d[corner].view(np.uint32) for corner in corners]
     out = run_wrapper(f"product_{kind}", architecture, [np.stack(fragments)], 4 * 32, "f4").reshape(4, 32)
@@ -173,9 +190,12 @@ def test_every_asm_statement_is_tested():
         "numbers",
         "exchanges",
         "matrices",
+        "stored_matrices",
         "copies",
         "product_bfloat16",
         "product_half",
+        "product_bfloat16_k8",
+        "product_half_k8",
         "product_tf32",
     }
     kernels = compiled("ptx_wrappers.cu", 80)

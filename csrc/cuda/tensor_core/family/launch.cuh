@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/shared/family.cuh"
+#include "cuda/tensor_core/family/polynomial.cuh"
 #include "cuda/tensor_core/forward.cuh"
 #include "cuda/tensor_core/scan.cuh"
 #include "cuda/tensor_core/wide_forward.cuh"
@@ -11,10 +12,6 @@ namespace rebased::REBASED_BACKEND {
 
 namespace tensor_core {
 
-// The grid of a sweep: one block per (sequence, kv head, segment) and column group.
-inline Grid sweep_grid(const Problem& problem, int segments) {
-  return Grid(problem.num_sequences * problem.kv_heads * segments, column_groups(problem));
-}
 // The grid of the kernels with one thread per float of a slot.
 template <class S>
 Grid slot_grid(const Problem& problem) {
@@ -22,11 +19,9 @@ Grid slot_grid(const Problem& problem) {
               column_groups(problem));
 }
 
-// Whether scan_kernel makes the states that segments start from out of the sums of each segment. Where there
-// are no slots there is one segment, which starts from an empty state.
 template <class S>
 bool needs_scan(int segments, const ConstState& start) {
-  return S::wide || start.kv || segments > summed_segments;
+  return S::wide || needs_scan(segments, start);
 }
 
 template <class S, class AnyProblem>
@@ -80,11 +75,14 @@ Arguments<AnyProblem> sweep_arguments(const Call<AnyProblem>& call) {
 }  // namespace tensor_core
 
 template <FeatureMap map, int feature_dim>
-Family<ForwardProblem> tensor_core_family(const ForwardProblem&) {
+Family<ForwardProblem> tensor_core_family(const ForwardProblem& problem) {
   using namespace tensor_core;
   using T = bfloat16_t;
   using S = Slabs<map, feature_dim>;
   using AnyCall = const Call<ForwardProblem>&;
+  if constexpr (S::polynomial && !S::wide) {
+    if (polynomial_kernels(problem)) return polynomial::forward_family<T, map, feature_dim>();
+  }
   return {[](AnyCall call, Launches* launches) { add_states<T, S>(call, launches); },
           [](AnyCall call, Launches* launches) {
             const auto add = [&](void (*kernel)(Arguments<ForwardProblem>), int64_t shared_bytes) {

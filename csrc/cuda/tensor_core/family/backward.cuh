@@ -1,9 +1,11 @@
 // The tensor-core path's family of backward kernels. Host code.
 #pragma once
 
+#include "cuda/tensor_core/family/launch.cuh"
 #include "cuda/tensor_core/grad_kv.cuh"
 #include "cuda/tensor_core/grad_q.cuh"
-#include "cuda/tensor_core/launch.cuh"
+#include "cuda/tensor_core/polynomial/grad_kv.cuh"
+#include "cuda/tensor_core/polynomial/grad_q.cuh"
 #include "cuda/tensor_core/wide_grad_kv.cuh"
 #include "cuda/tensor_core/wide_grad_q.cuh"
 
@@ -66,14 +68,84 @@ void add_reverse_sums(const Call<BackwardProblem>& call, bool all_segments, Laun
                 Sweeps<T, S>::reverse_segment_bytes, reverse_arguments<S>(call, all_segments));
 }
 
+namespace polynomial {
+
+// What the reverse sweeps are given. `all_segments`: see Launch.
+inline Arguments<BackwardProblem> reverse_arguments(const Call<BackwardProblem>& call, bool all_segments) {
+  const bool scanned = !all_segments && needs_scan(call.segments, call.problem.grad_final_state);
+  return {call, call.region<float>(call.workspace.reverse_states), scanned, all_segments};
+}
+
+// Queues what leaves each segment's own sums of the reverse state in the workspace. delta / r must be there.
+template <class T, FeatureMap map, int feature_dim>
+void add_reverse_sums(const Call<BackwardProblem>& call, bool all_segments, Launches* launches) {
+  visit_shape<map, feature_dim>(call, [&](auto shape) {
+    using S = decltype(shape);
+    launches->add(reverse_segment_kernel<T, S>, sweep_grid(call.problem, call.segments), threads,
+                  reverse_segment_bytes<S>(call.problem.group_size()), reverse_arguments(call, all_segments),
+                  call.region<const float>(call.workspace.delta));
+  });
+}
+
+// Queues the sweep that makes grad q, and leaves delta / r of each column group.
+template <class T, FeatureMap map, int feature_dim>
+void add_grad_q(const Call<BackwardProblem>& call, Launches* launches) {
+  visit_shape<map, feature_dim>(call, [&](auto shape) {
+    using S = decltype(shape);
+    const int64_t group_size = call.problem.group_size();
+    const Arguments<BackwardProblem> arguments(call, call.region<float>(call.workspace.states),
+                                               needs_scan(call.segments, call.problem.initial_state));
+    launches->add(group_size > 1 ? grad_q_kernel<T, S, true> : grad_q_kernel<T, S, false>,
+                  sweep_grid(call.problem, call.segments), threads, GradQTiles<S>::bytes(group_size),
+                  arguments, make_buffers(call));
+  });
+}
+
+// Queues the sweep that makes grad k and grad v.
+template <class T, FeatureMap map, int feature_dim>
+void add_grad_kv(const Call<BackwardProblem>& call, Launches* launches) {
+  visit_shape<map, feature_dim>(call, [&](auto shape) {
+    using S = decltype(shape);
+    const int64_t group_size = call.problem.group_size();
+    launches->add(group_size > 1 ? grad_kv_kernel<T, S, true> : grad_kv_kernel<T, S, false>,
+                  sweep_grid(call.problem, call.segments), threads, GradKvTiles<S>::bytes(group_size),
+                  reverse_arguments(call, false), make_buffers(call));
+  });
+}
+
+template <class T, FeatureMap map, int feature_dim>
+Family<BackwardProblem> backward_family() {
+  using AnyCall = const Call<BackwardProblem>&;
+  using StateSlot = Slot<map, feature_dim>;
+  return {[](AnyCall call, Launches* launches) { add_states<T, map, feature_dim>(call, launches); },
+          [](AnyCall call, Launches* launches) {
+            if (call.segments > 1) add_reverse_sums<T, map, feature_dim>(call, false, launches);
+            add_scan<StateSlot>(call, call.workspace.reverse_states, call.problem.grad_final_state, true,
+                                launches);
+          },
+          [](AnyCall call, Launches* launches) { add_grad_q<T, map, feature_dim>(call, launches); },
+          [](AnyCall call, Launches* launches) { add_grad_kv<T, map, feature_dim>(call, launches); },
+          [](AnyCall call, Launches* launches) {
+            add_reverse_sums<T, map, feature_dim>(call, true, launches);
+            add_slot_sums<StateSlot>(call, call.workspace.reverse_states, call.problem.grad_initial_state,
+                                     true, launches);
+          },
+          Deltas::from_grad_q};
+}
+
+}  // namespace polynomial
+
 }  // namespace tensor_core
 
 template <FeatureMap map, int feature_dim>
-Family<BackwardProblem> tensor_core_family(const BackwardProblem&) {
+Family<BackwardProblem> tensor_core_family(const BackwardProblem& problem) {
   using namespace tensor_core;
   using T = bfloat16_t;
   using S = Slabs<map, feature_dim>;
   using AnyCall = const Call<BackwardProblem>&;
+  if constexpr (S::polynomial && !S::wide) {
+    if (polynomial_kernels(problem)) return polynomial::backward_family<T, map, feature_dim>();
+  }
   return {[](AnyCall call, Launches* launches) { add_states<T, S>(call, launches); },
           [](AnyCall call, Launches* launches) {
             if (call.segments > 1) add_reverse_sums<T, S>(call, false, launches);
@@ -96,7 +168,7 @@ Family<BackwardProblem> tensor_core_family(const BackwardProblem&) {
             add_slot_sums<S>(call, call.workspace.reverse_states, call.problem.grad_initial_state, true,
                              launches);
           },
-          true};
+          Deltas::from_grad_kv};
 }
 
 }  // namespace rebased::REBASED_BACKEND
