@@ -200,7 +200,7 @@ def test_packed_sequences_are_each_alone(name):
     packed = torch.cat(rows, 1)
     positions = torch.cat([torch.arange(n) for n in (5, 1, 9)])[None]
     expected = torch.cat([model(row, use_cache=False).logits for row in rows], 1)
-    more = {"cu_seq_lens_k": bounds, "max_length_q": 9, "max_length_k": 9, "use_cache": False}
+    more = {"cu_seq_lens_k": bounds, "max_length_q": 9, "max_length_k": 9}
     for position_ids in (None, positions):
         logits = model(packed, position_ids=position_ids, cu_seq_lens_q=bounds, **more).logits
         torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
@@ -260,7 +260,7 @@ def test_calls_that_are_refused():
             "attention_mask": torch.ones(1, 9),
             "use_cache": False,
         },
-        "cu_seq_lens_q: ": {"input_ids": tokens[:1], "cu_seq_lens_q": bounds},
+        "cu_seq_lens_q: ": {"input_ids": tokens[:1], "cu_seq_lens_q": bounds, "use_cache": True},
     }.items():
         with pytest.raises(ValueError, match=f"^{match}"):
             model(**arguments)

@@ -62,6 +62,14 @@ def test_checkpointed_gradients_are_the_same(name, use_reentrant):
         assert torch.equal(gradient, expected[name]), name
 
 
+def test_checkpointed_layers_take_no_cache():
+    model, tokens = tiny_model(), prompt()
+    cache = model(tokens, use_cache=True).cache
+    model.train().activation_checkpointing_enable()
+    with pytest.raises(ValueError, match="cache: expected none where layers are checkpointed"):
+        model(tokens, cache=cache)
+
+
 def test_checkpointing_saves_less():
     def saved(checkpointing: bool) -> int:
         sizes = []

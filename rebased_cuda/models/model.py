@@ -24,6 +24,7 @@ from transformers.utils import can_return_tuple
 from .configuration import SOFTMAX, RebasedConfig
 from .mixers import COUNTS, ResidualLinear, make_mixer, mix, remember
 
+
 class RebasedMLP(nn.Module):
     """fc1, GELU, fc2, both with a bias."""
 
@@ -145,7 +146,7 @@ class RebasedModel(RebasedPreTrainedModel):
             cache: a transformers cache made for this configuration, which goes on from what it holds and is
                 updated; no gradients flow through it. past_key_values is its older name.
             use_cache: whether to make a cache where none is given; by default as the configuration says,
-                but not in training.
+                but not in training and not for packed sequences. Never where layers are checkpointed.
             output_hidden_states: also return the input of every layer and the output of the last.
             cu_seq_lens_q: (S + 1,): sequences packed along N with B = 1, as transformers'
                 DataCollatorWithFlattening hands in with return_flash_attn_kwargs.
@@ -162,15 +163,16 @@ class RebasedModel(RebasedPreTrainedModel):
             raise ValueError("past_key_values: is the older name of cache; give one of them")
         cache = past_key_values if cache is None else cache
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and cu_seq_lens_q is None
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            cache, use_cache = None, False  # the second run of a layer would go on from its own state
+            if cache is not None:  # the second run of a layer would go on from what the first has left
+                raise ValueError("cache: expected none where layers are checkpointed in training")
+            use_cache = False
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if cu_seq_lens_q is not None and cache is not None:
-            raise ValueError(
-                "cu_seq_lens_q: packed sequences leave no cache to go on from: set use_cache=False"
-            )
+            raise ValueError("cu_seq_lens_q: expected none with a cache, since packed sequences leave none")
         masks = self._masks(x, attention_mask, position_ids, cache, cu_seq_lens_q)
         past = self._count(x, masks, cache)
         if self.embed_positions is not None:
