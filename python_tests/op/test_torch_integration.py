@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from problems import MAPS, Problem, relative_error, run
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from rebased_cuda import RebasedState, rebased_attention, rebased_attention_step
 
@@ -110,18 +111,25 @@ def test_compile_without_graph_break(backend, dynamic):
             assert relative_error(g, e) <= 1e-5
 
 
-def test_compile_of_a_call_without_a_state():
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_of_a_call_without_a_state(dynamic):
+    """Of dynamic shapes no new graph for another length, what forward keeps for backward included."""
     torch._dynamo.reset()
-    inputs = _compile_inputs()[:5]
 
     def loss(q, k, v, gamma, beta):
         return rebased_attention(q, k, v, gamma, None, gamma, beta, layer_norm="token").square().sum()
 
-    expected = torch.autograd.grad(loss(*inputs), inputs)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    got = torch.autograd.grad(compiled(*inputs), inputs)
-    for g, e in zip(got, expected, strict=True):
-        assert relative_error(g, e) <= 1e-5
+    counted = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counted, dynamic=dynamic)
+    graphs = []
+    for seqlen in (13, 20, 35):
+        inputs = _compile_inputs(seqlen)[:5]
+        expected = torch.autograd.grad(loss(*inputs), inputs)
+        got = torch.autograd.grad(compiled(*inputs), inputs)
+        for g, e in zip(got, expected, strict=True):
+            assert relative_error(g, e) <= 1e-5
+        graphs.append(counted.frame_count)
+    assert (graphs[0] == graphs[-1]) == dynamic
 
 
 def test_compile_of_the_step():
