@@ -41,6 +41,29 @@ void print_types(const char* name) {
   print<half_t, Slabs<map, dim>>("float16", name);
 }
 
+template <FeatureMap map, int dim, int chunk>
+void print_polynomial(const char* map_name) {
+  using S = polynomial::Shape<map, dim, chunk>;
+  const auto print = [&](int64_t bytes, const char* kernel, const char* more) {
+    std::printf("%lld tensor_core::polynomial::%s<bfloat16, %s, %d, %d%s>\n", static_cast<long long>(bytes),
+                kernel, map_name, dim, chunk, more);
+  };
+  print(polynomial::SegmentTiles<S>::bytes, "segment_state_kernel", "");
+  print(polynomial::reverse_segment_bytes<S>(1), "reverse_segment_kernel", "");
+  for (const bool grouped : {false, true}) {
+    const int group_size = grouped ? 4 : 1;
+    const char* const more = grouped ? ", true" : ", false";
+    print(polynomial::ForwardTiles<S>::bytes(group_size), "forward_kernel", more);
+    print(polynomial::GradQTiles<S>::bytes(group_size), "grad_q_kernel", more);
+    print(polynomial::GradKvTiles<S>::bytes(group_size), "grad_kv_kernel", more);
+  }
+}
+template <FeatureMap map, int dim>
+void print_chunks(const char* name) {
+  print_polynomial<map, dim, 64>(name);
+  print_polynomial<map, dim, 128>(name);
+}
+
 }  // namespace rebased::cuda::tensor_core
 
 void print_float32(rebased::FeatureMap map, const char* name) {
@@ -70,6 +93,11 @@ int main() {
   print_types<FeatureMap::square, 16>("square");
   print_types<FeatureMap::taylor, 16>("taylor");
   print_types<FeatureMap::elu, 16>("elu");
+  print_types<FeatureMap::identity, 16>("identity");
+  using rebased::cuda::tensor_core::print_chunks;
+  print_chunks<FeatureMap::outer, 8>("outer");
+  print_chunks<FeatureMap::outer, 16>("outer");
+  print_chunks<FeatureMap::taylor, 16>("taylor");
   rebased::cuda::tensor_core::print_wide<rebased::cuda::bfloat16_t>("bfloat16");
   rebased::cuda::tensor_core::print_wide<rebased::cuda::half_t>("float16");
 }
