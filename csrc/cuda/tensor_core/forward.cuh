@@ -1,4 +1,5 @@
-// Forward on tensor cores, for d = 8 and 16; wide_forward.cuh is the same for d = 32.
+// Forward of the elementwise maps on tensor cores, and the pass that leaves segments' states of these and, for the
+// backward, of the polynomial maps. wide_forward.cuh is the same for d = 32, polynomial/ has the other forward.
 //
 // A block walks one segment of one sequence for one kv head, all its query heads, and 64 value columns:
 //   y_i = (sum_{j in chunk, j <= i} sim(i, j) v_j + phi(q'_i) S) / (the same with v = 1, + eps)
@@ -21,31 +22,9 @@ namespace rebased::REBASED_BACKEND::tensor_core {
 // What earlier chunks add to the denominator of a row tile, as a C fragment whose columns are all the same.
 template <class T, class S>
 DEVICE void denominator(float (&sum)[4], const uint32_t (&rows)[4], const State<S>& state, Range range) {
-  const Sums<S::units> sums = state.sums();
-  if constexpr (S::polynomial) {
-    float partial[2] = {};                       // of rows g and g + 8, over this lane's columns
-    UNROLL for (int n = 0; n < S::units; ++n) {  // (q' Z) q' over the features 8 n .. 8 n + 7
-      float product[4] = {};
-      multiply_sums<T>(product, rows, sums.k, 2 * n, range);
-      const float2 first = unpack<T>(rows[2 * n]), second = unpack<T>(rows[2 * n + 1]);
-      partial[0] += product[0] * first.x + product[1] * first.y;
-      partial[1] += product[2] * second.x + product[3] * second.y;
-    }
-    UNROLL for (int j = 0; j < 4; ++j) sum[j] = 0;
-    if constexpr (S::taylor) multiply_sums<T>(sum, rows, state.linear, 0, range);
-    UNROLL for (int half = 0; half < 2; ++half) {
-      const float product = S::diagonal_weight * quad_sum(partial[half]);
-      sum[2 * half] += product;
-      sum[2 * half + 1] += product;
-    }
-  } else {
-    UNROLL for (int j = 0; j < 4; ++j) sum[j] = 0;
-    multiply_sums<T>(sum, rows, sums.k, 0, range);
-  }
-  UNROLL for (int j = 0; j < 4; ++j) {
-    sum[j] *= range.grow;
-    if (S::taylor) sum[j] += state.count;
-  }
+  UNROLL for (int j = 0; j < 4; ++j) sum[j] = 0;
+  multiply_sums<T>(sum, rows, state.sums().k, 0, range);
+  UNROLL for (int j = 0; j < 4; ++j) sum[j] *= range.grow;
 }
 
 template <class T>
@@ -166,7 +145,6 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(grouped))
     }
     if (last_head) {
       add_chunk<T, S, false>(state, keys, chunk_values, {}, lane);
-      state.count += static_cast<float>(minimum(rows_end - first, chunk));
     }
     head = next_head;
     first = next;
