@@ -1,5 +1,6 @@
-// Forward of the elementwise maps on tensor cores, and the pass that leaves segments' states of these and, for the
-// backward, of the polynomial maps. wide_forward.cuh is the same for d = 32, polynomial/ has the other forward.
+// Forward of the elementwise maps on tensor cores, and the pass that leaves segments' states of these and,
+// for the backward, of the polynomial maps. wide_forward.cuh is the same for d = 32, polynomial/ has the
+// other forward.
 //
 // A block walks one segment of one sequence for one kv head, all its query heads, and 64 value columns:
 //   y_i = (sum_{j in chunk, j <= i} sim(i, j) v_j + phi(q'_i) S) / (the same with v = 1, + eps)
