@@ -1,6 +1,9 @@
 // Checks every instance of the tensor-core path against scalar_reference.h: maps, feature dims, LayerNorms,
 // widths, rows in pieces, segments, grouped heads, packed sequences and states, where the path is forced and
 // where the plan chooses it. run_cases.h says which arguments the program takes.
+// widths, segments, grouped heads, packed sequences and states, where the path is forced and where the plan
+// chooses it. run_cases.h says which arguments the program takes.
+#include "cuda/plan/tensor_core_shape.h"
 #include "tests/run_cases.h"
 
 namespace {
@@ -54,6 +57,11 @@ void add_cases(FeatureMap map, int64_t dim, bool narrow, std::vector<Case>* all)
   add(head, {1, 1, 2, 16, 64, 1}, true, true)->negative = true;
   // large v beside small grad y
   add(head, {1, 1, 1, 320, 64, 2}, true, false)->value_size = 300;
+  if (tensor_core::polynomial_kernels(map, dim)) {  // a device whose blocks walk shorter chunks
+    constexpr int64_t shared_memory = 163 << 10;
+    add(token, {1, 2, 1, 259, 64, 3}, true, true)->plan.shared_memory_per_block = shared_memory;
+    add(head, {2, 2, 3, 130, 64, 2}, true, true)->plan.shared_memory_per_block = shared_memory;
+  }
   // what the plan chooses by itself; packed, with rows before, between and after the sequences
   add(token, {2, 2, 2, 90, 32, 0}, true, true);
   add(token, {1, 3, 1, 150, 16, 0}, true, true)->cu_seqlens = {5, 80, 60, 140, 133};

@@ -24,6 +24,9 @@ inline std::set<std::string> kernels_of(const Case& c) {
     result.insert(instance + (c.group > 1 ? " group" : " single"));
     if (c.width % 8 || c.padding % 8) result.insert(instance + " narrow");
   }
+  if (c.plan.shared_memory_per_block) {  // chunks of another length have kernels of their own too
+    result.insert(instance + " smaller device" + (c.group > 1 ? " group" : " single"));
+  }
   if (c.norm == LayerNorm::token) result.insert(instance + " token");
   if (!c.cu_seqlens.empty()) result.insert(instance + " packed");
   if (c.states) result.insert(instance + " states");

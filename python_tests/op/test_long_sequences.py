@@ -135,7 +135,7 @@ def test_plain_chunked_form(feature_map):
 @pytest.mark.skipif(not EMULATED, reason="the emulator's")
 @pytest.mark.parametrize("feature_map", ["outer", "taylor"])
 def test_tensor_cores_that_truncate(feature_map, override, monkeypatch):
-    """A state of positive terms, where sums of tensor cores are cut off: short segments keep it from drifting."""
+    """Positive terms, and tensor cores that cut off their sums: short segments keep a state from drifting."""
     monkeypatch.setenv("REBASED_EMULATOR_TRUNCATES", "1")
     q, k, v, *_ = (x.bfloat16() for x in inputs(1 << 14, 16, 16))
 
