@@ -86,8 +86,8 @@ DEVICE void key_gradient(float (&gradient)[S::units][4], const State<S>& state, 
       load_value_rows(row_values[i], values, token, tile * i, lane);
   if (first_step) {
     float sums[S::units][4];
-    sums_gradient<T, S>(sums, rows, state, sums_range<T>(state));
-    state_gradient<T, S>(gradient, rows, row_values, keys, token, state_tile, range, lane);
+    sums_gradient(sums, state);
+    state_gradient<T, S>(gradient, row_values, state_tile, range, lane);
     UNROLL for (int n = 0; n < S::units; ++n) {
       UNROLL for (int j = 0; j < 4; ++j) gradient[n][j] = scales.scale * (gradient[n][j] + sums[n][j]);
     }

@@ -1,11 +1,10 @@
-// Backward on tensor cores, the forward sweep, which makes grad q from the delta / r that the reverse sweep
-// has left.
+// Backward of square and elu on tensor cores, the forward sweep, which makes grad q from the delta / r that
+// the reverse sweep has left.
 //
 // A block walks its segment as the forward does, with S and the denominator's sums of all earlier chunks.
 // Once a chunk all warps get S through shared memory, and each warp owns 16 rows of queries. With g = grad y
 // and d = g . y = delta / r
-//   grad q'_i = r_i (sum_{j in chunk, j <= i} (g_i . v_j - d_i) sim'(u_ij) k'_j
-//                    + J(q'_i)^T (S g_i) - 2 a2 d_i Z q'_i)
+//   grad phi(q'_i) = r_i (sum_{j in chunk, j <= i} (g_i . v_j - d_i) phi(k'_j) + S g_i - d_i z)
 // r is multiplied last, so that the numbers which are rounded to the element type are of the size of g.
 // Memory: q, k, v, grad y, r and delta / r are read once per column group, grad q is written once.
 #pragma once
@@ -108,8 +107,8 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
       r[half] = r_stages[index];
     }
     float gradient[S::units][4], sums[S::units][4];
-    sums_gradient<T, S>(sums, rows_a, state, sums_range<T>(state));
-    state_gradient<T, S>(gradient, rows_a, row_gradients, queries, begin, tiles.state, range, lane);
+    sums_gradient(sums, state);
+    state_gradient<T, S>(gradient, row_gradients, tiles.state, range, lane);
     UNROLL for (int n = 0; n < S::units; ++n) {
       UNROLL for (int j = 0; j < 4; ++j) gradient[n][j] += minus_delta[j >> 1] * sums[n][j];
     }

@@ -1,14 +1,13 @@
-// What the two backward sweeps share: the gradient of a 16-token tile of q' or k', and its way through map,
-// affine and LayerNorm to q or k. A warp owns the rows of one such tile of the chunk.
+// What the two backward sweeps of square, elu and outer with d = 32 share: the gradient of a 16-token tile of
+// q' or k', and its way through map, affine and LayerNorm to q or k. A warp owns the rows of one such tile of
+// the chunk. The sweeps of the other maps are in polynomial/.
 //
-// With ghat = r grad y, delta = ghat . y and c_ij = ghat_i . v_j - delta_i the polynomial maps have
-//   grad q'_i = sum_{j <= i} c_ij sim'(u_ij) k'_j + J(q'_i)^T (S ghat_i) - 2 a2 delta_i Z q'_i
-//   grad k'_j = sum_{i >= j} c_ij sim'(u_ij) q'_i + J(k'_j)^T (T v_j)    + 2 a2 M k'_j
-// where the sums run over the chunk, S and Z hold the chunks before it, and T and M the chunks behind it. S
-// and T carry the weights of the products. With G = S ghat_i or T v_j, slab e holds the gradients G_{e,a} of
-// the products x_a x_{a+e}, and J(x)^T G adds G_{e,a} x_{a+e} + G_{e,a-e} x_{a-e} to grad x_a. The other maps
-// have one slab, and phi'(x) in the place of J. For the polynomial maps q' is `scale` times what LayerNorm
-// and affine leave.
+// With ghat = r grad y, delta = ghat . y and c_ij = ghat_i . v_j - delta_i, square and elu have
+//   grad phi(q'_i) = sum_{j <= i} c_ij phi(k'_j) + S ghat_i - delta_i z
+//   grad phi(k'_j) = sum_{i >= j} c_ij phi(q'_i) + T v_j + M
+// where the sums run over the chunk, S and z hold the chunks before it, and T and M the chunks behind it;
+// wide_gradient.cuh has what outer has in the place of the state's part. Its q' is `scale` times what
+// LayerNorm and affine leave.
 #pragma once
 
 #include "cuda/tensor_core/product.cuh"
@@ -30,17 +29,17 @@ DEVICE void publish_state(T* state_tile, const State<S>& state, Range range, con
   }
 }
 
-// The gradient of one slab of phi(rows), which begins at tile `first` of 8 features and has n = 2 of them, or
-// 1 where it is a half slab: values (16 tokens, 64 columns), as fragments A, times the state.
-template <class T, class S, int n>
+// The gradient of phi(rows), which is one slab: values (16 tokens, 64 columns), as fragments A, times the
+// state.
+template <class T, class S>
 DEVICE void slab_gradient(float (&gradient)[2][4], const uint32_t (&values)[warps][4], const T* state_tile,
-                          int first, const Lane& lane) {
+                          const Lane& lane) {
   UNROLL for (int j = 0; j < 4; ++j) gradient[0][j] = gradient[1][j] = 0;
   UNROLL for (int i = 0; i < columns / tile; ++i) {
-    const T* const rows = state_tile + (tile * i + lane.row_of_parity()) * S::state_stride + 8 * first;
-    uint32_t b[2 * n];  // (16 columns, 8 n features)
-    ldmatrix_transposed(b, rows + (n == 2 ? lane.column_of_parity() : 0));
-    UNROLL for (int k = 0; k < n; ++k) mma_m16n8k16<T>(gradient[k], values[i], b[2 * k], b[2 * k + 1]);
+    uint32_t b[4];  // (16 columns, 16 features)
+    ldmatrix_transposed(
+        b, state_tile + (tile * i + lane.row_of_parity()) * S::state_stride + lane.column_of_parity());
+    UNROLL for (int k = 0; k < 2; ++k) mma_m16n8k16<T>(gradient[k], values[i], b[2 * k], b[2 * k + 1]);
   }
 }
 
@@ -68,79 +67,22 @@ DEVICE void unpack_rows(float (&x)[2][4], const uint32_t (&rows)[4]) {
   }
 }
 
-// gradient = J(rows)^T (state values), the part of the other chunks. For the maps of one slab it is the
-// gradient of phi(rows).
+// gradient = the gradient of phi(rows) that the other chunks make: state values.
 template <class T, class S>
-DEVICE void state_gradient(float (&gradient)[S::units][4], const uint32_t (&rows)[4],
-                           const uint32_t (&values)[warps][4], const T* features, int token,
+DEVICE void state_gradient(float (&gradient)[S::units][4], const uint32_t (&values)[warps][4],
                            const T* state_tile, Range range, const Lane& lane) {
-  if constexpr (!S::polynomial) {
-    slab_gradient<T, S, 2>(gradient, values, state_tile, 0, lane);
-  } else {
-    // The sum over e of (G_e x) moved by e positions, as Horner's rule forms it: from the last offset down,
-    // moving by one position at each offset.
-    float moved[S::units][4] = {}, x[2][4], other[2][4], slab[2][4];
-    uint32_t rotated[4];
-    unpack_rows<T>(x, rows);
-    slab_gradient<T, S, 1>(slab, values, state_tile, S::first_tile(S::circulant - 1), lane);
-    if constexpr (S::feature_dim == 8) {
-      load_rotated_rows<T, S>(rotated, features, token, S::circulant - 1, lane);
-      unpack_rows<T>(other, rotated);
-    }
-    UNROLL for (int j = 0; j < 4; ++j) {
-      if constexpr (S::feature_dim == 8) {
-        gradient[0][j] = slab[0][j] * other[0][j];
-        moved[0][j] = slab[0][j] * x[0][j];
-      } else {  // the last offset exchanges the halves of x, and both its terms come at once
-        gradient[0][j] = slab[0][j] * x[1][j];
-        gradient[1][j] = slab[0][j] * x[0][j];
-      }
-    }
-    NO_UNROLL for (int i = S::circulant - 2; i >= 0; --i) {
-      load_rotated_rows<T, S>(rotated, features, token, i, lane);
-      unpack_rows<T>(other, rotated);
-      slab_gradient<T, S, 2>(slab, values, state_tile, S::first_tile(i), lane);
-      UNROLL for (int n = 1; n >= 0; --n) {
-        const int target = n % S::units;  // with d = 8 each half of a slab is an offset of its own
-        if (n == 1 || S::slab_offsets == 2) rotate(moved, lane);
-        UNROLL for (int j = 0; j < 4; ++j) {
-          moved[target][j] += slab[n][j] * x[n][j];
-          gradient[target][j] += slab[n][j] * other[n][j];
-        }
-      }
-    }
-    if constexpr (S::taylor) slab_gradient<T, S, 2>(slab, values, state_tile, S::first_tile(S::linear), lane);
-    UNROLL for (int n = 0; n < S::units; ++n) {
-      UNROLL for (int j = 0; j < 4; ++j) {
-        gradient[n][j] += moved[n][j];
-        if (S::taylor) gradient[n][j] += slab[n][j];
-      }
-    }
-  }
+  slab_gradient<T, S>(gradient, values, state_tile, lane);
   UNROLL for (int n = 0; n < S::units; ++n) {
     UNROLL for (int j = 0; j < 4; ++j) gradient[n][j] *= range.grow;
   }
 }
 
-// What the denominator's sums contribute: 2 a2 Z rows, and for taylor the sum of k' as well. For the maps of
-// one slab it is z.
-template <class T, class S>
-DEVICE void sums_gradient(float (&gradient)[S::units][4], const uint32_t (&rows)[4], const State<S>& state,
-                          Range range) {
+// What the denominator's sums contribute: z.
+template <class S>
+DEVICE void sums_gradient(float (&gradient)[S::units][4], const State<S>& state) {
   const Sums<S::units> sums = state.sums();
   UNROLL for (int n = 0; n < S::units; ++n) {
-    if constexpr (S::polynomial) {
-      float product[4] = {};
-      // the fragment B (features, features 8 n .. 8 n + 7) are rows of Z in the place of columns: Z is
-      // symmetric
-      multiply_sums<T>(product, rows, sums.k, 2 * n, range);
-      UNROLL for (int j = 0; j < 4; ++j) {
-        gradient[n][j] = S::offset_weight * range.grow * product[j];
-        if (S::taylor) gradient[n][j] += state.linear[n][j & 1];
-      }
-    } else {
-      UNROLL for (int j = 0; j < 4; ++j) gradient[n][j] = sums.k[n][j & 1];
-    }
+    UNROLL for (int j = 0; j < 4; ++j) gradient[n][j] = sums.k[n][j & 1];
   }
 }
 
