@@ -130,8 +130,8 @@ struct State {
     if (S::taylor && lane.lane == 0) slot[Slot::count] = count;
   }
 
-  // Stores the state, or the gradient of a state, in its public form: kv (features, head_dim) from the block's first column on, and k
-  // (features), which is null where another block stores it.
+  // Stores the state, or the gradient of a state, in its public form: kv (features, head_dim) from the
+  // block's first column on, and k (features), which is null where another block stores it.
   DEVICE void store_public(float* kv, float* k, float count, bool gradient, int64_t head_dim,
                            int columns_left, const Lane& lane) {
     const auto store_row = [&](int row, int column, float x, float y) {
