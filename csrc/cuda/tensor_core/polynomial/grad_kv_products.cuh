@@ -124,7 +124,6 @@ DEVICE void add_step(float (&out)[S::own_tiles][columns / 8][4], float (&sum)[S:
   const T* back_place =
       ordered + (S::units == 2 ? lane.row_of_halves() : row) * S::feature_stride + lane.column_of_halves();
   const char* delta_place = memory + Queries::minus_delta + 16 * lane.pair;
-  const char* root_place = memory + Queries::roots + 16 * lane.pair;
   const int first_tile = own_tile(lane.warp, 0), last_tile = own_tile(lane.warp, S::own_tiles - 1);
   NO_UNROLL for (int token = 0; token < S::chunk; token += tile) {
     uint32_t g[columns / tile][4], p[S::own_tiles][4];
@@ -133,14 +132,8 @@ DEVICE void add_step(float (&out)[S::own_tiles][columns / 8][4], float (&sum)[S:
       uint32_t tokens[words], terms[words];
       ldmatrix_transposed(tokens, score_place);
       ldmatrix(terms, back_place);
-      float c[S::own_tiles][2][4], starts[2][4];
-      const auto load_starts = [&](const char* place) {
-        UNROLL for (int n = 0; n < 2; ++n) {
-          const float4 start = load_shared<float4>(place + 64 * n);
-          starts[n][0] = start.x, starts[n][1] = start.y, starts[n][2] = start.z, starts[n][3] = start.w;
-        }
-      };
-      load_starts(delta_place);
+      float c[S::own_tiles][2][4];
+      const float4 deltas[2] = {load_shared<float4>(delta_place), load_shared<float4>(delta_place + 64)};
       UNROLL for (int i = 0; i < columns / tile; ++i) {
         uint32_t b[4];
         ldmatrix(b, gradient_rows + tile * i);
@@ -148,18 +141,24 @@ DEVICE void add_step(float (&out)[S::own_tiles][columns / 8][4], float (&sum)[S:
           if (o == 1 && !both) continue;
           UNROLL for (int n = 0; n < 2; ++n) {
             if (i == 0) {
-              UNROLL for (int j = 0; j < 4; ++j) c[o][n][j] = starts[n][j];
+              c[o][n][0] = deltas[n].x, c[o][n][1] = deltas[n].y;
+              c[o][n][2] = deltas[n].z, c[o][n][3] = deltas[n].w;
             }
             mma_m16n8k16<T>(c[o][n], row_values[o][i], b[2 * n], b[2 * n + 1]);
           }
         }
       }
-      if (S::taylor) load_starts(root_place);
+      float2 roots[2];  // of taylor
+      if constexpr (S::taylor) {
+        UNROLL for (int n = 0; n < 2; ++n) roots[n] =
+            load_shared<float2>(delta_place + Queries::roots - Queries::minus_delta + 64 * n);
+      }
       UNROLL for (int o = 0; o < S::own_tiles; ++o) {
         if (o == 1 && !both) continue;
         float u[2][4];
         UNROLL for (int n = 0; n < 2; ++n) {
-          UNROLL for (int j = 0; j < 4; ++j) u[n][j] = S::taylor ? starts[n][j] : 0.0f;
+          UNROLL for (int j = 0; j < 4; ++j) u[n][j] = 0;
+          if constexpr (S::taylor) u[n][0] = u[n][2] = roots[n].x, u[n][1] = u[n][3] = roots[n].y;
           multiply_features<T, S>(u[n], rows[o], tokens + S::units * n);
         }
         const bool diagonal = token == own_tile(lane.warp, o);
@@ -175,7 +174,7 @@ DEVICE void add_step(float (&out)[S::own_tiles][columns / 8][4], float (&sum)[S:
           UNROLL for (int j = 0; j < 4; ++j) {
             c[o][n][j] *= u[n][j];
             u[n][j] *= u[n][j];
-            if (S::taylor) u[n][j] += starts[n][j & 1] * starts[n][j & 1];
+            if constexpr (S::taylor) u[n][j] += j & 1 ? roots[n].y * roots[n].y : roots[n].x * roots[n].x;
           }
         }
         if (S::taylor && diagonal) mask(u);
@@ -198,7 +197,7 @@ DEVICE void add_step(float (&out)[S::own_tiles][columns / 8][4], float (&sum)[S:
     }
     add_queries<T, S>(state, memory, features, gradients, g, token, lane);
     gradient_rows += tile * value_stride, gradient_place += tile * value_stride;
-    score_place += tile, back_place += tile, delta_place += 8 * tile, root_place += 8 * tile;
+    score_place += tile, back_place += tile, delta_place += 8 * tile;
   }
   if (lane.warp == 0) add_sums<true>(state, memory, lane);
 }

@@ -214,6 +214,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 3)
     if (lane.warp == 0) add_sums<false>(state, memory, lane);
     if (first >= 0) sync_threads();  // all have read the feature tile
   }
+  sync_warp();  // the last chunk's sums, which lanes of warp 0 have left to others
   weigh(state, false, lane);
   state.store(arguments.slots + span.slot * S::Slot::size, total_count<S>(memory, lane), lane);
 }
