@@ -4,9 +4,9 @@
 sequence leaves behind; `ReBasedAttention` and `GatedShortConvolution` are layers; `rebased_cuda.reference` is
 the same maths in plain torch, the judge of every backend, and `attention_matrix` its matrix of who attends to
 whom. `build_info()` says what this build contains, `explain` which CUDA kernels a call would take, and why.
-`rebased_cuda.context_parallel` spreads a sequence over processes, `rebased_cuda.models` has language models for
-transformers, `rebased_cuda.compat` other packages' calls, and `rebased_cuda.testing` tells and forces how the
-CUDA kernels are launched.
+`rebased_cuda.context_parallel` spreads a sequence over processes, `rebased_cuda.models` has language models
+for transformers, `rebased_cuda.compat` other packages' calls, and `rebased_cuda.testing` tells and forces how
+the CUDA kernels are launched.
 """
 
 import torch  # before _C: loads the libtorch_cpu that _C's symbols are found in
