@@ -1,4 +1,4 @@
-#include "cuda/tensor_core/backward.cuh"
+#include "cuda/tensor_core/family/backward.cuh"
 
 namespace rebased::REBASED_BACKEND {
 template Family<BackwardProblem> tensor_core_family<FeatureMap::identity, 16>(const BackwardProblem&);

@@ -72,8 +72,8 @@ template <class AnyProblem>
 inline bool polynomial_kernels(const AnyProblem& problem) {
   return polynomial_kernels(problem, Pieces(problem));
 }
-// Whether the forward before this backward took the same kind of kernels, so that states which it kept are laid
-// out as grad_q reads them. A grad y in narrow pieces may have come to rows that forward read whole.
+// Whether the forward before this backward took the same kind of kernels, so that states which it kept are
+// laid out as grad_q reads them. A grad y in narrow pieces may have come to rows that forward read whole.
 inline bool forward_kept_alike(const BackwardProblem& problem) {
   Pieces forward(static_cast<const Problem&>(problem));
   forward.y = row_piece(problem.y, problem.head_dim);
