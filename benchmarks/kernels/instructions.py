@@ -9,8 +9,8 @@ bound of what a warp issues. Where warps differ in how often a loop runs, it is 
 the chunk loop is not counted. Kernels whose last argument is true serve several query heads per kv head;
 their number is that of one head. Inner loops of the tensor-core kernels without HMMA are those of rows in
 pieces of less than 16 bytes: these loops, and the blocks that lead to them alone, are skipped by a call with
-aligned rows and are not counted.
-python_tests/cuda/ptx/test_ptx.py compares HMMA per chunk with those that really run.
+aligned rows and are not counted. Of the kernels of polynomial/, whose chunks have 64 or 128 tokens, numbers
+are per 64 tokens. python_tests/cuda/ptx/test_ptx.py compares HMMA per chunk with those that really run.
 """
 
 from __future__ import annotations
@@ -194,6 +194,42 @@ def chunk_loop(function: Function, product: str) -> Loop | None:
     return best if best and products(best) else None
 
 
+# The kernels of polynomial/. Loops without HMMA serve rows that are not all there and are left out; a loop
+# around others is that over query heads. Of the rest the one with a few HMMA adds a tile of 16 tokens to the
+# sums of the denominator, which one of four warps does; that of grad k with some more multiplies slabs of T,
+# behind the first of them; and the longest walks all tiles. The compiler may have unrolled any of them.
+SUMS_PRODUCTS, SLAB_PRODUCTS = 4, 16  # at most
+
+
+def polynomial_nest(name: str, loop: Loop, function: Function) -> Nest:
+    """Runs per chunk of an inner loop of a kernel of polynomial/, and of the loops inside it."""
+    dim, chunk = polynomial_shape(name)
+    if not products_of_loop(function, loop):
+        return Nest(0, tuple(Nest(0) for _ in loop.inner))
+    own = sum(n for opcode, n in function.opcodes(loop).items() if opcode.startswith("HMMA"))
+    if any(products_of_loop(function, x) for x in loop.inner):
+        runs = 1.0
+    elif own <= SUMS_PRODUCTS:
+        runs = chunk / 16 / 4
+    elif base_name(name) == "grad_kv_kernel" and own <= SLAB_PRODUCTS:
+        runs = dim / 2 - 1
+    else:
+        runs = chunk / 16
+    return Nest(runs, tuple(polynomial_nest(name, x, function) for x in loop.inner))
+
+
+def polynomial_shape(name: str) -> tuple[int, int]:
+    """d and tokens of a chunk."""
+    match = re.search(r"<bfloat16, \w+, (\d+), (\d+)", name)
+    assert match is not None
+    return int(match[1]), int(match[2])
+
+
+def products_of_loop(function: Function, loop: Loop) -> int:
+    own = sum(n for opcode, n in function.opcodes(loop).items() if opcode.startswith("HMMA"))
+    return own + sum(products_of_loop(function, x) for x in loop.inner)
+
+
 def loops_of(name: str) -> tuple[Nest, ...] | None:
     base = base_name(name)
     if name.startswith("float32_path::"):
@@ -276,14 +312,18 @@ def measure(name: str, architecture: int, function: Function) -> Figures:
     whole = Counter(instruction.opcode for instruction in function.instructions)
     bases = by_base(whole)
     chunk: Counter[str] = Counter()
-    loop, nests = chunk_loop(function, product_of(name)), loops_of(name)
-    if loop and product_of(name) == "HMMA":
-        loop = without_narrow_rows(function, loop)
-    if loop and nests:
-        try:
+    loop = chunk_loop(function, product_of(name))
+    try:
+        if loop and "polynomial::" in name:
+            nests = tuple(polynomial_nest(name, x, function) for x in loop.inner)
+            per_token = 64 / polynomial_shape(name)[1]
+            chunk = Counter({x: n * per_token for x, n in per_chunk(function, loop, nests).items()})
+        elif loop and (nests := loops_of(name)):
+            if product_of(name) == "HMMA":
+                loop = without_narrow_rows(function, loop)
             chunk = per_chunk(function, loop, nests)
-        except ValueError as error:
-            raise ValueError(f"{name} at sm_{architecture}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{name} at sm_{architecture}: {error}") from None
     accesses: Counter[str] = Counter()
     for opcode, count in chunk.items():
         access = global_access(opcode)

@@ -306,7 +306,10 @@ def test_many_query_heads_fit_the_smallest_shared_memory(feature_map, override, 
     expected = _results(rebased_attention, inputs, problem)
     monkeypatch.setenv("REBASED_EMULATOR_SHARED_MEMORY", "99")
     for value, same in zip(_results(rebased_attention, inputs, problem), expected, strict=True):
-        assert torch.equal(value, same)
+        if feature_map in ("outer", "taylor"):  # whose chunks are shorter there
+            assert relative_error(value, same) <= LIMIT
+        else:
+            assert torch.equal(value, same)
 
 
 SCHEDULE = """
@@ -490,7 +493,7 @@ needs_launches = pytest.mark.skipif(
         ({"layer_norm": "head"}, 2, 5),
         ({"batch": 64}, 2, 5),  # enough sequences: none is split
         ({"batch": 64, "layer_norm": "none"}, 1, 3),
-        ({"head_dim": 128}, 3, 7),  # a backward in one piece, whose column groups' gradients are summed
+        ({"head_dim": 128}, 2, 7),  # in one piece, whose column groups' gradients are summed
         ({"sequences": 4}, 6, 11),  # packed: bounds are clamped, rows of no sequence filled
         ({"dtype": "float32"}, 4, 10),  # a scan sums the states, and delta is a launch of its own
         ({"dtype": "float64", "batch": 64}, 2, 6),
@@ -513,7 +516,7 @@ def test_few_launches_a_call(changes, forward, backward):
         ({"batch": 64}, 2, 4),  # no sequence is split: there are no states
         ({"seqlen": 131072, "batch": 1}, 4, 6),  # a scan sums the states of each direction
         ({"feature_map": "square"}, 3, 5),
-        ({"feature_dim": 32}, 4, 6),
+        ({"feature_dim": 32}, 2, 4),  # in one piece
         ({"dtype": "float32"}, 4, 9),  # other chunks forward than backward: states are not kept
     ],
 )

@@ -73,7 +73,7 @@ def test_backward_uses_what_was_kept(layer_norm, override, kernel_device):
     grad_q, grad_k, *_ = ops.backward_with_state(*given)
     other_q, other_k, *_ = ops.backward_with_state(*given, kept * 0)
     assert not torch.equal(other_q, grad_q)
-    assert torch.equal(other_k, grad_k) == (layer_norm == "head")  # grad k needs no states
+    assert not torch.equal(other_k, grad_k)  # its deltas come from the sweep that starts from the states
 
 
 @needs_kernels

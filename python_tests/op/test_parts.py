@@ -91,6 +91,11 @@ TENSOR_CORE_VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+# The sweep for grad q makes deltas out of float32 sums. Where the keys' half runs alone, deltas come from y, which
+# has been rounded to bfloat16, by up to 2^-8 of itself.
+ROUNDED_DELTA = 2.0**-10
+
+
 @needs_kernels
 @pytest.mark.parametrize("variant", TENSOR_CORE_VARIANTS)
 @pytest.mark.parametrize("segments", [1, 3])
@@ -101,7 +106,8 @@ def test_parts_on_tensor_cores(feature_map, dim, segments, variant, override, ke
         feature_map, norm, 2, 2, 2, 250, dim, 64, dtype=torch.bfloat16, device=kernel_device, eps=1e-1
     )
     override(path="tensor_core", segments=segments)  # an error where a part is not taken by it
-    _check(problem.but(with_state=True, **TENSOR_CORE_VARIANTS[variant]), 2e-5)
+    limit = ROUNDED_DELTA if feature_map in ("outer", "taylor") and dim <= 16 else 2e-5
+    _check(problem.but(with_state=True, **TENSOR_CORE_VARIANTS[variant]), limit)
 
 
 @needs_kernels
@@ -110,7 +116,7 @@ def test_parts_of_many_segments(segments, override, kernel_device):
     """More than are loaded at once."""
     problem = Problem("outer", "head", 1, 1, 1, 64 * 11, 16, 64, dtype=torch.bfloat16, eps=1e-1)
     override(path="tensor_core", segments=segments)
-    _check(problem.but(with_state=True, device=kernel_device), 2e-5)
+    _check(problem.but(with_state=True, device=kernel_device), ROUNDED_DELTA)
 
 
 @pytest.mark.parametrize("packed", [(), PACKED])

@@ -295,7 +295,7 @@ def context_parallel_rebased_attention(
     begun = None if exchange is None else _taken(exchange, given, call)
     if call.cu_seqlens is None and cu_seqlens is not None:  # no sequence: nothing to tell the others
         result: Any = AttentionWithState.apply(  # type: ignore[no-untyped-call]
-            call.return_state, call.options, *tensors, torch.zeros_like(cu_seqlens)
+            call.return_state, call.options, torch.is_grad_enabled(), *tensors, torch.zeros_like(cu_seqlens)
         )
     else:
         result = _Attention.apply(*tensors, call, begun)  # type: ignore[no-untyped-call]

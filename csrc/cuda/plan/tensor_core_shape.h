@@ -84,9 +84,14 @@ inline bool forward_kept_alike(const BackwardProblem& problem) {
 // They are for devices where two blocks have room on a multiprocessor. There a block may have all but 1 KB,
 // which each block takes beside its own.
 constexpr int64_t longer_chunk_bytes = 113 * 1024;
-inline int chunk_length(bool polynomial, int64_t shared_memory_per_block) {
-  const bool longer = polynomial && shared_memory_per_block + 1024 >= 2 * (longer_chunk_bytes + 1024);
-  return longer ? 2 * chunk : chunk;
+inline bool has_room_for_longer_chunks(int64_t shared_memory_per_block) {
+  return shared_memory_per_block + 1024 >= 2 * (longer_chunk_bytes + 1024);
+}
+// Whether the kernels of a backward have registers enough for them: with d = 16 those of taylor and those of
+// several query heads would spill.
+REBASED_HOST_DEVICE constexpr bool backward_takes_longer_chunks(FeatureMap map, int64_t feature_dim,
+                                                                bool grouped) {
+  return feature_dim == 8 || (map == FeatureMap::outer && !grouped);
 }
 
 // say(argument, reason, remedy) for each reason why these kernels do not take a problem.
@@ -99,10 +104,6 @@ inline void refuse(const AnyProblem& problem, const Say& say) {
   const auto is_int = [](int64_t stride) { return stride == static_cast<int>(stride); };
   if (problem.dtype != Dtype::bfloat16) {
     say("q", "its dtype is not bfloat16", "q, k and v in bfloat16");
-  }
-  if (problem.feature_map == FeatureMap::identity) {
-    say("feature_map", "\"identity\" has no tensor-core kernels",
-        "\"outer\", \"square\", \"taylor\" or \"elu\"");
   }
   if (!supports_features(problem)) {
     say("q", "its feature dim has no tensor-core kernels with this feature_map",

@@ -1,8 +1,9 @@
 // The parameters of the tensor-core forward kernel, made by the launcher's own code for addresses and sizes
-// that test_ptx.py gives: so the test need not know how the structs lie in memory. In: heads, kv_heads,
-// seqlen, head_dim, feature map, LayerNorm, scale, eps, layer_norm_eps, then the addresses of q, k, v
-// (contiguous), query gamma, query beta, key gamma, key beta (of each head), y, r, final kv, final k Out: the
-// grid's x and y, threads, then the parameters' bytes in hexadecimal
+// that test_ptx.py gives: so the test need not know how the structs lie in memory. In: the chunk length of a
+// polynomial map's kernel or 0, dtype, feature map, LayerNorm, heads, kv_heads, seqlen, head_dim, scale, eps,
+// layer_norm_eps, then the addresses of q, k, v (contiguous), query gamma, query beta, key gamma, key beta (of
+// each head), y, r, final kv, final k. Out: the grid's x and y, threads, bytes of dynamic shared memory, then
+// the parameters' bytes in hexadecimal.
 #include <cstdio>
 #include <iostream>
 
@@ -28,11 +29,11 @@ Affine affine(uint64_t gamma, uint64_t beta) {
 
 int main() {
   ForwardProblem problem{};
-  int dtype, feature_map, layer_norm;
+  int chunk, dtype, feature_map, layer_norm;
   uint64_t q, k, v, query_gamma, query_beta, key_gamma, key_beta, y, r, final_kv, final_k;
-  std::cin >> dtype >> feature_map >> layer_norm >> problem.heads >> problem.kv_heads >> problem.seqlen >>
-      problem.head_dim >> problem.scale >> problem.eps >> problem.layer_norm_eps >> q >> k >> v >>
-      query_gamma >> query_beta >> key_gamma >> key_beta >> y >> r >> final_kv >> final_k;
+  std::cin >> chunk >> dtype >> feature_map >> layer_norm >> problem.heads >> problem.kv_heads >>
+      problem.seqlen >> problem.head_dim >> problem.scale >> problem.eps >> problem.layer_norm_eps >> q >>
+      k >> v >> query_gamma >> query_beta >> key_gamma >> key_beta >> y >> r >> final_kv >> final_k;
   if (!std::cin) return 1;
   problem.batch = problem.num_sequences = 1;
   problem.feature_dim = feature_dim;
@@ -53,7 +54,10 @@ int main() {
   const cuda::tensor_core::Arguments<ForwardProblem> arguments(cuda::make_call(problem, plan), nullptr,
                                                                false);
   const cuda::Grid grid = cuda::tensor_core::sweep_grid(problem, plan.segments);
-  std::printf("%d %d %d ", static_cast<int>(grid.x), static_cast<int>(grid.y), cuda::tensor_core::threads);
+  const int64_t bytes_of_tiles =
+      chunk ? tensor_core::polynomial_forward_bytes(problem.feature_map, feature_dim, chunk, 1) : 0;
+  std::printf("%d %d %d %d ", static_cast<int>(grid.x), static_cast<int>(grid.y), cuda::tensor_core::threads,
+              static_cast<int>(bytes_of_tiles));
   const auto* bytes = reinterpret_cast<const unsigned char*>(&arguments);
   for (size_t i = 0; i < sizeof arguments; ++i) std::printf("%02x", bytes[i]);
   std::printf("\n");

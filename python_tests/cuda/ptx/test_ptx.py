@@ -243,10 +243,12 @@ def forward(
     dtype: str = "bf16",
     edit: Callable[[str], str] = str,
     y_rows: int | None = None,
+    chunk: int = 0,
 ) -> Result:
     """What the kernel makes of inputs(seqlen), with layer_norm="head" and a final state.
 
-    `edit` may change the PTX; y_rows is for how many rows y has room.
+    `edit` may change the PTX; y_rows is for how many rows y has room. `chunk`: of the polynomial maps' kernel
+    of that chunk length, or 0 for the kernel that every map has.
     """
     memory = GlobalMemory()
     arrays = {name: x.numpy() for name, x in inputs(seqlen).items()}
@@ -261,16 +263,18 @@ def forward(
     program = toolchain.host_program(
         HERE / "ptx_arguments.cu", [toolchain.cuda_program("nvcc"), *toolchain.FLAGS]
     )
-    options = [DTYPES.index(dtype), MAPS.index(feature_map), HEAD_NORM, 1, 1, seqlen, HEAD_DIM]
+    options = [chunk, DTYPES.index(dtype), MAPS.index(feature_map), HEAD_NORM, 1, 1, seqlen, HEAD_DIM]
     options += [SCALE, EPS, LAYER_NORM_EPS]
     numbers = " ".join(map(str, [*options, *addresses, *results]))
-    x, y, threads, parameters = toolchain.run([str(program)], numbers).split()
+    x, y, threads, dynamic_shared, parameters = toolchain.run([str(program)], numbers).split()
 
     source = toolchain.ROOT / f"csrc/cuda/instances/tensor_core_forward_{dtype}_{feature_map}.cu"
     ptx = edit(toolchain.compile_source(source, architecture).ptx.read_text())
-    kernel = one_head_kernel(ptx)
+    kernel = one_head_kernel(ptx, chunk)
     grid = (int(x), int(y), 1)
-    counts = ptx_interpreter.launch(kernel, memory, grid, int(threads), bytes.fromhex(parameters))
+    counts = ptx_interpreter.launch(
+        kernel, memory, grid, int(threads), bytes.fromhex(parameters), int(dynamic_shared)
+    )
     executed: Counter[str] = Counter()
     for index, warps in counts.items():
         executed[kernel.code[index].opcode] += warps
@@ -283,9 +287,11 @@ def forward(
     return Result(y, r, kv.reshape(features, HEAD_DIM), k, executed)
 
 
-def one_head_kernel(ptx: str) -> Kernel:
+def one_head_kernel(ptx: str, chunk: int) -> Kernel:
     """forward_kernel<T, S, false>, the instance for one query head per kv head."""
-    (kernel,) = (k for name, k in parse_kernels(ptx).items() if re.search(r"14forward_kernelI.*Lb0E", name))
+    shape = rf"5Shape.*Li{chunk}E" if chunk else "5Slabs"
+    pattern = rf"14forward_kernelI.*{shape}.*Lb0E"
+    (kernel,) = (k for name, k in parse_kernels(ptx).items() if re.search(pattern, name))
     return kernel
 
 
@@ -317,12 +323,15 @@ def error_bound(feature_map: str, seqlen: int) -> float:
     return 1.25 * relative_error(plain(feature_map, seqlen), exact(feature_map, seqlen)[0])
 
 
+KERNELS = [*((name, 0) for name in MAPS), *((name, n) for name in ("outer", "taylor") for n in (64, 128))]
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("feature_map", MAPS)
-def test_forward(feature_map, architecture):
+@pytest.mark.parametrize(("feature_map", "chunk"), KERNELS)
+def test_forward(feature_map, chunk, architecture):
     """Against the float64 reference; two chunks, the second with rows missing."""
-    seqlen, unit = 77, 2**-8
-    result = forward(feature_map, architecture, seqlen)
+    seqlen, unit = max(chunk, 64) + 13, 2**-8
+    result = forward(feature_map, architecture, seqlen, chunk=chunk)
     y, inverse_r, kv, k = exact(feature_map, seqlen)
     assert relative_error(result.y, y) <= error_bound(feature_map, seqlen)
     assert relative_error(1 / result.r, inverse_r) < unit
