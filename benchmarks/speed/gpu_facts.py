@@ -80,12 +80,30 @@ class Facts:
         return result
 
 
+SCANS = ("scan_kernel", "sum_slots_kernel")
+SWEEPS = (
+    *("forward_kernel", "segment_state_kernel", "reverse_segment_kernel", "grad_q_kernel", "grad_kv_kernel"),
+    *SCANS,
+)
+
+
 def _is_instance(name: str, base_name: str, feature_map: str) -> bool:
-    """Whether tensor_core::forward_kernel<bfloat16, outer, false> is what serves the shapes here."""
-    match = re.fullmatch(r"(?:tensor_core::)?(\w+)(?:<(.*)>)?", name)  # other paths' have the same names
-    if match is None or match[1] != base_name:
+    """Whether a kernel is what serves the shapes here: of `outer` and `taylor` the sweeps are those of
+    polynomial/, in chunks of 128 tokens; of other maps like tensor_core::forward_kernel<bfloat16, square, 16,
+    false>.
+    """
+    # other paths' have the same names
+    match = re.fullmatch(r"(?:tensor_core::)?(polynomial::)?(\w+)(?:<(.*)>)?", name)
+    if match is None or match[2] != base_name:
         return False
-    arguments = {x.strip() for x in (match[2] or "").split(",")}
+    sweep = base_name in SWEEPS
+    if bool(match[1]) != (sweep and feature_map in ("outer", "taylor")):
+        return False
+    arguments = {x.strip() for x in (match[3] or "").split(",")}
+    if match[1] and base_name not in SCANS:
+        if "128" not in arguments:
+            return False
+        arguments.remove("128")
     maps = {"outer", "square", "taylor", "elu"} & arguments
     types = {"bfloat16", "float16", "float32", "float64"} & arguments
     numbers = {x for x in arguments if x.isdigit()}  # feature dim; of the step kernel its query heads

@@ -44,8 +44,11 @@ def test_every_access_covers_whole_sectors(figures, name):
 @pytest.mark.parametrize("feature_map", ["outer", "square"])
 def test_few_segments_are_summed_without_a_scan(figures, feature_map):
     """Of four segments three write a state, and the last three read one, two and three of them."""
-    slot = {"outer": 17, "square": 2}[feature_map] * 128 * 16 / traffic.TOKENS
-    sums = 2 * 32 * 16 / traffic.TOKENS  # one warp writes them, all four read them
+    if feature_map == "outer":  # 136 features by 64 columns, and the Gram matrix
+        slot, sums = (136 * 64 + 16 * 16) * 4 / traffic.TOKENS, 0.0
+    else:
+        slot = 2 * 128 * 16 / traffic.TOKENS
+        sums = 2 * 32 * 16 / traffic.TOKENS  # one warp writes them, all four read them
     for sweep, names in (("forward", ["states"]), ("backward", ["states", "reverse states"])):
         moved = {b.name: (b.read, b.written) for b in figures[f"{sweep} {feature_map} 4"].buffers}
         for name in names:
@@ -71,7 +74,9 @@ def test_one_pass_moves_every_tensor_once_a_sweep(figures, sweep, feature_map, d
     if sweep == "forward":
         expected |= {"y": (0, values), "r": (0, 4)}
     else:
-        expected |= {"y": (values, 0), "grad q": (0, row), "grad k": (0, row), "grad v": (0, values)}
+        # a sequence's first chunk, of 128 tokens, makes delta from y
+        y = values if floor.keys_read_y else values * 128 / traffic.TOKENS
+        expected |= {"y": (y, 0), "grad q": (0, row), "grad k": (0, row), "grad v": (0, values)}
         expected |= {"grad y": (2 * values, 0), "r": (8, 0), "delta": (4, 4)}
         if dtype:  # delta is a launch of its own
             expected |= {"r": (12, 0), "delta": (8, 4)}
@@ -116,6 +121,8 @@ def test_committed_figures(figures):
 def test_floors():
     floor = traffic.Floor()
     assert (floor.forward, floor.backward, floor.backward + floor.reverse_sums) == (324, 976, 1195)
+    floor = traffic.FLOORS["outer"]
+    assert (floor.forward, floor.backward, floor.backward + floor.reverse_sums) == (324, 848, 974)
     assert (traffic.FLOAT32_FLOOR.forward, traffic.FLOAT32_FLOOR.backward) == (644, 1936)
 
 

@@ -91,8 +91,8 @@ TENSOR_CORE_VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-# The sweep for grad q makes deltas out of float32 sums. Where the keys' half runs alone, deltas come from y, which
-# has been rounded to bfloat16, by up to 2^-8 of itself.
+# The sweep for grad q makes deltas out of float32 sums. Where the keys' half runs alone, deltas come from y,
+# which has been rounded to bfloat16, by up to 2^-8 of itself.
 ROUNDED_DELTA = 2.0**-10
 
 

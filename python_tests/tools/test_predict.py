@@ -102,13 +102,17 @@ def test_the_instance_is_that_of_the_shapes() -> None:
         return [name for name in names if gpu_facts._is_instance(name, "forward_kernel", "outer")]
 
     right = [
-        "tensor_core::forward_kernel<bfloat16, outer, false>",
-        "forward_kernel<bfloat16, outer, 16, false>",
+        "tensor_core::polynomial::forward_kernel<bfloat16, outer, 16, 128, false>",
+        "polynomial::forward_kernel<bfloat16, outer, 16, 128, false>",
     ]
     wrong = ["forward_kernel<float16, outer, false>", "forward_kernel<bfloat16, square, false>"]
+    wrong += ["tensor_core::forward_kernel<bfloat16, outer, 16, false>"]  # of rows in narrow pieces
+    wrong += [x.replace("128", "64") for x in right] + [x.replace("false", "true") for x in right]
     wrong += ["forward_kernel<bfloat16, outer, true>", "forward_kernel<bfloat16, outer, 8, false>"]
     wrong += ["grad_q_kernel<bfloat16, outer, false>", "general_forward<bfloat16>"]
     assert chosen(*right, *wrong) == right
+    square = "tensor_core::forward_kernel<bfloat16, square, 16, false>"
+    assert gpu_facts._is_instance(square, "forward_kernel", "square")
     assert gpu_facts._is_instance("step_kernel<bfloat16, 1>", "step_kernel", "outer")
     assert not gpu_facts._is_instance("step_kernel<bfloat16, 4>", "step_kernel", "outer")
 

@@ -100,15 +100,14 @@ Plan plan_tensor_core_sweep(const AnyProblem& problem, const Device& device) {
   // keeps its states is cut as its backward, whose grad q then starts from them.
   const Sweep sweep = sweep_of(problem);
   const bool wide = problem.feature_dim == 32;
-  const bool as_backward = sweep.backward || sweep.keep == Keep::states;
   const bool many_registers =
-      problem.feature_dim == 16 && (problem.feature_map == FeatureMap::taylor ||
-                                    (problem.feature_map == FeatureMap::outer && as_backward));
+      problem.feature_dim == 16 &&
+      (problem.feature_map == FeatureMap::taylor ||
+       (problem.feature_map == FeatureMap::outer && (sweep.backward || sweep.keep == Keep::states)));
   const bool polynomial = tensor_core::polynomial_kernels(problem);
   const bool longer =
       polynomial && tensor_core::has_room_for_longer_chunks(device.shared_memory_per_block) &&
-      (!as_backward || tensor_core::backward_takes_longer_chunks(problem.feature_map, problem.feature_dim,
-                                                                 problem.group_size() > 1));
+      tensor_core::takes_longer_chunks(problem.feature_map, problem.feature_dim, problem.group_size() > 1);
   const int chunk = longer ? 2 * tensor_core::chunk : tensor_core::chunk;
   int64_t resident = wide ? 1 : many_registers ? 2 : 3, shared_bytes = 0;
   if (polynomial && !sweep.backward) {

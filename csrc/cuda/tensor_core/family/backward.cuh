@@ -76,28 +76,10 @@ inline Arguments<BackwardProblem> reverse_arguments(const Call<BackwardProblem>&
   return {call, call.region<float>(call.workspace.reverse_states), scanned, all_segments};
 }
 
-// Calls visit(Shape, whether heads are grouped) for the chunk length that the plan has chosen, with types that
-// a plan can choose.
-template <FeatureMap map, int feature_dim, class Visit>
-void visit_backward_shape(const Call<BackwardProblem>& call, const Visit& visit) {
-  const auto visit_chosen = [&](auto shape, auto grouped) {
-    constexpr bool longer = decltype(shape)::chunk > chunk, is_grouped = decltype(grouped)::value;
-    if constexpr (!longer || backward_takes_longer_chunks(map, feature_dim, is_grouped))
-      visit(shape, grouped);
-  };
-  visit_shape<map, feature_dim>(call, [&](auto shape) {
-    if (call.problem.group_size() > 1) {
-      visit_chosen(shape, std::true_type());
-    } else {
-      visit_chosen(shape, std::false_type());
-    }
-  });
-}
-
 // Queues what leaves each segment's own sums of the reverse state in the workspace. delta / r must be there.
 template <class T, FeatureMap map, int feature_dim>
 void add_reverse_sums(const Call<BackwardProblem>& call, bool all_segments, Launches* launches) {
-  visit_backward_shape<map, feature_dim>(call, [&](auto shape, auto) {
+  visit_shape<map, feature_dim>(call, [&](auto shape, auto) {
     using S = decltype(shape);
     launches->add(reverse_segment_kernel<T, S>, sweep_grid(call.problem, call.segments), threads,
                   reverse_segment_bytes<S>(call.problem.group_size()), reverse_arguments(call, all_segments),
@@ -108,7 +90,7 @@ void add_reverse_sums(const Call<BackwardProblem>& call, bool all_segments, Laun
 // Queues the sweep that makes grad q, and leaves delta / r of each column group.
 template <class T, FeatureMap map, int feature_dim>
 void add_grad_q(const Call<BackwardProblem>& call, Launches* launches) {
-  visit_backward_shape<map, feature_dim>(call, [&](auto shape, auto grouped) {
+  visit_shape<map, feature_dim>(call, [&](auto shape, auto grouped) {
     using S = decltype(shape);
     const Arguments<BackwardProblem> arguments(call, call.region<float>(call.workspace.states),
                                                needs_scan(call.segments, call.problem.initial_state));
@@ -120,7 +102,7 @@ void add_grad_q(const Call<BackwardProblem>& call, Launches* launches) {
 // Queues the sweep that makes grad k and grad v.
 template <class T, FeatureMap map, int feature_dim>
 void add_grad_kv(const Call<BackwardProblem>& call, Launches* launches) {
-  visit_backward_shape<map, feature_dim>(call, [&](auto shape, auto grouped) {
+  visit_shape<map, feature_dim>(call, [&](auto shape, auto grouped) {
     using S = decltype(shape);
     launches->add(grad_kv_kernel<T, S, decltype(grouped)::value>, sweep_grid(call.problem, call.segments),
                   threads, GradKvTiles<S>::bytes(call.problem.group_size()), reverse_arguments(call, false),

@@ -20,13 +20,20 @@ inline bool needs_scan(int segments, const ConstState& start) {
 
 namespace polynomial {
 
-// Calls visit(Shape) for the chunk length that the plan has chosen.
+// Calls visit(Shape, whether heads are grouped) for the chunk length that the plan has chosen, with those types
+// alone that a plan can choose.
 template <FeatureMap map, int feature_dim, class AnyProblem, class Visit>
 void visit_shape(const Call<AnyProblem>& call, const Visit& visit) {
-  if (call.tiles.chunk == 128) {
-    visit(Shape<map, feature_dim, 128>());
+  const auto visit_grouped = [&](auto grouped) {
+    if constexpr (takes_longer_chunks(map, feature_dim, decltype(grouped)::value)) {
+      if (call.tiles.chunk == 2 * chunk) return visit(Shape<map, feature_dim, 2 * chunk>(), grouped);
+    }
+    visit(Shape<map, feature_dim, chunk>(), grouped);
+  };
+  if (call.problem.group_size() > 1) {
+    visit_grouped(std::true_type());
   } else {
-    visit(Shape<map, feature_dim, 64>());
+    visit_grouped(std::false_type());
   }
 }
 
@@ -60,7 +67,7 @@ void add_slot_sums(const Call<AnyProblem>& call, const Region& slots, const Muta
 // Queues what leaves each segment's own sums of k and v in the workspace.
 template <class T, FeatureMap map, int feature_dim, class AnyProblem>
 void add_segment_sums(const Call<AnyProblem>& call, bool all_segments, Launches* launches) {
-  visit_shape<map, feature_dim>(call, [&](auto shape) {
+  visit_shape<map, feature_dim>(call, [&](auto shape, auto) {
     using S = decltype(shape);
     float* const slots = call.template region<float>(call.workspace.states);
     launches->add(segment_state_kernel<T, S>, sweep_grid(call.problem, call.segments), threads,
@@ -80,15 +87,14 @@ Family<ForwardProblem> forward_family() {
   using AnyCall = const Call<ForwardProblem>&;
   return {[](AnyCall call, Launches* launches) { add_states<T, map, feature_dim>(call, launches); },
           [](AnyCall call, Launches* launches) {
-            visit_shape<map, feature_dim>(call, [&](auto shape) {
+            visit_shape<map, feature_dim>(call, [&](auto shape, auto grouped) {
               using S = decltype(shape);
-              const int64_t group_size = call.problem.group_size();
               const Arguments<ForwardProblem> arguments(
                   call, call.region<float>(call.workspace.states),
                   needs_scan(call.segments, call.problem.initial_state));
-              launches->add(group_size > 1 ? forward_kernel<T, S, true> : forward_kernel<T, S, false>,
+              launches->add(forward_kernel<T, S, decltype(grouped)::value>,
                             sweep_grid(call.problem, call.segments), threads,
-                            ForwardTiles<S>::bytes(group_size), arguments);
+                            ForwardTiles<S>::bytes(call.problem.group_size()), arguments);
             });
           },
           [](AnyCall call, Launches* launches) {
