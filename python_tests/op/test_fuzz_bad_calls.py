@@ -259,6 +259,10 @@ def _parallel_rebased(rng: random.Random) -> Values:
     return {**_fla(rng), "eps": 1e-5, **flags, "head_first": False}
 
 
+def _parallel_based(rng: random.Random) -> Values:
+    return {**_fla(rng), "scale": 0.5, "use_norm": rng.choice((True, False)), "head_first": False}
+
+
 def _chunk_linear_attn(rng: random.Random) -> Values:
     values = {key: x[:1] for key, x in _fla(rng).items()}
     heads, d, dv = values["q"].shape[2], values["q"].shape[3], values["v"].shape[3]
@@ -388,6 +392,14 @@ STATE_PARTS = {
     part: only("a state is what zeros, prefill or the op made", empty=freed) for part in ("kv", "k")
 }
 BY_KEYWORD = ("affine", "options")
+
+LINEAR_ATTN: dict[str, Argument] = {
+    **{"q": Q, "k": K, "v": V, "scale": number(least=None, optional=True)},
+    **_state_arguments("initial_state", written=False, optional=True, floats=False, parts_optional=True),
+    "initial_state": only(OF_PARTS, type=pick([None, None], "x", (None,), (None, 1.0), 3, object)),
+    **{"output_final_state": flag(), "normalize": flag()},
+    "cu_seqlens": index(_bad_bounds, size=False),
+}
 
 FUNCTIONS: dict[str, Function] = {
     "rebased_attention": Function(rebased_attention, _packed, PACKED),
@@ -536,18 +548,25 @@ FUNCTIONS: dict[str, Function] = {
             **{key: flag() for key in ("use_scale", "use_normalize", "return_both", "head_first")},
         },
     ),
-    "compat.chunk_linear_attn": Function(
-        compat.chunk_linear_attn,
-        _chunk_linear_attn,
-        {
-            **{"q": Q, "k": K, "v": V, "scale": number(least=None, optional=True)},
-            **_state_arguments(
-                "initial_state", written=False, optional=True, floats=False, parts_optional=True
-            ),
-            "initial_state": only(OF_PARTS, type=pick([None, None], "x", (None,), (None, 1.0), 3, object)),
-            **{"output_final_state": flag(), "normalize": flag()},
-            "cu_seqlens": index(_bad_bounds, size=False),
-        },
+    **{
+        f"compat.{function.__name__}": Function(
+            function,
+            _parallel_based,
+            {
+                **{"q": Q, "k": K, "v": V, "scale": number(least=None, optional=True)},
+                **{key: flag() for key in ("use_norm", "head_first")},
+            },
+        )
+        for function in (compat.parallel_based, compat.fused_chunk_based)
+    },
+    "compat.chunk_linear_attn": Function(compat.chunk_linear_attn, _chunk_linear_attn, LINEAR_ATTN),
+    "compat.fused_chunk_linear_attn": Function(
+        compat.fused_chunk_linear_attn, _chunk_linear_attn, LINEAR_ATTN
+    ),
+    "compat.fused_recurrent_linear_attn": Function(
+        compat.fused_recurrent_linear_attn,
+        lambda rng: {**_chunk_linear_attn(rng), "reverse": False},
+        {**LINEAR_ATTN, "reverse": flag()},
     ),
     "compat.ReBased": Function(
         compat.ReBased,
@@ -558,13 +577,14 @@ FUNCTIONS: dict[str, Function] = {
             **{"eps": number(), "causal": flag(), "mode": name()},
             **{"use_beta": flag(), "use_gamma": flag(), "normalize": flag()},
         },
+        left_out=("factory",),  # keywords by name, which test_compat.py tries
     ),
     "compat.ReBased.forward": Function(
         lambda **values: compat.ReBased(WIDTH, 8, 4, 3, 3)(**values),
         _masked("hidden_states"),
         {"hidden_states": LAYER_INPUT, "attention_mask": MASK},
         of=(compat.ReBased.forward,),
-        left_out=("self", "_"),
+        left_out=("self", "others"),
     ),
     "ReBasedAttention": Function(
         ReBasedAttention,
