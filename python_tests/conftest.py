@@ -30,7 +30,7 @@ collect_ignore = (
         "models/test_compiling.py",
         "models/test_convert.py",
         "models/test_model.py",
-        "models/test_training.py",
+        "models/test_model_training.py",
         "cuda/ptx/test_ptx.py",
         "op/test_reference.py",
         "cuda/test_traffic.py",

@@ -87,8 +87,8 @@ constexpr int64_t longer_chunk_bytes = 113 * 1024;
 inline bool has_room_for_longer_chunks(int64_t shared_memory_per_block) {
   return shared_memory_per_block + 1024 >= 2 * (longer_chunk_bytes + 1024);
 }
-// Whether kernels have registers enough for them: with d = 16 the backward of taylor and that of several query
-// heads would spill. Forward takes the chunks of its backward.
+// Whether kernels have registers enough for them: with d = 16 the backward of taylor and that of several
+// query heads would spill. Forward takes the chunks of its backward.
 REBASED_HOST_DEVICE constexpr bool takes_longer_chunks(FeatureMap map, int64_t feature_dim, bool grouped) {
   return feature_dim == 8 || (map == FeatureMap::outer && !grouped);
 }

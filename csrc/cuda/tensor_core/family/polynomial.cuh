@@ -20,8 +20,8 @@ inline bool needs_scan(int segments, const ConstState& start) {
 
 namespace polynomial {
 
-// Calls visit(Shape, whether heads are grouped) for the chunk length that the plan has chosen, with those types
-// alone that a plan can choose.
+// Calls visit(Shape, whether heads are grouped) for the chunk length that the plan has chosen, with those
+// types alone that a plan can choose.
 template <FeatureMap map, int feature_dim, class AnyProblem, class Visit>
 void visit_shape(const Call<AnyProblem>& call, const Visit& visit) {
   const auto visit_grouped = [&](auto grouped) {
