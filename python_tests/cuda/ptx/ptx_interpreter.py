@@ -77,6 +77,7 @@ class Block(Arithmetic):
         self.counter = np.zeros(threads, int)
         self.finished = np.zeros(threads, bool)
         self.at_barrier = np.zeros(threads, bool)
+        self.at_warp_barrier = np.zeros(threads, bool)
         self.copies: list[Copies] = []
         self.copy_group = np.zeros(threads, int)
 
@@ -85,9 +86,11 @@ class Block(Arithmetic):
     def run(self) -> None:
         with np.errstate(all="ignore"):
             while not self.finished.all():
-                ready = ~self.finished & ~self.at_barrier
+                ready = ~self.finished & ~self.at_barrier & ~self.at_warp_barrier
                 if ready.any():
                     self._step(ready)
+                elif self.at_warp_barrier.any():
+                    raise PtxError(f"{self.kernel.name}: a warp barrier that only some lanes reach")
                 else:
                     self._release_barrier()
         if self.copies:
@@ -159,8 +162,12 @@ class Block(Arithmetic):
         raise PtxError("a failed assertion")
 
     def _bar(self, instruction: Instruction) -> None:
-        if instruction.words[1] == "warp":
-            self._warps(instruction.operands[0])
+        if instruction.words[1] == "warp":  # lanes may wait at different ones, where code has been duplicated
+            if (self.read(instruction.operands[0], "b32")[self.active] != 0xFFFFFFFF).any():
+                raise PtxError("a warp barrier for some lanes alone")
+            self.at_warp_barrier |= self.active
+            complete = self.at_warp_barrier.reshape(-1, 32).all(1)
+            self.at_warp_barrier &= ~np.repeat(complete, 32)
         else:
             self.at_barrier |= self.active
 
