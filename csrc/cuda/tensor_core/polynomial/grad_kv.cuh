@@ -253,15 +253,17 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
   };
   const auto store_step = [&](int head, int stage) {
     const Lane lane = lane_anew(warp);
-    T* const place = ordered + Order<S>::position(lane.group) * S::feature_stride + 2 * lane.pair;
-    store_queries<T, S>(memory, arguments, affine + head * S::feature_dim, stage, lane,
-                        [&](int token, const uint32_t (&terms)[2 * S::units]) {
-                          if constexpr (S::units == 1) return;
-                          UNROLL for (int i = 0; i < 2 * S::units; ++i) {  // g + 8 stands four rows behind g
-                            store_shared(place + token + (i >> 1) * 4 * S::feature_stride + 8 * (i & 1),
-                                         terms[i]);
-                          }
-                        });
+    [[maybe_unused]] T* const place =
+        ordered + Order<S>::position(lane.group) * S::feature_stride + 2 * lane.pair;
+    store_queries<T, S>(
+        memory, arguments, affine + head * S::feature_dim, stage, lane,
+        [&]([[maybe_unused]] int token, [[maybe_unused]] const uint32_t (&terms)[2 * S::units]) {
+          if constexpr (S::units > 1) {
+            UNROLL for (int i = 0; i < 4; ++i) {  // features g + 8 stand four rows behind g
+              store_shared(place + token + (i >> 1) * 4 * S::feature_stride + 8 * (i & 1), terms[i]);
+            }
+          }
+        });
   };
   sync_threads();
   const int last = (rows_end + S::chunk - 1) / S::chunk * S::chunk - S::chunk;
