@@ -92,6 +92,11 @@ LIMITS = {
 }
 
 
+# Passes through shared memory as a multiple of those without bank conflicts. The kernels of polynomial/ lay
+# their tiles out for ldmatrix, and pay for that with conflicts where a lane stores features of a row.
+CONFLICTS = {"outer": 1.035, "outer8": 1.02}
+
+
 @dataclass(frozen=True)
 class Buffer:
     """Of one named buffer, per head and token."""
@@ -223,8 +228,10 @@ def problems(all_figures: Iterable[Figures]) -> list[str]:
             found.append(f"{run.name}: {run.ratio:.3f} times the floor, not {limit:.2f}")
         if not run.name.endswith("float32") and run.sector_ratio > limit:
             found.append(f"{run.name}: in sectors {run.sector_ratio:.3f} times the floor, not {limit:.2f}")
+        _, feature_map, _, *dtype = run.name.split()
+        most = 1.0 if dtype else CONFLICTS.get(feature_map, 1.0)
         for s in run.shared:
-            if s.counted != s.ideal:
+            if s.counted > s.ideal * most:
                 found.append(
                     f"{run.name}: {s.kernel} has bank conflicts, {s.counted} wavefronts for {s.ideal}"
                 )
