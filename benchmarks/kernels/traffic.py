@@ -92,8 +92,8 @@ LIMITS = {
 }
 
 
-# Passes through shared memory as a multiple of those without bank conflicts. The kernels of polynomial/ lay
-# their tiles out for ldmatrix, and pay for that with conflicts where a lane stores features of a row.
+# The most passes through shared memory, as a multiple of those without bank conflicts: what was counted of
+# the kernels of polynomial/, rounded up. All other kernels have no conflicts.
 CONFLICTS = {"outer": 1.035, "outer8": 1.02}
 
 

@@ -139,3 +139,8 @@ def test_problems_are_found():
     assert traffic.problems([conflict]) == [
         "forward square 1: forward has bank conflicts, 9 wavefronts for 8"
     ]
+    outer = replace(good, name="forward outer 1", shared=[traffic.Wavefronts("forward", 1035, 1000)])
+    assert traffic.problems([outer]) == []
+    more = replace(outer, shared=[traffic.Wavefronts("forward", 1036, 1000)])
+    assert len(traffic.problems([more])) == 1
+    assert len(traffic.problems([replace(outer, name="forward outer 1 float32")])) == 1

@@ -17,7 +17,7 @@ constexpr int chunk = 64;
 
 // Tensor cores truncate as they accumulate, so that a sum over n tokens of one sign is too small: by 5e-5 of
 // itself at 4,096 and by 2e-3 at 131,072. These kernels accumulate over a segment in place, and add segments
-// in float32: no segment is longer than this.
+// in float32: segments are no longer than this, those of packed sequences on average.
 constexpr int64_t drifting_rows = 4096;
 
 // Up to this many segments each block sums the states of the segments before its own by itself. That saves a
