@@ -53,7 +53,7 @@ DEVICE void store_rows(T* staging, const float (&out)[8][4], T* rows, int stride
     UNROLL for (int i = 0; i < tile; i += 4) {
       store_global(target + static_cast<int64_t>(i * stride), load_shared<uint4>(unit + i * value_stride));
     }
-  } else {
+  } else {  // counted 0: rows or columns are missing
     NO_UNROLL for (int i = 0; i < tile; i += 4) {
       if (row + i < rows_left && column < columns_left) {
         store_global(target + static_cast<int64_t>(i * stride), load_shared<uint4>(unit + i * value_stride));
@@ -126,7 +126,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>) forward_kernel(Arguments<F
     if (first + S::chunk <= rows_end && columns_left >= columns) {
       copy_step(first, head, std::true_type());
     } else {
-      copy_step(first, head, std::false_type());
+      copy_step(first, head, std::false_type());  // counted 0: rows or columns are missing
     }
     copy_async_commit();
   };
@@ -145,7 +145,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>) forward_kernel(Arguments<F
       const T* const key_rows = reinterpret_cast<const T*>(memory + L::key_rows) + token * S::raw_stride;
       const T* const query_rows = reinterpret_cast<const T*>(memory + L::query_rows) + token * S::raw_stride;
       float2* const of_tile = statistics + 2 * token;
-      if (problem.layer_norm == LayerNorm::head) {
+      if (problem.layer_norm == LayerNorm::head) {  // counted 0: "head" LayerNorm
         head_statistics<S>(of_tile, key_rows, query_rows, arguments.layer_norm_eps, lane);
         sync_warp();
       }
@@ -195,7 +195,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>) forward_kernel(Arguments<F
           row_stride(problem.y), rows_end - row, columns_left, lane);
     }
     if (last_head) {
-      if (lane.warp == 0) add_gram(state, keys, lane);
+      if (lane.warp == 0) add_gram(state, keys, lane);  // counted 1/4: one warp
       if (next < rows_end) {
         sync_threads();  // all have read S and k'
         publish_state(state, published, gram_terms, lane);

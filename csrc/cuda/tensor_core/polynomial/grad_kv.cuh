@@ -106,7 +106,7 @@ DEVICE void copy_keys(char* memory, const KeyOrigins<T>& origins, const Backward
   };
   if (whole) {
     UNROLL for (int own = 0; own < S::own_tiles; ++own) copy_tile(true, 0);
-  } else {
+  } else {  // counted 0: rows or columns are missing
     NO_UNROLL for (int own = 0; own < S::own_tiles; ++own) copy_tile(false, left - own * apart);
   }
 }
@@ -157,7 +157,7 @@ DEVICE void finish_keys(const float (&sum)[S::own_tiles][S::units][4], const T* 
       if (origins.partial) {
         if (present)
           store_features<S>(origins.partial + (first + row) * int64_t{S::feature_dim}, gradient, lane);
-      } else {
+      } else {  // counted 0: no "token" LayerNorm
         finish_row<S>(gradient, own_raw, own, affine, problem.layer_norm, lane);
         T* const target = origins.grad_k + static_cast<int64_t>(first + row) * row_stride(problem.grad_k);
         if (present) store_features<S>(target, gradient, lane);
@@ -197,7 +197,7 @@ DEVICE void store_value_gradient(const float (&out)[S::own_tiles][columns / 8][4
     };
     if (left >= tile && columns_left >= columns) {
       UNROLL for (int i = 0; i < 4; ++i) store(i);
-    } else {
+    } else {  // counted 0: rows or columns are missing
       NO_UNROLL for (int i = 0; i < 4; ++i) {
         if (row + 4 * i < left && column < columns_left) store(i);
       }
@@ -288,7 +288,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
     {
       const Lane lane = lane_anew(warp);
       float x[S::own_tiles][Order<S>::numbers], gradient[S::own_tiles][Order<S>::numbers];
-      if (problem.layer_norm == LayerNorm::head) {
+      if (problem.layer_norm == LayerNorm::head) {  // counted 0: "head" LayerNorm
         own_statistics<S, S::feature_dim>(statistics, raw, arguments.layer_norm_eps, lane);
         sync_warp();
       }

@@ -211,8 +211,8 @@ KERNEL void LAUNCH_BOUNDS(threads, 3)
       add_queries<T, S>(state, memory, features, gradients, g, token, lane);
       place += tile * value_stride;
     }
-    if (lane.warp == 0) add_sums<false>(state, memory, lane);
-    if (first >= 0) sync_threads();  // all have read the feature tile
+    if (lane.warp == 0) add_sums<false>(state, memory, lane);  // counted 1/4: one warp
+    if (first >= 0) sync_threads();                            // all have read the feature tile
   }
   sync_warp();  // the last chunk's sums, which lanes of warp 0 have left to others
   weigh(state, false, lane);
