@@ -121,7 +121,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(grouped))
     T* const keys = key_tiles + stage * S::feature_tile;
     const T* const chunk_values = value_tiles + stage * chunk * columns;
     copy_async_wait<0>();
-    if (arguments.pieces.settles) bring(Settle(), stage, first, head);
+    if (arguments.pieces.read == 2) bring(Settle(), stage, first, head);
     sync_warp();
     store_row<T, S>(is_key ? keys : queries, token, row_tile, first + token < rows_end,
                     affine + (is_key ? group_size : head) * S::affine_size, problem.layer_norm,
@@ -227,7 +227,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(false))
   for (int first = 0; first < rows_end; first += chunk, stage ^= 1) {
     T* const keys = key_tiles + stage * S::feature_tile;
     copy_async_wait<0>();
-    if (arguments.pieces.settles) bring(Settle(), stage, first);
+    if (arguments.pieces.read == 2) bring(Settle(), stage, first);
     sync_warp();
     if (token < chunk) {
       store_row<T, S>(keys, token, row_tile, first + token < rows_end, key_affine, problem.layer_norm,

@@ -159,7 +159,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(false))
   while (first >= 0) {
     T* const gradients = gradient_tiles + stage_of(first, head) * chunk * columns;
     copy_async_wait<0>();
-    if (arguments.pieces.settles) bring(Settle(), first, head);
+    if (arguments.pieces.read == 2) bring(Settle(), first, head);
     sync_threads();
     if (token < chunk) {
       store_row<T, S>(queries, token, row_tile, first + token < rows_end, affine + head * S::affine_size,

@@ -79,14 +79,14 @@ struct GradQOrigins : BackwardOrigins<T> {
 
 // Starts the copies of the warp's own rows of grad y and r; `gradients` begins at the block's first column.
 template <class S, bool whole, class T>
-DEVICE void copy_own_gradients(T* tile_rows, float* r_tile, const T* gradients, int stride, const float* r,
-                               int first, int end, int columns_left, int thread) {
+DEVICE void copy_own_gradients(T* tile_rows, float* r_tile, const T* gradients, int stride, int piece,
+                               const float* r, int first, int end, int columns_left, int thread) {
   const int lane = thread % 32, warp = thread / 32, apart = tiles_apart(warp);
   const int token = tile * warp + lane / 8, column = 8 * (lane % 8), r_token = tile * warp + lane;
   T* const target = tile_rows + token * value_stride + column;
   const T* const source = gradients + static_cast<int64_t>(first + token) * stride + column;
   UNROLL for (int o = 0; o < S::own_tiles; ++o) {
-    UNROLL for (int i = 0; i < tile; i += 4) {
+    UNROLL for (int i = 0; i < tile && (whole || piece == 16); i += 4) {
       const int further = o * apart + i;
       const bool present = whole || (first + token + further < end && column < columns_left);
       copy_async<16>(target + further * value_stride,
@@ -97,11 +97,15 @@ DEVICE void copy_own_gradients(T* tile_rows, float* r_tile, const T* gradients, 
       copy_async<4>(r_tile + r_token + o * apart, present ? r + first + r_token + o * apart : r,
                     present ? 4 : 0);
   }
+  if (!whole) {
+    bring_narrow_tiles<S, false>(tile_rows, value_stride, gradients, stride, piece,
+                                 minimum(columns_left, columns), first, end, thread);
+  }
 }
 
 // deltas (chunk) = delta / r of the warp's own rows of the block's first chunk, from y.
 template <class S, class T>
-DEVICE void deltas_from_y(float* deltas, const T* gradients, const T* y, int stride, int end,
+DEVICE void deltas_from_y(float* deltas, const T* gradients, const T* y, int stride, int piece, int end,
                           int columns_left, bool normalize, int warp) {
   const Lane lane = lane_anew(warp);
   const int column = 2 * lane.lane;
@@ -109,8 +113,11 @@ DEVICE void deltas_from_y(float* deltas, const T* gradients, const T* y, int str
     const int token = tile * warp + i / tile * tiles_apart(warp) + i % tile;
     float dot = 0;
     if (token < end && column < columns_left && normalize) {
+      const T* const pair = y + static_cast<int64_t>(token) * stride + column;
       const float2 a = unpack<T>(load_shared<uint32_t>(gradients + token * value_stride + column)),
-                   b = unpack<T>(load_global<uint32_t>(y + static_cast<int64_t>(token) * stride + column));
+                   b = piece > 2
+                           ? unpack<T>(load_global<uint32_t>(pair))
+                           : float2{to_float(pair[0]), column + 1 < columns_left ? to_float(pair[1]) : 0.0f};
       dot = a.x * b.x + a.y * b.y;
     }
     // neighbours first, as in row_deltas
@@ -148,6 +155,8 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
     UNROLL for (int i = 0; i < 2; ++i)
         clear_statistics<S>(reinterpret_cast<float2*>(memory + L::statistics) + i * 2 * S::chunk);
   }
+  clear_narrow_tiles(reinterpret_cast<T*>(memory + L::values), 2 * S::value_tile, arguments.pieces.v);
+  clear_narrow_tiles(gradients, S::value_tile, arguments.pieces.grad_y);
   sync_threads();
   const int rows_end = origins->span.rows;
   load_affine<S>(affine, arguments, origins->span.kv_head, group_size);
@@ -169,23 +178,41 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
     const int columns_left = static_cast<int>(problem.head_dim) - first_column();
     copy_rows<S, all, dim>(reinterpret_cast<T*>(memory + L::query_rows) + stage * L::query_tile,
                            origins->q + (grouped ? head * problem.q.head_stride : 0), row_stride(problem.q),
-                           first, rows_end, thread);
+                           arguments.pieces.q, first, rows_end, thread);
     if (problem.layer_norm == LayerNorm::token) {
       copy_statistics<S, all>(reinterpret_cast<float2*>(memory + L::statistics) + stage * 2 * S::chunk,
                               origins->key_statistics, origins->query_statistics, first, rows_end, thread);
     }
     copy_own_gradients<S, all>(gradients, reinterpret_cast<float*>(memory + L::r) + stage * S::chunk,
                                origins->grad_y + (grouped ? head * problem.grad_y.head_stride : 0),
-                               row_stride(problem.grad_y), origins->r + (grouped ? head * problem.seqlen : 0),
-                               first, rows_end, columns_left, thread);
+                               row_stride(problem.grad_y), arguments.pieces.grad_y,
+                               origins->r + (grouped ? head * problem.seqlen : 0), first, rows_end,
+                               columns_left, thread);
     if (grouped && head > 0) return;
-    copy_rows<S, all>(key_rows, origins->k, row_stride(problem.k), first, rows_end, thread);
+    copy_rows<S, all>(key_rows, origins->k, row_stride(problem.k), arguments.pieces.k, first, rows_end,
+                      thread);
     copy_values<S, all>(reinterpret_cast<T*>(memory + L::values) + value_stage * S::value_tile, origins->v,
-                        row_stride(problem.v), first, rows_end, columns_left, thread);
+                        row_stride(problem.v), arguments.pieces.v, first, rows_end, columns_left, thread);
+  };
+  const auto settle = [&](int first, int head, int stage) {
+    const int value_stage = grouped ? first / S::chunk % 2 : stage, thread = thread_index_anew();
+    const int width = minimum(static_cast<int>(problem.head_dim) - first_column(), columns);
+    bring_narrow_tiles<S, true>(reinterpret_cast<T*>(memory + L::query_rows) + stage * L::query_tile, dim,
+                                origins->q + (grouped ? head * problem.q.head_stride : 0),
+                                row_stride(problem.q), arguments.pieces.q, dim, first, rows_end, thread);
+    bring_narrow_tiles<S, true>(
+        gradients, value_stride, origins->grad_y + (grouped ? head * problem.grad_y.head_stride : 0),
+        row_stride(problem.grad_y), arguments.pieces.grad_y, width, first, rows_end, thread);
+    if (grouped && head > 0) return;
+    bring_narrow_tiles<S, true>(key_rows, S::raw_stride, origins->k, row_stride(problem.k),
+                                arguments.pieces.k, dim, first, rows_end, thread);
+    bring_narrow_tiles<S, true>(reinterpret_cast<T*>(memory + L::values) + value_stage * S::value_tile,
+                                value_stride, origins->v, row_stride(problem.v), arguments.pieces.v, width,
+                                first, rows_end, thread);
   };
   const auto copy = [&](int first, int head, int stage) {
     const int columns_left = static_cast<int>(problem.head_dim) - first_column();
-    if (first + S::chunk <= rows_end && columns_left >= columns) {
+    if (first + S::chunk <= rows_end && columns_left >= columns && arguments.pieces.read == 16) {
       copy_step(first, head, stage, std::true_type());
     } else {
       copy_step(first, head, stage, std::false_type());
@@ -205,6 +232,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
     float2* const statistics = reinterpret_cast<float2*>(memory + L::statistics) + stage * 2 * S::chunk;
     const float2* const query_affine = affine + (grouped ? head * dim : 0);
     copy_async_wait<0>();
+    if (arguments.pieces.read == 2) settle(first, head, stage);
     sync_warp();
     uint32_t rows[S::own_tiles][2 * S::units], row_gradients[S::own_tiles][columns / tile][4];  // fragments A
     float x[S::own_tiles][numbers];                                                             // q'
@@ -255,8 +283,8 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
     const bool from_y = first == 0 && blockIdx.x % arguments.launch.segments == 0;
     if (from_y) {
       deltas_from_y<S>(deltas, gradients, origins->y + (grouped ? head * problem.y.head_stride : 0),
-                       row_stride(problem.y), rows_end, static_cast<int>(problem.head_dim) - first_column(),
-                       problem.normalize, warp);
+                       row_stride(problem.y), arguments.pieces.y, rows_end,
+                       static_cast<int>(problem.head_dim) - first_column(), problem.normalize, warp);
     }
     if (first_head) {
       sync_threads();  // k', v and the state are there, and of the chunk before nothing is in use
@@ -353,7 +381,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
             finish_row<S>(gradient, raw, own, query_affine, problem.layer_norm, lane);
             T* const target = origins->grad_q + (first + row) * problem.grad_q.row_stride +
                               (grouped ? head * problem.grad_q.head_stride : 0);
-            if (present) store_features<S>(target, gradient, lane);
+            if (present) store_features<S>(target, gradient, lane, arguments.pieces.grad_q);
           }
         }
       }
