@@ -147,7 +147,7 @@ int64_t tensor_core_slot_bytes(const AnyProblem& problem, const Plan& plan) {
   using namespace tensor_core;
   const int64_t floats = polynomial_kernels(problem)
                              ? polynomial_slot_floats(problem.feature_map, problem.feature_dim)
-                             : slot_floats(problem.feature_map, problem.feature_dim);
+                             : slot_floats(problem.feature_dim);
   return floats * plan.column_groups * 4;
 }
 

@@ -119,15 +119,10 @@ REBASED_HOST_DEVICE constexpr int64_t polynomial_slot_floats(FeatureMap map, int
 
 // Floats of a block's state in the workspace (Slot in cuda/tensor_core/state.cuh): tiles of 8 features by the
 // block's columns, each 128 threads' four floats, of the state; then 32 threads' four floats for each tile of
-// the denominator's sums, and for those of taylor's linear features; then the count of keys.
-REBASED_HOST_DEVICE constexpr int64_t slot_floats(FeatureMap map, int64_t feature_dim) {
-  const int64_t tiles = map == FeatureMap::taylor  ? 20
-                        : map != FeatureMap::outer ? 2
-                        : feature_dim == 8         ? 5
-                        : feature_dim == 16        ? 17
-                                                   : 68;
-  const int64_t sum_tiles = feature_dim == 32 ? 8 : feature_dim / 8;
-  return tiles * 128 * 4 + sum_tiles * 32 * 4 + (map == FeatureMap::taylor ? 32 * 4 : 0) + 16;
+// the denominator's sums.
+REBASED_HOST_DEVICE constexpr int64_t slot_floats(int64_t feature_dim) {
+  const bool wide = feature_dim == 32;
+  return (wide ? 68 : 2) * 128 * 4 + (wide ? 8 : 2) * 32 * 4;
 }
 
 // Dynamic shared memory of a block of the polynomial maps' forward, in bytes (ForwardTiles in

@@ -138,11 +138,11 @@ template <FeatureMap map, int feature_dim>
 Family<BackwardProblem> tensor_core_family(const BackwardProblem&) {
   using namespace tensor_core;
   using T = bfloat16_t;
-  using S = Slabs<map, feature_dim>;
   using AnyCall = const Call<BackwardProblem>&;
-  if constexpr (S::polynomial && !S::wide) {
+  if constexpr (is_polynomial(map) && feature_dim <= 16) {
     return polynomial::backward_family<T, map, feature_dim>();
   } else {
+    using S = Slabs<map, feature_dim>;
     return {[](AnyCall call, Launches* launches) { add_states<T, S>(call, launches); },
             [](AnyCall call, Launches* launches) {
               if (call.segments > 1) add_reverse_sums<T, S>(call, false, launches);

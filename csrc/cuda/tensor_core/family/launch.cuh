@@ -78,11 +78,11 @@ template <FeatureMap map, int feature_dim>
 Family<ForwardProblem> tensor_core_family(const ForwardProblem&) {
   using namespace tensor_core;
   using T = bfloat16_t;
-  using S = Slabs<map, feature_dim>;
   using AnyCall = const Call<ForwardProblem>&;
-  if constexpr (S::polynomial && !S::wide) {
+  if constexpr (is_polynomial(map) && feature_dim <= 16) {
     return polynomial::forward_family<T, map, feature_dim>();
   } else {
+    using S = Slabs<map, feature_dim>;
     return {[](AnyCall call, Launches* launches) { add_states<T, S>(call, launches); },
             [](AnyCall call, Launches* launches) {
               const auto add = [&](void (*kernel)(Arguments<ForwardProblem>), int64_t shared_bytes) {
