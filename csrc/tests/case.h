@@ -62,19 +62,25 @@ inline double tolerance(const Case& c, bool gradient) {
 
 inline int failures = 0, comparisons = 0;
 
-inline void compare(const std::string& name, const char* what, const Values& result, const Values& expected,
-                    double limit) {
+inline double relative_error(const Values& result, const Values& expected) {
   double difference = 0, size = 0;
   for (size_t i = 0; i < expected.size(); ++i) {
     difference += (result[i] - expected[i]) * (result[i] - expected[i]);
     size += expected[i] * expected[i];
   }
+  return difference == 0 ? 0 : std::sqrt(difference) / (std::sqrt(size) + 1e-30);
+}
+
+inline void mismatch(const std::string& name, const char* what, double error, double limit) {
+  ++failures;
+  std::printf("MISMATCH %s: %s is off by %.2e (limit %.1e)\n", name.c_str(), what, error, limit);
+}
+
+inline void compare(const std::string& name, const char* what, const Values& result, const Values& expected,
+                    double limit) {
   ++comparisons;
-  const double error = std::sqrt(difference) / (std::sqrt(size) + 1e-30);
-  if (!(error <= limit) && !(difference == 0)) {
-    ++failures;
-    std::printf("MISMATCH %s: %s is off by %.2e (limit %.1e)\n", name.c_str(), what, error, limit);
-  }
+  const double error = relative_error(result, expected);
+  if (!(error <= limit)) mismatch(name, what, error, limit);
 }
 
 }  // namespace rebased::tests

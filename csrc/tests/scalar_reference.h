@@ -24,6 +24,9 @@ struct Reference {
   Values initial_kv, initial_k;                // (batch, kv_heads, features[, head_dim]) or empty
   Values grad_y, grad_final_kv, grad_final_k;  // the latter two may be empty
   Values saved_y;  // y as backward gets it, rounded to its dtype; empty for the y computed here
+  // Whether q' and k' are rounded to bfloat16, as operands of tensor cores are. How far this moves a result
+  // is the least that a kernel on tensor cores may be off.
+  bool rounds_operands = false;
   // What comes out.
   Values y, r, final_kv, final_k;
   Values grad_q, grad_k, grad_v, grad_gamma_q, grad_beta_q, grad_gamma_k, grad_beta_k;
@@ -57,6 +60,13 @@ struct Reference {
     Values rstd;         // 1 / standard deviation of each (batch, head, row)
     Values gradient;     // d loss / d transformed
   };
+
+  // The nearest number of 8 significant bits.
+  static double rounded(double x) {
+    int exponent;
+    const double mantissa = std::frexp(x, &exponent);
+    return std::ldexp(std::nearbyint(std::ldexp(mantissa, 8)), exponent - 8);
+  }
 
   // Calls body for each (batch, head, row) that one LayerNorm runs over: all heads of a token, or one head.
   template <class Body>
@@ -94,8 +104,9 @@ struct Reference {
         for (int64_t i = 0; i < dim; ++i) {
           const double unit = (x[at(head, i)] - mean) * rstd;
           result.unit[at(head, i)] = unit;
-          result.transformed[at(head, i)] =
+          const double transformed =
               (gamma.empty() ? 1 : gamma[head * dim + i]) * unit + (beta.empty() ? 0 : beta[head * dim + i]);
+          result.transformed[at(head, i)] = rounds_operands ? rounded(transformed) : transformed;
         }
       }
     });
