@@ -88,10 +88,7 @@ int main() {
   print_float32(FeatureMap::taylor, "taylor");
   print_float32(FeatureMap::elu, "elu");
   using rebased::cuda::tensor_core::print_types;
-  print_types<FeatureMap::outer, 8>("outer");
-  print_types<FeatureMap::outer, 16>("outer");
   print_types<FeatureMap::square, 16>("square");
-  print_types<FeatureMap::taylor, 16>("taylor");
   print_types<FeatureMap::elu, 16>("elu");
   print_types<FeatureMap::identity, 16>("identity");
   using rebased::cuda::tensor_core::print_chunks;

@@ -69,8 +69,6 @@ ROW_TILES = Nest(
 )  # pairs of row tiles; in it the column tiles outside the pair: 2 and 0 of them
 HALVES = Nest(2)  # of the chunk, in add_chunk
 OWN_TOKENS = Nest(2.5)  # the column tiles that a warp's row tile looks at: 1, 2, 3 and 4 for the four warps
-OFFSETS = Nest(8)  # circulant offsets 0..7 of a warp's row tile
-OFFSET_PAIRS = Nest(2)  # of d = 8: offsets 0..3, two at a time
 
 # d = 32: two warps share what one does above, and each looks at every other column tile.
 WIDE_ROW_TILES = Nest(2, (Nest(1),))  # of the reverse sweep without a loop inside
@@ -78,7 +76,7 @@ WIDE_TURN = Nest(4)  # four offsets of a warp's half
 WIDE_OWN_TOKENS = Nest(1.25)
 QUARTERS = Nest(4)
 
-# By kernel, in the order of the code; for the polynomial maps where these have a loop more.
+# By kernel, in the order of the code.
 LOOPS = {
     "forward_kernel": (ROW_TILES, HALVES),
     "segment_state_kernel": (HALVES,),
@@ -90,16 +88,6 @@ LOOPS = {
     "wide_reverse_segment_kernel": (QUARTERS,),
     "wide_grad_kv_kernel": (Nest(2), WIDE_TURN, WIDE_TURN, WIDE_OWN_TOKENS, QUARTERS),
     "wide_grad_q_kernel": (WIDE_TURN, WIDE_TURN, WIDE_OWN_TOKENS, QUARTERS),
-}
-POLYNOMIAL_LOOPS = {
-    16: {
-        "grad_kv_kernel": (OFFSETS, OWN_TOKENS, ROW_TILES, HALVES),
-        "grad_q_kernel": (OFFSETS, OWN_TOKENS, HALVES),
-    },
-    8: {
-        "grad_kv_kernel": (OFFSET_PAIRS, OWN_TOKENS, ROW_TILES, HALVES),
-        "grad_q_kernel": (OFFSET_PAIRS, OWN_TOKENS, HALVES),
-    },
 }
 
 # The float32 kernels. Thread i of 16 has feature i; for circulant maps warps 0 and 1, whose i are below 8,
@@ -263,9 +251,7 @@ def loops_of(name: str) -> tuple[Nest, ...] | None:
     if name.startswith("float32_path::"):
         shape = re.search(r"\w+Shape", name)  # segment_states has chunks of either sweep
         return _float32_loops(re.search(r"<(\w+)", name)[1]).get(shape[0] if shape else base)
-    polynomial = re.search(r"\b(?:outer|taylor), (\d+)\b", name)
-    special = POLYNOMIAL_LOOPS[int(polynomial[1])].get(base) if polynomial else None
-    return special or LOOPS.get(base)
+    return LOOPS.get(base)
 
 
 def counted_shares(text: str, chunk: int) -> dict[int, Fraction]:

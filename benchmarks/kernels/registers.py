@@ -35,10 +35,6 @@ LEAST_BLOCKS |= {
 }
 # Chunks of 128 tokens are for devices with 227 KB a block.
 LEAST_BLOCKS_OF_LONGER_CHUNKS = 2
-LEAST_BLOCKS |= {
-    f"tensor_core::grad_kv_kernel<bfloat16, {feature_map}, 16, false>": 2
-    for feature_map in ("outer", "taylor")
-}
 
 
 def collect(pattern: str, architectures: list[int]) -> tuple[list[Kernel], list[str]]:

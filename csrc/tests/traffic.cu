@@ -19,6 +19,13 @@ using rebased::emulator::trace_buffer;
 
 constexpr int64_t tokens = 4096, head_dim = 64;
 
+// What a family of kernels is compiled for, called S.
+template <FeatureMap feature_map, int dim>
+struct Instance {
+  static constexpr FeatureMap map = feature_map;
+  static constexpr int feature_dim = dim;
+};
+
 [[noreturn]] void fail(const char* error) {
   std::fprintf(stderr, "%s\n", error);
   std::exit(1);
@@ -153,10 +160,10 @@ void trace_map(const char* map_name, const char** separator) {
 int main() {
   using namespace rebased::REBASED_BACKEND::tensor_core;
   const char* separator = "{";
-  trace_map<Slabs<rebased::FeatureMap::outer, 16>>("outer", &separator);
-  trace_map<Slabs<rebased::FeatureMap::square, 16>>("square", &separator);
-  trace_map<Slabs<rebased::FeatureMap::outer, 8>>("outer8", &separator);
-  trace_map<Slabs<rebased::FeatureMap::outer, 32>>("outer32", &separator);
+  trace_map<Instance<rebased::FeatureMap::outer, 16>>("outer", &separator);
+  trace_map<Instance<rebased::FeatureMap::square, 16>>("square", &separator);
+  trace_map<Instance<rebased::FeatureMap::outer, 8>>("outer8", &separator);
+  trace_map<Instance<rebased::FeatureMap::outer, 32>>("outer32", &separator);
   std::printf("}\n");
   return 0;
 }

@@ -107,7 +107,7 @@ def test_register_problems():
     longer = replace(GOOD, name=GOOD.name.replace(", 64,", ", 128,"), blocks=1)
     assert "1 blocks per SM, not 2" in register_problems(longer)[0]
     assert register_problems(replace(longer, architecture=80)) == []
-    grad_kv = "tensor_core::grad_kv_kernel<bfloat16, taylor, 16, false>"
+    grad_kv = "tensor_core::polynomial::grad_kv_kernel<bfloat16, taylor, 16, 64, false>"
     assert "1 blocks per SM, not 2" in register_problems(replace(GOOD, name=grad_kv, blocks=1))[0]
     float32 = replace(GOOD, name=registers.FLOAT32_FORWARD, blocks=1)
     assert "1 blocks per SM, not 2" in register_problems(float32)[0]

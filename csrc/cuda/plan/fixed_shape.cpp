@@ -147,7 +147,7 @@ int64_t tensor_core_slot_bytes(const AnyProblem& problem, const Plan& plan) {
   using namespace tensor_core;
   const int64_t floats = polynomial_kernels(problem)
                              ? polynomial_slot_floats(problem.feature_map, problem.feature_dim)
-                             : slot_floats(problem.feature_map, problem.feature_dim);
+                             : slot_floats(problem.feature_dim);
   return floats * plan.column_groups * 4;
 }
 
@@ -194,7 +194,7 @@ Plan plan_tensor_core(const BackwardProblem& problem, const Device& device) {
   const bool split = plan.segments > 1, only_state = problem.part == BackwardPart::reverse_state;
   add_state_regions(problem, sweep_of(problem), tensor_core_slot_bytes(problem, plan),
                     split || problem.initial_state.kv, split || problem.grad_final_state.kv || only_state,
-                    tensor_core::forward_kept_alike(problem), &plan);
+                    true, &plan);
   add_gradient_regions(problem, sweep_of(problem), true, tensor_core::polynomial_kernels(problem), &plan);
   if (!only_state) add_initial_sums_region(problem, &plan);
   return plan;

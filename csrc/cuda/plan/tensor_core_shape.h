@@ -42,13 +42,13 @@ inline int row_piece(const Rows& rows, int64_t width) {
 // The bytes of the pieces in which the kernels read and write the rows of a problem.
 struct Pieces {
   int q, k, v, y = 16, grad_y = 16, grad_q = 16, grad_k = 16, grad_v = 16;
-  bool settles;  // whether rows that are read come in pieces of 2 bytes, which have to be settled
+  int read;  // the least of those that are read; where it is 2, rows have to be settled
 
   explicit Pieces(const Problem& problem)
       : q(row_piece(problem.q, problem.feature_dim)),
         k(row_piece(problem.k, problem.feature_dim)),
         v(row_piece(problem.v, problem.head_dim)),
-        settles(q == 2 || k == 2 || v == 2) {}
+        read(std::min({q, k, v})) {}
   explicit Pieces(const ForwardProblem& problem) : Pieces(static_cast<const Problem&>(problem)) {
     y = row_piece(problem.y, problem.head_dim);
   }
@@ -58,26 +58,14 @@ struct Pieces {
     grad_q = row_piece(problem.grad_q, problem.feature_dim);
     grad_k = row_piece(problem.grad_k, problem.feature_dim);
     grad_v = row_piece(problem.grad_v, problem.head_dim);
-    settles = settles || y == 2 || grad_y == 2;
+    read = std::min({read, y, grad_y});
   }
   int least() const { return std::min({q, k, v, y, grad_y, grad_q, grad_k, grad_v}); }
 };
 
-// Whether a call takes the kernels of cuda/tensor_core/polynomial/, which read and write rows in pieces of 16
-// bytes. Other rows take the kernels that also square and elu have.
-inline bool polynomial_kernels(const Problem& problem, const Pieces& pieces) {
-  return is_polynomial(problem.feature_map) && problem.feature_dim <= 16 && pieces.least() == 16;
-}
-template <class AnyProblem>
-inline bool polynomial_kernels(const AnyProblem& problem) {
-  return polynomial_kernels(problem, Pieces(problem));
-}
-// Whether the forward before this backward took the same kind of kernels, so that states which it kept are
-// laid out as grad_q reads them. A grad y in narrow pieces may have come to rows that forward read whole.
-inline bool forward_kept_alike(const BackwardProblem& problem) {
-  Pieces forward(static_cast<const Problem&>(problem));
-  forward.y = row_piece(problem.y, problem.head_dim);
-  return polynomial_kernels(problem, forward) == polynomial_kernels(problem);
+// Whether a call takes the kernels of cuda/tensor_core/polynomial/.
+inline bool polynomial_kernels(const Problem& problem) {
+  return is_polynomial(problem.feature_map) && problem.feature_dim <= 16;
 }
 
 // Chunks of 128 tokens read each fragment of the state half as often, and take up to 113 KB of shared memory.
@@ -131,15 +119,10 @@ REBASED_HOST_DEVICE constexpr int64_t polynomial_slot_floats(FeatureMap map, int
 
 // Floats of a block's state in the workspace (Slot in cuda/tensor_core/state.cuh): tiles of 8 features by the
 // block's columns, each 128 threads' four floats, of the state; then 32 threads' four floats for each tile of
-// the denominator's sums, and for those of taylor's linear features; then the count of keys.
-REBASED_HOST_DEVICE constexpr int64_t slot_floats(FeatureMap map, int64_t feature_dim) {
-  const int64_t tiles = map == FeatureMap::taylor  ? 20
-                        : map != FeatureMap::outer ? 2
-                        : feature_dim == 8         ? 5
-                        : feature_dim == 16        ? 17
-                                                   : 68;
-  const int64_t sum_tiles = feature_dim == 32 ? 8 : feature_dim / 8;
-  return tiles * 128 * 4 + sum_tiles * 32 * 4 + (map == FeatureMap::taylor ? 32 * 4 : 0) + 16;
+// the denominator's sums.
+REBASED_HOST_DEVICE constexpr int64_t slot_floats(int64_t feature_dim) {
+  const bool wide = feature_dim == 32;
+  return (wide ? 68 : 2) * 128 * 4 + (wide ? 8 : 2) * 32 * 4;
 }
 
 // Dynamic shared memory of a block of the polynomial maps' forward, in bytes (ForwardTiles in

@@ -1,4 +1,5 @@
-// Forward on tensor cores, for d = 8 and 16; wide_forward.cuh is the same for d = 32.
+// Forward on tensor cores of the maps that act on each feature, with d = 16. wide_forward.cuh is the same for
+// `outer` with d = 32, and polynomial/ has the other polynomial maps.
 //
 // A block walks one segment of one sequence for one kv head, all its query heads, and 64 value columns:
 //   y_i = (sum_{j in chunk, j <= i} sim(i, j) v_j + phi(q'_i) S) / (the same with v = 1, + eps)
@@ -22,30 +23,9 @@ namespace rebased::REBASED_BACKEND::tensor_core {
 template <class T, class S>
 DEVICE void denominator(float (&sum)[4], const uint32_t (&rows)[4], const State<S>& state, Range range) {
   const Sums<S::units> sums = state.sums();
-  if constexpr (S::polynomial) {
-    float partial[2] = {};                       // of rows g and g + 8, over this lane's columns
-    UNROLL for (int n = 0; n < S::units; ++n) {  // (q' Z) q' over the features 8 n .. 8 n + 7
-      float product[4] = {};
-      multiply_sums<T>(product, rows, sums.k, 2 * n, range);
-      const float2 first = unpack<T>(rows[2 * n]), second = unpack<T>(rows[2 * n + 1]);
-      partial[0] += product[0] * first.x + product[1] * first.y;
-      partial[1] += product[2] * second.x + product[3] * second.y;
-    }
-    UNROLL for (int j = 0; j < 4; ++j) sum[j] = 0;
-    if constexpr (S::taylor) multiply_sums<T>(sum, rows, state.linear, 0, range);
-    UNROLL for (int half = 0; half < 2; ++half) {
-      const float product = S::diagonal_weight * quad_sum(partial[half]);
-      sum[2 * half] += product;
-      sum[2 * half + 1] += product;
-    }
-  } else {
-    UNROLL for (int j = 0; j < 4; ++j) sum[j] = 0;
-    multiply_sums<T>(sum, rows, sums.k, 0, range);
-  }
-  UNROLL for (int j = 0; j < 4; ++j) {
-    sum[j] *= range.grow;
-    if (S::taylor) sum[j] += state.count;
-  }
+  UNROLL for (int j = 0; j < 4; ++j) sum[j] = 0;
+  multiply_sums<T>(sum, rows, sums.k, 0, range);
+  UNROLL for (int j = 0; j < 4; ++j) sum[j] *= range.grow;
 }
 
 template <class T>
@@ -55,14 +35,11 @@ struct ForwardOrigins : Origins<T> {
 };
 
 // How many blocks per multiprocessor the registers must suffice for. With three blocks a thread has 168
-// registers. The state of taylor and the bookkeeping of several query heads need more.
-template <class S>
-constexpr int forward_blocks(bool grouped) {
-  return S::map == FeatureMap::taylor || grouped ? 2 : 3;
-}
+// registers. The bookkeeping of several query heads needs more.
+constexpr int forward_blocks(bool grouped) { return grouped ? 2 : 3; }
 
 template <class T, class S, bool grouped>
-KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(grouped))
+KERNEL void LAUNCH_BOUNDS(threads, forward_blocks(grouped))
     forward_kernel(Arguments<ForwardProblem> arguments) {
   const ForwardProblem& problem = arguments.problem;
   const Launch& launch = arguments.launch;
@@ -121,7 +98,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(grouped))
     T* const keys = key_tiles + stage * S::feature_tile;
     const T* const chunk_values = value_tiles + stage * chunk * columns;
     copy_async_wait<0>();
-    if (arguments.pieces.settles) bring(Settle(), stage, first, head);
+    if (arguments.pieces.read == 2) bring(Settle(), stage, first, head);
     sync_warp();
     store_row<T, S>(is_key ? keys : queries, token, row_tile, first + token < rows_end,
                     affine + (is_key ? group_size : head) * S::affine_size, problem.layer_norm,
@@ -137,10 +114,10 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(grouped))
     NO_UNROLL for (int begin = 0; begin < chunk; begin += tile * tile_pair) {
       float out[tile_pair][2][4] = {}, sum[tile_pair][4];
       uint32_t rows[tile_pair][4];
-      UNROLL for (int i = 0; i < tile_pair; ++i) load_rows<T, S>(rows[i], queries, begin + tile * i, lane);
+      UNROLL for (int i = 0; i < tile_pair; ++i) load_rows(rows[i], queries, begin + tile * i, lane);
       UNROLL for (int i = 0; i < tile_pair; ++i)
           denominator<T, S>(sum[i], rows[i], state, sums_range<T>(state));
-      multiply_state<T, S>(out, rows, queries, begin, state, own_range<T>(warp_maxima, lane), lane);
+      multiply_state<T>(out, rows, state, own_range<T>(warp_maxima, lane));
       NO_UNROLL for (int before = 0; before < begin; before += tile) {
         attend<T, S, false>(out, sum, rows, keys, chunk_values, before, -1, nullptr, lane);
       }
@@ -168,7 +145,6 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(grouped))
     }
     if (last_head) {
       add_chunk<T, S, false>(state, keys, chunk_values, {}, lane);
-      state.count += static_cast<float>(minimum(rows_end - first, chunk));
     }
     head = next_head;
     first = next;
@@ -180,15 +156,14 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(grouped))
     float* const kv =
         static_cast<float*>(problem.final_state.kv) + index * features * problem.head_dim + span.first_column;
     float* const k = static_cast<float*>(problem.final_state.k) + index * features;
-    export_state(kv, blockIdx.y == 0 ? k : nullptr, state, false, problem.head_dim, columns_left, lane);
+    export_state(kv, blockIdx.y == 0 ? k : nullptr, state, problem.head_dim, columns_left, lane);
   }
 }
 
 // Leaves the sums over the rows of each segment in the segment's slot; those of the last segment only where
 // launch.all_segments says so.
 template <class T, class S>
-KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(false))
-    segment_state_kernel(Arguments<Problem> arguments) {
+KERNEL void LAUNCH_BOUNDS(threads, forward_blocks(false)) segment_state_kernel(Arguments<Problem> arguments) {
   const Problem& problem = arguments.problem;
   const Launch& launch = arguments.launch;
   SHARED_MEMORY(T, value_tiles, 2 * chunk * columns);
@@ -227,7 +202,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(false))
   for (int first = 0; first < rows_end; first += chunk, stage ^= 1) {
     T* const keys = key_tiles + stage * S::feature_tile;
     copy_async_wait<0>();
-    if (arguments.pieces.settles) bring(Settle(), stage, first);
+    if (arguments.pieces.read == 2) bring(Settle(), stage, first);
     sync_warp();
     if (token < chunk) {
       store_row<T, S>(keys, token, row_tile, first + token < rows_end, key_affine, problem.layer_norm,
@@ -236,7 +211,6 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>(false))
     sync_threads();
     if (first + chunk < rows_end) bring(Start(), stage ^ 1, first + chunk);
     add_chunk<T, S, false>(state, keys, value_tiles + stage * chunk * columns, {}, lane);
-    state.count += static_cast<float>(minimum(rows_end - first, chunk));
   }
   store_state(arguments.slots + span.slot * Slot<S>::size, state, lane);
 }

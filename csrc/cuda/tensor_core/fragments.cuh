@@ -3,10 +3,10 @@
 // A block is four warps and walks a sequence in chunks of 64 tokens. Warp w owns the value columns 16 w to
 // 16 w + 15. Lane l of a warp has g = l / 4 and t = l % 4; device.cuh has the layout of a fragment by these
 // two. Four kinds of tile lie in shared memory:
-//   feature tile  (d features and some repeated ones, 64 tokens), stride 72: q' or k' transposed. Rows from d
-//                 on repeat rows 0, 1 and so on. A lane may address any row in an ldmatrix, so that a
-//                 fragment rotated by e features, x_((i + e) mod d), is loaded like any other, from e rows
-//                 further down.
+//   feature tile  (d features and some repeated ones, 64 tokens), stride 72: q' or k' transposed. With d = 32
+//                 rows from d on repeat rows 0, 1 and so on. A lane may address any row in an ldmatrix, so
+//                 that a fragment rotated by e features, x_((i + e) mod d), is loaded like any other, from e
+//                 rows further down.
 //   row tile      (64 or 128 rows, d features): rows of q and k as they are in memory
 //   value tile    (64 tokens, 64 columns): v or grad y; 16-byte units of a row are permuted by token mod 8
 //   state tile    (64 columns, features), stride an odd number of 16-byte units, in backward alone: a state
@@ -30,59 +30,28 @@ constexpr int feature_stride = chunk + 8;
 
 // What a kernel is compiled for: a feature map and the number d of its inputs. Kernels call their Slabs S.
 //
-// The features of a state come in slabs of 16, each of them one k-step of an mma, in the public order. The
-// polynomial maps have, with d = 16, one slab for each circulant offset e = 0..8, and with d = 8 one for each
-// pair of offsets (0, 1), (2, 3) and one for offset 4. After these slabs taylor has one for k' and one for
-// the constant 1 alone. The other maps have one slab in all. `first_tile` counts tiles of 8 features. A half
-// slab has one such tile, and zeros in the place of the other. With d = 8 a fragment of k' has its 8 features
-// twice, so that its product with two rotations side by side is a slab. With d = 32 (`wide`) a block has
-// twice the warps, and each warp holds half of the offsets; wide_state.cuh says how.
+// The maps that act on each feature have d = 16 features, one k-step of an mma. `outer` is here with d = 32
+// (`wide`): a block then has twice the warps, and each warp holds half of the offsets; wide_state.cuh says
+// how. `tiles` counts a warp's tiles of 8 features of the state.
 template <FeatureMap feature_map, int dim>
 struct Slabs {
-  static_assert(dim == 16 || (feature_map == FeatureMap::outer && (dim == 8 || dim == 32)));
+  static constexpr bool wide = dim == 32;
+  static_assert(wide ? feature_map == FeatureMap::outer : dim == 16 && !is_polynomial(feature_map));
   static constexpr FeatureMap map = feature_map;
   static constexpr int feature_dim = dim;
   static constexpr int units = dim / 8;  // units of 8 features in a row, and in the columns of a fragment
-  static constexpr bool wide = dim == 32;
   static constexpr int threads = wide ? 2 * tensor_core::threads : tensor_core::threads;
   static constexpr int public_features = static_cast<int>(num_features(map, dim));
-  static constexpr bool polynomial = is_polynomial(map);
-  static constexpr bool taylor = map == FeatureMap::taylor;
-  static constexpr int offsets = dim / 2 + 1;
-  static constexpr int slab_offsets = dim < tile ? tile / dim : 1;  // offsets in a slab
-  static constexpr int circulant = polynomial ? (offsets + slab_offsets - 1) / slab_offsets : 0;
-  static constexpr int linear = circulant, constant = circulant + 1;  // slabs of taylor
-  static constexpr int count = polynomial ? circulant + (taylor ? 2 : 0) : 1;
-  static constexpr int circulant_tiles = polynomial ? 2 * circulant - 1 : 0;
-  static constexpr int tiles = wide ? 34 : polynomial ? circulant_tiles + (taylor ? 3 : 0) : 2;  // a warp's
+  static constexpr int tiles = wide ? 34 : 2;
 
-  HOST_DEVICE static constexpr bool is_half(int slab) {
-    return polynomial && (slab == circulant - 1 || slab == constant);
-  }
-  HOST_DEVICE static constexpr int first_tile(int slab) {
-    return slab < circulant || !polynomial ? 2 * slab : circulant_tiles + (slab == constant ? 2 : 0);
-  }
-
-  // How many rows of a feature tile lie between the two halves of a fragment, of k' and of the rotation of a
-  // slab.
-  static constexpr int half_rows = dim == 8 ? 0 : 8, rotated_half_rows = dim == 8 ? 1 : 8;
-  static constexpr int feature_rows = !polynomial ? dim
-                                      : dim == 8  ? dim + slab_offsets * circulant - 1
-                                                  : dim + dim / 2 - 1;
+  static constexpr int feature_rows = wide ? dim + dim / 2 - 1 : dim;
   static constexpr int feature_tile = feature_rows * feature_stride;
-  // The tiles of 8 features in a state tile, which has all features but the constant: that one has no
-  // gradient.
-  static constexpr int state_tiles = taylor ? tiles - 1 : tiles;
-  static constexpr int state_stride = 8 * (state_tiles % 2 ? state_tiles : state_tiles + 1);
+  static constexpr int state_stride = 8 * (tiles % 2 ? tiles : tiles + 1);
   // Of two equal products x_i x_j and x_j x_i one is kept, and stands for both. Inside these kernels the
-  // state carries this weight and the polynomial's a2, so that features of queries and keys are plain
-  // products.
-  static constexpr float diagonal_weight = taylor ? 0.5f : 1.0f;  // of the products of offset 0
-  static constexpr float offset_weight = 2 * diagonal_weight;     // of all other products
+  // state carries this weight, so that features of queries and keys are plain products.
+  static constexpr float offset_weight = 2;  // of the products of all offsets but 0
   HOST_DEVICE static constexpr float tile_weight(int feature_tile) {
-    return feature_tile < units && polynomial       ? diagonal_weight
-           : feature_tile < circulant_tiles || wide ? offset_weight
-                                                    : 1.0f;
+    return wide && feature_tile >= units ? offset_weight : 1.0f;
   }
   // The number of the warp's tile n among the tiles of the whole state.
   HOST_DEVICE static constexpr int state_tile(int n, int warp) {
@@ -93,9 +62,6 @@ struct Slabs {
   // head of a block, and of one query head and the kv head. Then, in float4, the Sums of all threads.
   static constexpr int affine_size = 2 * dim, affine_floats = (max_group_size + 1) * affine_size,
                        ungrouped_affine_floats = 2 * affine_size;
-  // Whether the rows of a chunk's queries, once they are read, leave room enough to stage a tile for each
-  // warp.
-  static constexpr bool staging_in_rows = dim >= tile;
   static constexpr int sums_size = units * threads;
 };
 
@@ -118,17 +84,9 @@ struct Lane {
 // ---- feature tiles ----
 
 // Loads a fragment A (16 tokens, 16 features) of the tile that begins at `token`.
-template <class T, class S>
+template <class T>
 DEVICE void load_rows(uint32_t (&a)[4], const T* features, int token, const Lane& lane) {
-  ldmatrix_transposed(
-      a, features + lane.row_of_halves(S::half_rows) * feature_stride + token + lane.column_of_halves());
-}
-
-// The same, with the features rotated as the circulant slab `slab` wants them.
-template <class T, class S>
-DEVICE void load_rotated_rows(uint32_t (&a)[4], const T* features, int token, int slab, const Lane& lane) {
-  const int row = lane.row_of_halves(S::rotated_half_rows) + S::slab_offsets * slab;
-  ldmatrix_transposed(a, features + row * feature_stride + token + lane.column_of_halves());
+  ldmatrix_transposed(a, features + lane.row_of_halves() * feature_stride + token + lane.column_of_halves());
 }
 
 // The same fragments for d = 32, of the features `feature` .. + 15. Rotated by e they begin at feature + e.
@@ -148,19 +106,12 @@ DEVICE void load_wide_terms(uint32_t (&b)[4], const T* features, int token, int 
 
 // Loads a fragment B of the product for scores (features, 16 tokens): {b[0], b[1]} are the first 8 tokens,
 // {b[2], b[3]} the others.
-template <class T, class S>
+template <class T>
 DEVICE void load_columns(uint32_t (&b)[4], const T* features, int token, const Lane& lane) {
-  if constexpr (S::feature_dim == 8) {
-    uint32_t pair[2];
-    ldmatrix_transposed(pair, features + (lane.lane & 7) * feature_stride + token + lane.column_of_halves());
-    b[0] = pair[0], b[1] = 0, b[2] = pair[1], b[3] = 0;
-  } else {
-    ldmatrix_transposed(b,
-                        features + lane.row_of_parity() * feature_stride + token + lane.column_of_parity());
-  }
+  ldmatrix_transposed(b, features + lane.row_of_parity() * feature_stride + token + lane.column_of_parity());
 }
 
-template <class T, class S>
+template <class T>
 DEVICE void load_columns(uint32_t (&b)[2][4], const T* features, int token, const Lane& lane) {
   UNROLL for (int part = 0; part < 2; ++part) {
     ldmatrix_transposed(b[part], features + (lane.row_of_parity() + tile * part) * feature_stride + token +
@@ -169,64 +120,14 @@ DEVICE void load_columns(uint32_t (&b)[2][4], const T* features, int token, cons
 }
 
 // Loads a fragment B of a sum over tokens (16 tokens, 16 features): {b[0], b[1]} are the first 8 features.
-template <class T, class S>
+template <class T>
 DEVICE void load_terms(uint32_t (&b)[4], const T* features, int token, const Lane& lane) {
-  ldmatrix(b, features + lane.row_of_halves(S::half_rows) * feature_stride + token + lane.column_of_halves());
-}
-template <class T, class S>
-DEVICE void load_rotated_terms(uint32_t (&b)[4], const T* features, int token, int slab, const Lane& lane) {
-  const int row = lane.row_of_halves(S::rotated_half_rows) + S::slab_offsets * slab;
-  ldmatrix(b, features + row * feature_stride + token + lane.column_of_halves());
+  ldmatrix(b, features + lane.row_of_halves() * feature_stride + token + lane.column_of_halves());
 }
 
 template <class T>
 DEVICE void multiply(uint32_t (&product)[4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
   UNROLL for (int i = 0; i < 4; ++i) product[i] = multiply_pairs<T>(a[i], b[i]);
-}
-
-// Makes the fragment A of slab `slab` of phi(rows), from the fragment `rows` of the tile at `token`. Loops
-// over slabs are unrolled, so that `slab` is a constant here.
-template <class T, class S>
-DEVICE void row_features(uint32_t (&phi)[4], const uint32_t (&rows)[4], const T* features, int token,
-                         int slab, const Lane& lane) {
-  if (!S::polynomial || (S::taylor && slab == S::linear)) {
-    UNROLL for (int i = 0; i < 4; ++i) phi[i] = rows[i];
-  } else if (S::taylor && slab == S::constant) {
-    phi[0] = phi[1] = lane.pair == 0 ? pack<T>(1.0f, 0.0f) : 0u;
-    phi[2] = phi[3] = 0u;
-  } else if (S::feature_dim == 16 && slab == 0) {
-    multiply<T>(phi, rows, rows);
-  } else if (S::feature_dim == 16 && slab == S::circulant - 1) {  // offset 8 is the fragment's other half
-    phi[0] = multiply_pairs<T>(rows[0], rows[2]);
-    phi[1] = multiply_pairs<T>(rows[1], rows[3]);
-    phi[2] = phi[3] = 0u;
-  } else {
-    load_rotated_rows<T, S>(phi, features, token, slab, lane);
-    multiply<T>(phi, phi, rows);
-    if (S::is_half(slab)) phi[2] = phi[3] = 0u;
-  }
-}
-
-// Makes the fragment B of slab `slab` of phi for a sum over tokens, from the fragment `terms` of the tile at
-// `token`. Of a half slab it makes {phi[0], phi[1]} alone.
-template <class T, class S>
-DEVICE void term_features(uint32_t (&phi)[4], const uint32_t (&terms)[4], const T* features, int token,
-                          int slab, const Lane& lane) {
-  if (!S::polynomial || (S::taylor && slab == S::linear)) {
-    UNROLL for (int i = 0; i < 4; ++i) phi[i] = terms[i];
-  } else if (S::taylor && slab == S::constant) {  // 1 for padded tokens too, since their values are 0
-    phi[0] = phi[1] = lane.group == 0 ? pack<T>(1.0f, 1.0f) : 0u;
-  } else if (S::feature_dim == 16 && slab == 0) {
-    multiply<T>(phi, terms, terms);
-  } else if (S::feature_dim == 16 && slab == S::circulant - 1) {
-    phi[0] = multiply_pairs<T>(terms[0], terms[2]);
-    phi[1] = multiply_pairs<T>(terms[1], terms[3]);
-  } else {
-    load_rotated_terms<T, S>(phi, features, token, slab, lane);
-    multiply<T>(phi, phi, terms);
-    // with d = 8 the last four products of the last offset repeat the first four, and a state has zeros there
-    if (S::is_half(slab) && lane.group >= S::feature_dim / 2) phi[0] = phi[1] = 0u;
-  }
 }
 
 // ---- value tiles ----

@@ -44,9 +44,9 @@ DEVICE void value_gradient(const State<S>& state, const QueryRows<T>& query_rows
   NO_UNROLL for (int begin = 0; begin < chunk; begin += tile * tile_pair) {
     float out[tile_pair][2][4] = {}, unused[tile_pair][4];
     uint32_t rows[tile_pair][4];
-    UNROLL for (int i = 0; i < tile_pair; ++i) load_rows<T, S>(rows[i], keys, begin + tile * i, lane);
+    UNROLL for (int i = 0; i < tile_pair; ++i) load_rows(rows[i], keys, begin + tile * i, lane);
     if (first_step) {
-      multiply_state<T, S>(out, rows, keys, begin, state, own_range<T>(warp_maxima, lane), lane);
+      multiply_state<T>(out, rows, state, own_range<T>(warp_maxima, lane));
       scale_tiles(out, scales.scale);
     }
     UNROLL for (int i = 0; i < tile_pair; ++i) {
@@ -81,13 +81,13 @@ DEVICE void key_gradient(float (&gradient)[S::units][4], const State<S>& state, 
                          bool first_step, const Lane& lane) {
   const int token = tile * lane.warp;
   uint32_t rows[4], row_values[warps][4];
-  load_rows<T, S>(rows, keys, token, lane);
+  load_rows(rows, keys, token, lane);
   UNROLL for (int i = 0; i < columns / tile; ++i)
       load_value_rows(row_values[i], values, token, tile * i, lane);
   if (first_step) {
     float sums[S::units][4];
-    sums_gradient<T, S>(sums, rows, state, sums_range<T>(state));
-    state_gradient<T, S>(gradient, rows, row_values, keys, token, state_tile, range, lane);
+    sums_gradient(sums, state);
+    state_gradient<T, S>(gradient, row_values, state_tile, range, lane);
     UNROLL for (int n = 0; n < S::units; ++n) {
       UNROLL for (int j = 0; j < 4; ++j) gradient[n][j] = scales.scale * (gradient[n][j] + sums[n][j]);
     }
@@ -102,7 +102,7 @@ DEVICE void key_gradient(float (&gradient)[S::units][4], const State<S>& state, 
 }
 
 template <class T, class S, bool grouped>
-KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
+KERNEL void LAUNCH_BOUNDS(threads, backward_blocks(grouped))
     grad_kv_kernel(Arguments<BackwardProblem> arguments, BackwardBuffers buffers) {
   DYNAMIC_SHARED_MEMORY(char, memory);
   SHARED_MEMORY(T, queries, S::feature_tile);
@@ -110,7 +110,6 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
   SHARED_MEMORY(T, row_elements, 2 * threads * S::feature_dim);
   SHARED_MEMORY(float2, given_statistics, threads);
   SHARED_MEMORY(float2, key_statistics, chunk);
-  SHARED_MEMORY(T, own_staging, S::staging_in_rows ? 1 : warps * tile * tile);
   SHARED_MEMORY(float, affine, grouped ? S::affine_floats : S::ungrouped_affine_floats);
   SHARED_MEMORY(float, affine_sums, warps* S::affine_size);
   SHARED_MEMORY(float, r, chunk);
@@ -169,7 +168,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
     const bool first_step = head + 1 == group_size, last_step = head == 0;
     share_maximum<T>(warp_maxima, state, lane);
     copy_async_wait<0>();
-    if (arguments.pieces.settles) bring(Settle(), first, head);
+    if (arguments.pieces.read == 2) bring(Settle(), first, head);
     sync_threads();  // the copies have arrived, and the tiles of the step before are free
     const Range range = shared_range<T>(warp_maxima);
     const ChunkScale scales = chunk_scale<T>(r, rows_end - first, lane);
@@ -186,8 +185,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
     if (next >= 0) bring(Start(), next, next_head);
 
     // the rows of q have gone into the feature tile, so that their place is free until the next step but one
-    T* const warp_staging =
-        (S::staging_in_rows ? row_tile(stage).elements : own_staging) + lane.warp * tile * tile;
+    T* const warp_staging = row_tile(stage).elements + lane.warp * tile * tile;
 
     float gradient[S::units][4] = {};
     key_gradient<T, S>(gradient, state, range, query_rows, scales, queries, keys, values, gradients,
@@ -221,7 +219,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
                          grad_v, row_stride(problem.grad_v), arguments.pieces.grad_v, rows_end - first,
                          columns_left, first_step, last_step, tiles.gathered_values, lane);
 
-    add_reverse_chunk<T, S>(state, queries, gradients, query_rows, scales, lane);
+    add_chunk<T, S, true>(state, queries, gradients, chunk_weights(query_rows, scales), lane);
     head = next_head;
     first = next;
   }
@@ -236,8 +234,8 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
     const int64_t heads = problem.num_sequences * problem.kv_heads, features = S::public_features;
     float* const kv = static_cast<float*>(problem.grad_initial_state.kv) +
                       index * features * problem.head_dim + first_column();
-    export_state(kv, buffers.initial_sums + (blockIdx.y * heads + index) * features, state, true,
-                 problem.head_dim, columns_left, lane);
+    export_state(kv, buffers.initial_sums + (blockIdx.y * heads + index) * features, state, problem.head_dim,
+                 columns_left, lane);
   }
 }
 

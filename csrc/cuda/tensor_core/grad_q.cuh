@@ -4,8 +4,7 @@
 // A block walks its segment as the forward does, with S and the denominator's sums of all earlier chunks.
 // Once a chunk all warps get S through shared memory, and each warp owns 16 rows of queries. With g = grad y
 // and d = g . y = delta / r
-//   grad q'_i = r_i (sum_{j in chunk, j <= i} (g_i . v_j - d_i) sim'(u_ij) k'_j
-//                    + J(q'_i)^T (S g_i) - 2 a2 d_i Z q'_i)
+//   grad phi(q'_i) = r_i (sum_{j in chunk, j <= i} (g_i . v_j - d_i) phi(k'_j) + S g_i - d_i z)
 // r is multiplied last, so that the numbers which are rounded to the element type are of the size of g.
 // Memory: q, k, v, grad y, r and delta / r are read once per column group, grad q is written once.
 #pragma once
@@ -15,7 +14,7 @@
 namespace rebased::REBASED_BACKEND::tensor_core {
 
 template <class T, class S, bool grouped>
-KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
+KERNEL void LAUNCH_BOUNDS(threads, backward_blocks(grouped))
     grad_q_kernel(Arguments<BackwardProblem> arguments, BackwardBuffers buffers) {
   DYNAMIC_SHARED_MEMORY(char, memory);
   SHARED_MEMORY(T, queries, S::feature_tile);
@@ -85,7 +84,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
     const T* const gradients = tiles.gradients + stage * tiles.value_tile;
     share_maximum<T>(warp_maxima, state, lane);
     copy_async_wait<0>();
-    if (arguments.pieces.settles) bring(Settle(), first, head);
+    if (arguments.pieces.read == 2) bring(Settle(), first, head);
     sync_threads();  // the copies have arrived, and the tiles of the step before are free
     const Range range = shared_range<T>(warp_maxima);
     const float2 statistics = store_row<T, S>(
@@ -100,7 +99,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
 
     const int begin = tile * lane.warp;
     uint32_t rows_a[4], row_gradients[warps][4];
-    load_rows<T, S>(rows_a, queries, begin, lane);
+    load_rows(rows_a, queries, begin, lane);
     UNROLL for (int i = 0; i < columns / tile; ++i)
         load_value_rows(row_gradients[i], gradients, begin, tile * i, lane);
     float minus_delta[2], r[2];
@@ -110,8 +109,8 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
       r[half] = r_stages[index];
     }
     float gradient[S::units][4], sums[S::units][4];
-    sums_gradient<T, S>(sums, rows_a, state, sums_range<T>(state));
-    state_gradient<T, S>(gradient, rows_a, row_gradients, queries, begin, tiles.state, range, lane);
+    sums_gradient(sums, state);
+    state_gradient<T, S>(gradient, row_gradients, tiles.state, range, lane);
     UNROLL for (int n = 0; n < S::units; ++n) {
       UNROLL for (int j = 0; j < 4; ++j) gradient[n][j] += minus_delta[j >> 1] * sums[n][j];
     }
@@ -134,11 +133,10 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(grouped))
         buffers.query_gradient ? buffers.query_gradient + row_index * S::feature_dim : nullptr,
         affine_sums + (head * warps + lane.warp) * S::affine_size};
     finish_rows<T, S>(gradient, row_tile(stage), begin, query_statistics + begin, rows_end - tile_row,
-                      affine + head * S::affine_size, S::polynomial ? arguments.scale : 1.0f,
-                      problem.layer_norm, target, staging + lane.warp * tile * tile, lane);
+                      affine + head * S::affine_size, 1.0f, problem.layer_norm, target,
+                      staging + lane.warp * tile * tile, lane);
     if (last_head) {
       add_chunk<T, S, false>(state, keys, values, {}, lane);
-      state.count += static_cast<float>(minimum(rows_end - first, chunk));
     }
     head = next_head;
     first = next;

@@ -1,13 +1,12 @@
 // What the two backward sweeps share: the gradient of a 16-token tile of q' or k', and its way through map,
 // affine and LayerNorm to q or k. A warp owns the rows of one such tile of the chunk.
 //
-// With ghat = r grad y, delta = ghat . y and c_ij = ghat_i . v_j - delta_i the polynomial maps have
-//   grad q'_i = sum_{j <= i} c_ij sim'(u_ij) k'_j + J(q'_i)^T (S ghat_i) - 2 a2 delta_i Z q'_i
-//   grad k'_j = sum_{i >= j} c_ij sim'(u_ij) q'_i + J(k'_j)^T (T v_j)    + 2 a2 M k'_j
-// where the sums run over the chunk, S and Z hold the chunks before it, and T and M the chunks behind it. S
-// and T carry the weights of the products. With G = S ghat_i or T v_j, slab e holds the gradients G_{e,a} of
-// the products x_a x_{a+e}, and J(x)^T G adds G_{e,a} x_{a+e} + G_{e,a-e} x_{a-e} to grad x_a. The other maps
-// have one slab, and phi'(x) in the place of J. For the polynomial maps q' is `scale` times what LayerNorm
+// With ghat = r grad y, delta = ghat . y and c_ij = ghat_i . v_j - delta_i the gradients of the features are
+//   sum_{j <= i} c_ij phi(k'_j) + S ghat_i - delta_i z     of phi(q'_i)
+//   sum_{i >= j} c_ij phi(q'_i) + T v_j    + M             of phi(k'_j)
+// where the sums run over the chunk, S and z hold the chunks before it, and T and M the chunks behind it.
+// phi'(x) leads on to q' and k'. `outer` with d = 32 has a factor sim'(u_ij) in the sums, q' and k' in the
+// place of phi, and for the state's part what wide_gradient.cuh says; there q' is `scale` times what LayerNorm
 // and affine leave.
 #pragma once
 
@@ -21,26 +20,12 @@ namespace rebased::REBASED_BACKEND::tensor_core {
 // features), which all warps read.
 template <class T, class S>
 DEVICE void publish_state(T* state_tile, const State<S>& state, Range range, const Lane& lane) {
-  UNROLL for (int n = 0; n < S::state_tiles; ++n) {
+  UNROLL for (int n = 0; n < S::tiles; ++n) {
     UNROLL for (int half = 0; half < 2; ++half) {
       const int column = tile * lane.warp + lane.group + 8 * half;
       store_shared(state_tile + column * S::state_stride + 8 * n + 2 * lane.pair,
                    pack<T>(state.kv[n][2 * half] * range.shrink, state.kv[n][2 * half + 1] * range.shrink));
     }
-  }
-}
-
-// The gradient of one slab of phi(rows), which begins at tile `first` of 8 features and has n = 2 of them, or
-// 1 where it is a half slab: values (16 tokens, 64 columns), as fragments A, times the state.
-template <class T, class S, int n>
-DEVICE void slab_gradient(float (&gradient)[2][4], const uint32_t (&values)[warps][4], const T* state_tile,
-                          int first, const Lane& lane) {
-  UNROLL for (int j = 0; j < 4; ++j) gradient[0][j] = gradient[1][j] = 0;
-  UNROLL for (int i = 0; i < columns / tile; ++i) {
-    const T* const rows = state_tile + (tile * i + lane.row_of_parity()) * S::state_stride + 8 * first;
-    uint32_t b[2 * n];  // (16 columns, 8 n features)
-    ldmatrix_transposed(b, rows + (n == 2 ? lane.column_of_parity() : 0));
-    UNROLL for (int k = 0; k < n; ++k) mma_m16n8k16<T>(gradient[k], values[i], b[2 * k], b[2 * k + 1]);
   }
 }
 
@@ -68,79 +53,29 @@ DEVICE void unpack_rows(float (&x)[2][4], const uint32_t (&rows)[4]) {
   }
 }
 
-// gradient = J(rows)^T (state values), the part of the other chunks. For the maps of one slab it is the
-// gradient of phi(rows).
+// gradient = state values, the part of the other chunks of the gradient of phi(rows): values (16 tokens, 64
+// columns), as fragments A, times the state.
 template <class T, class S>
-DEVICE void state_gradient(float (&gradient)[S::units][4], const uint32_t (&rows)[4],
-                           const uint32_t (&values)[warps][4], const T* features, int token,
+DEVICE void state_gradient(float (&gradient)[S::units][4], const uint32_t (&values)[warps][4],
                            const T* state_tile, Range range, const Lane& lane) {
-  if constexpr (!S::polynomial) {
-    slab_gradient<T, S, 2>(gradient, values, state_tile, 0, lane);
-  } else {
-    // The sum over e of (G_e x) moved by e positions, as Horner's rule forms it: from the last offset down,
-    // moving by one position at each offset.
-    float moved[S::units][4] = {}, x[2][4], other[2][4], slab[2][4];
-    uint32_t rotated[4];
-    unpack_rows<T>(x, rows);
-    slab_gradient<T, S, 1>(slab, values, state_tile, S::first_tile(S::circulant - 1), lane);
-    if constexpr (S::feature_dim == 8) {
-      load_rotated_rows<T, S>(rotated, features, token, S::circulant - 1, lane);
-      unpack_rows<T>(other, rotated);
-    }
-    UNROLL for (int j = 0; j < 4; ++j) {
-      if constexpr (S::feature_dim == 8) {
-        gradient[0][j] = slab[0][j] * other[0][j];
-        moved[0][j] = slab[0][j] * x[0][j];
-      } else {  // the last offset exchanges the halves of x, and both its terms come at once
-        gradient[0][j] = slab[0][j] * x[1][j];
-        gradient[1][j] = slab[0][j] * x[0][j];
-      }
-    }
-    NO_UNROLL for (int i = S::circulant - 2; i >= 0; --i) {
-      load_rotated_rows<T, S>(rotated, features, token, i, lane);
-      unpack_rows<T>(other, rotated);
-      slab_gradient<T, S, 2>(slab, values, state_tile, S::first_tile(i), lane);
-      UNROLL for (int n = 1; n >= 0; --n) {
-        const int target = n % S::units;  // with d = 8 each half of a slab is an offset of its own
-        if (n == 1 || S::slab_offsets == 2) rotate(moved, lane);
-        UNROLL for (int j = 0; j < 4; ++j) {
-          moved[target][j] += slab[n][j] * x[n][j];
-          gradient[target][j] += slab[n][j] * other[n][j];
-        }
-      }
-    }
-    if constexpr (S::taylor) slab_gradient<T, S, 2>(slab, values, state_tile, S::first_tile(S::linear), lane);
-    UNROLL for (int n = 0; n < S::units; ++n) {
-      UNROLL for (int j = 0; j < 4; ++j) {
-        gradient[n][j] += moved[n][j];
-        if (S::taylor) gradient[n][j] += slab[n][j];
-      }
-    }
+  UNROLL for (int n = 0; n < S::units; ++n) { UNROLL for (int j = 0; j < 4; ++j) gradient[n][j] = 0; }
+  UNROLL for (int i = 0; i < columns / tile; ++i) {
+    uint32_t b[4];  // (16 columns, 16 features)
+    ldmatrix_transposed(
+        b, state_tile + (tile * i + lane.row_of_parity()) * S::state_stride + lane.column_of_parity());
+    UNROLL for (int n = 0; n < S::units; ++n) mma_m16n8k16<T>(gradient[n], values[i], b[2 * n], b[2 * n + 1]);
   }
   UNROLL for (int n = 0; n < S::units; ++n) {
     UNROLL for (int j = 0; j < 4; ++j) gradient[n][j] *= range.grow;
   }
 }
 
-// What the denominator's sums contribute: 2 a2 Z rows, and for taylor the sum of k' as well. For the maps of
-// one slab it is z.
-template <class T, class S>
-DEVICE void sums_gradient(float (&gradient)[S::units][4], const uint32_t (&rows)[4], const State<S>& state,
-                          Range range) {
+// What the denominator's sums contribute.
+template <class S>
+DEVICE void sums_gradient(float (&gradient)[S::units][4], const State<S>& state) {
   const Sums<S::units> sums = state.sums();
   UNROLL for (int n = 0; n < S::units; ++n) {
-    if constexpr (S::polynomial) {
-      float product[4] = {};
-      // the fragment B (features, features 8 n .. 8 n + 7) are rows of Z in the place of columns: Z is
-      // symmetric
-      multiply_sums<T>(product, rows, sums.k, 2 * n, range);
-      UNROLL for (int j = 0; j < 4; ++j) {
-        gradient[n][j] = S::offset_weight * range.grow * product[j];
-        if (S::taylor) gradient[n][j] += state.linear[n][j & 1];
-      }
-    } else {
-      UNROLL for (int j = 0; j < 4; ++j) gradient[n][j] = sums.k[n][j & 1];
-    }
+    UNROLL for (int j = 0; j < 4; ++j) gradient[n][j] = sums.k[n][j & 1];
   }
 }
 
@@ -165,9 +100,9 @@ DEVICE void pair_gradient(float (&gradient)[S::units][4], const Fragment& rows,
     mma_m16n8k16<T>(c[1], row_values[i], b[2], b[3]);
   }
   float u[2][4] = {};
-  if constexpr (S::polynomial) {
+  if constexpr (S::wide) {
     Fragment tokens;
-    load_columns<T, S>(tokens, column_features, token, lane);
+    load_columns(tokens, column_features, token, lane);
     dot_products<T>(u, rows, tokens);
   }
   UNROLL for (int n = 0; n < 2; ++n) {
@@ -177,7 +112,6 @@ DEVICE void pair_gradient(float (&gradient)[S::units][4], const Fragment& rows,
       const float offset = queries_are_columns ? (j & 1 ? offsets.y : offsets.x) : row_offsets[j >> 1];
       c[n][j] += offset;
       if (S::map == FeatureMap::outer) c[n][j] *= 2.0f * u[n][j];
-      if (S::map == FeatureMap::taylor) c[n][j] *= 1.0f + u[n][j];
       const int row = fragment_row(j, lane), column = fragment_column(n, j, lane);
       if (diagonal && (queries_are_columns ? column < row : column > row)) c[n][j] = 0;
     }
@@ -189,9 +123,9 @@ DEVICE void pair_gradient(float (&gradient)[S::units][4], const Fragment& rows,
     if constexpr (S::wide) {
       load_wide_terms(terms, column_features, token, 8 * first, lane);
     } else {
-      load_terms<T, S>(terms, column_features, token, lane);
+      load_terms(terms, column_features, token, lane);
     }
-    UNROLL for (int n = 0; n < minimum(2, S::units); ++n)
+    UNROLL for (int n = 0; n < 2; ++n)
         mma_m16n8k16<T>(gradient[first + n], a, terms[2 * n], terms[2 * n + 1]);
   }
 }
@@ -208,7 +142,7 @@ struct RowTarget {
 };
 
 // Takes the gradient of a tile of q' or k' through map, affine and LayerNorm to q or k. `gradient` is the
-// gradient of what the map is applied to. For queries of the polynomial maps that is `scale` times gamma
+// gradient of what the map is applied to. For queries of `outer` that is `scale` times gamma
 // LayerNorm(x) + beta, and `affine` holds gamma and beta times `scale`. The rows of the tile lie in the row
 // tile from first_row on, their means and 1 / deviations in `statistics`.
 template <class T, class S>
@@ -278,7 +212,7 @@ DEVICE void finish_rows(float (&gradient)[S::units][4], const RowTile<T>& row_ti
       }
     }
   }
-  constexpr int width = minimum(2, S::units);  // C fragments that are stored together
+  constexpr int width = 2;  // C fragments that are stored together
   UNROLL for (int first = 0; first < S::units; first += width) {
     float part[width][4];
     UNROLL for (int n = 0; n < width; ++n) {

@@ -14,23 +14,16 @@ constexpr int tile_pair = 2;
 // out[i] = phi(rows[i]) S for two row tiles, where S is this warp's 16 columns of the state.
 template <class T, class S>
 DEVICE void multiply_state(float (&out)[tile_pair][2][4], const uint32_t (&rows)[tile_pair][4],
-                           const T* features, int token, const State<S>& state, Range range,
-                           const Lane& lane) {
-  UNROLL for (int slab = 0; slab < S::count; ++slab) {
-    const int first = S::first_tile(slab);
-    const auto round = [&](int feature_tile, int j) {
-      const float (&sums)[4] = state.kv[feature_tile];
-      return pack<T>(sums[j] * range.shrink, sums[j + 1] * range.shrink);
-    };
-    // two fragments B (16 features, 8 columns)
-    uint32_t b[4] = {round(first, 0), 0, round(first, 2), 0};
-    if (!S::is_half(slab)) b[1] = round(first + 1, 0), b[3] = round(first + 1, 2);
-    UNROLL for (int i = 0; i < tile_pair; ++i) {
-      uint32_t phi[4];
-      row_features<T, S>(phi, rows[i], features, token + tile * i, slab, lane);
-      mma_m16n8k16<T>(out[i][0], phi, b[0], b[1]);
-      mma_m16n8k16<T>(out[i][1], phi, b[2], b[3]);
-    }
+                           const State<S>& state, Range range) {
+  const auto round = [&](int feature_tile, int j) {
+    const float (&sums)[4] = state.kv[feature_tile];
+    return pack<T>(sums[j] * range.shrink, sums[j + 1] * range.shrink);
+  };
+  // two fragments B (16 features, 8 columns)
+  const uint32_t b[4] = {round(0, 0), round(1, 0), round(0, 2), round(1, 2)};
+  UNROLL for (int i = 0; i < tile_pair; ++i) {
+    mma_m16n8k16<T>(out[i][0], rows[i], b[0], b[1]);
+    mma_m16n8k16<T>(out[i][1], rows[i], b[2], b[3]);
   }
   UNROLL for (int i = 0; i < tile_pair; ++i) {
     UNROLL for (int j = 0; j < 4; ++j) {
@@ -81,7 +74,6 @@ DEVICE void similarities(float (&sim)[2][4], const Fragment& rows, const Fragmen
     UNROLL for (int j = 0; j < 4; ++j) {
       const float u = sim[n][j];
       if (S::map == FeatureMap::outer) sim[n][j] = u * u;
-      if (S::map == FeatureMap::taylor) sim[n][j] = 1.0f + u * (1.0f + 0.5f * u);
     }
   }
 }
@@ -123,7 +115,7 @@ DEVICE void attend(float (&out)[tile_pair][2][4], float (&sum)[tile_pair][4],
   uint32_t v[4];
   Fragment tokens;
   load_values(v, values, token, tile * (S::wide ? lane.warp % warps : lane.warp), lane);
-  load_columns<T, S>(tokens, columns_features, token, lane);
+  load_columns(tokens, columns_features, token, lane);
   UNROLL for (int i = 0; i < tile_pair; ++i) {
     if (reverse ? i > diagonal : i < diagonal) continue;
     float sim[2][4];

@@ -109,4 +109,83 @@ DEVICE void store_narrow_tile(const Place& place, T* rows, int stride, int piece
   }
 }
 
+// ---- tiles of 16 rows, by one warp ----
+
+// The rows of such a tile have `width` elements, at most 64, and come in pieces of `piece` = 8, 4 or 2 bytes.
+// As many lanes share a row as it has pieces, or the next power of two.
+
+// What a lane has of a row: the piece at `column`, in rows `row` and on, rows_at_once apart.
+struct RowPieces {
+  int elements, row, column, rows_at_once;
+
+  DEVICE RowPieces(int width, int bytes, int lane) : elements(bytes / 2) {
+    const int pieces = (width + elements - 1) / elements;
+    const int shift = pieces > 16 ? 5 : pieces > 8 ? 4 : pieces > 4 ? 3 : 2;
+    row = lane >> shift, rows_at_once = 32 >> shift;
+    column = (lane & ((1 << shift) - 1)) * elements;
+  }
+};
+
+// Starts the copy of a tile's rows, with zeros past the last row. A row that begins in the middle of a word
+// arrives one element early, as in copy_narrow_unit. Columns from the first even one past `width` on are left
+// as they are.
+template <class T>
+DEVICE void copy_narrow_rows(T* target, int target_stride, const T* source, int stride, int piece, int width,
+                             int rows_left, int lane) {
+  const RowPieces own(width, piece == 8 ? 8 : 4, lane);
+  if (own.column >= width) return;
+  target += own.row * target_stride + own.column;
+  source += static_cast<int64_t>(own.row) * stride + own.column;
+  NO_UNROLL for (int row = own.row; row < 16; row += own.rows_at_once) {
+    const int early = splits_word(source) ? 1 : 0, left = row < rows_left ? width - early - own.column : 0;
+    if (piece == 8) {
+      copy_async<8>(target, source, left > 0 ? 8 : 0);
+    } else {
+      copy_async<4>(target, source + early, 2 * minimum(maximum(left, 0), 2));
+    }
+    target += own.rows_at_once * target_stride;
+    source += static_cast<int64_t>(own.rows_at_once) * stride;
+  }
+}
+
+// Moves rows that have arrived one element early to their place. The arguments are
+// those of the copy; every lane of the warp must call.
+template <class T>
+DEVICE void settle_narrow_rows(T* place, int place_stride, const T* source, int stride, int width,
+                               int rows_left, int lane) {
+  const RowPieces own(width, 4, lane);
+  place += own.row * place_stride + own.column;
+  source += static_cast<int64_t>(own.row) * stride;
+  NO_UNROLL for (int row = own.row; row < 16; row += own.rows_at_once) {
+    const uint32_t early = load_shared<uint32_t>(place);
+    uint32_t before = shuffle(early, (lane + 31) % 32);
+    if (splits_word(source) && own.column < width) {
+      if (own.column == 0) before = row < rows_left ? static_cast<uint32_t>(source->bits) << 16 : 0u;
+      store_shared(place, before >> 16 | early << 16);
+    }
+    place += own.rows_at_once * place_stride;
+    source += static_cast<int64_t>(own.rows_at_once) * stride;
+  }
+}
+
+// Stores a tile from shared memory.
+template <class T>
+DEVICE void store_narrow_rows(const T* tile_rows, int tile_stride, T* rows, int stride, int piece, int width,
+                              int rows_left) {
+  const RowPieces own(width, piece, thread_index_anew() % 32);
+  NO_UNROLL for (int row = own.row; row < minimum(rows_left, 16); row += own.rows_at_once) {
+    NO_UNROLL for (int column = own.column; column < width; column += 32 * own.elements) {
+      const T* const from = tile_rows + row * tile_stride + column;
+      T* const to = rows + static_cast<int64_t>(row) * stride + column;
+      if (piece == 8) {
+        store_piece(to, load_piece<uint2>(from));
+      } else if (piece == 4) {
+        store_piece(to, load_piece<uint32_t>(from));
+      } else {
+        *to = *from;
+      }
+    }
+  }
+}
+
 }  // namespace rebased::REBASED_BACKEND::tensor_core

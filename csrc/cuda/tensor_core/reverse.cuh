@@ -100,23 +100,16 @@ DEVICE void scale_gradients(T* gradients, const T* y, const float* r, const Quer
   if (delta && unit < warp_rows / step && own < rows_left) delta[own] = own_dot;
 }
 
-// Adds the queries of a chunk to the reverse state.
-template <class T, class S>
-DEVICE void add_reverse_chunk(State<S>& state, const T* queries, const T* gradients, const QueryRows<T>& rows,
-                              const ChunkScale& scales, const Lane& lane) {
-  const TokenWeights weights{rows.minus_delta, rows.sum_scales, scales.sum_inverse};
-  add_chunk<T, S, true>(state, queries, gradients, weights, lane);
-  if constexpr (S::taylor) {
-    float sum = weights.of_sum<T>(lane.lane) + weights.of_sum<T>(lane.lane + 32);
-    UNROLL for (int distance = 1; distance < 32; distance *= 2) sum += shuffle_xor(sum, distance);
-    state.count += scales.sum_inverse * sum;
-  }
+// How add_chunk weighs the queries of a chunk.
+template <class T>
+DEVICE TokenWeights chunk_weights(const QueryRows<T>& rows, const ChunkScale& scales) {
+  return {rows.minus_delta, rows.sum_scales, scales.sum_inverse};
 }
 
 // Leaves the reverse sums over the rows of each segment in the segment's slot; those of the first segment
 // only where launch.all_segments says so.
 template <class T, class S>
-KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(false))
+KERNEL void LAUNCH_BOUNDS(threads, backward_blocks(false))
     reverse_segment_kernel(Arguments<BackwardProblem> arguments) {
   SHARED_MEMORY(T, gradient_tiles, 2 * chunk * columns);
   SHARED_MEMORY(T, y, chunk * columns);
@@ -159,7 +152,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(false))
   while (first >= 0) {
     T* const gradients = gradient_tiles + stage_of(first, head) * chunk * columns;
     copy_async_wait<0>();
-    if (arguments.pieces.settles) bring(Settle(), first, head);
+    if (arguments.pieces.read == 2) bring(Settle(), first, head);
     sync_threads();
     if (token < chunk) {
       store_row<T, S>(queries, token, row_tile, first + token < rows_end, affine + head * S::affine_size,
@@ -171,7 +164,7 @@ KERNEL void LAUNCH_BOUNDS(threads, backward_blocks<S>(false))
     head = head == 0 ? group_size - 1 : head - 1;
     sync_threads();
     if (first >= 0) bring(Start(), first, head);
-    add_reverse_chunk<T, S>(state, queries, gradients, query_rows, scales, lane);
+    add_chunk<T, S, true>(state, queries, gradients, chunk_weights(query_rows, scales), lane);
   }
   store_state(arguments.slots + span.slot * Slot<S>::size, state, lane);
 }

@@ -124,14 +124,12 @@ struct Origins {
 // ---- q and k ----
 
 // Loads gamma and beta of each query head of the block, then of its kv head, into shared memory (group_size +
-// 1, 2 d). For the polynomial maps the parameters of the query heads are multiplied by the scale.
+// 1, 2 d). For `outer` the parameters of the query heads are multiplied by the scale.
 template <class S, class AnyProblem>
 DEVICE void load_affine(float* affine, const Arguments<AnyProblem>& arguments, int64_t kv_head) {
   rebased::REBASED_BACKEND::load_affine<S::feature_dim, S::threads>(
-      affine, arguments.problem, kv_head, arguments.group_size, [&](float value, bool is_key) {
-        const bool scaled = !is_key && is_polynomial(arguments.problem.feature_map);
-        return scaled ? value * arguments.scale : value;
-      });
+      affine, arguments.problem, kv_head, arguments.group_size,
+      [&](float value, bool is_key) { return S::wide && !is_key ? value * arguments.scale : value; });
 }
 
 // Rows of q and k on their way into feature tiles. Each of the first four warps copies the rows that its own

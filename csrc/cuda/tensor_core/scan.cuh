@@ -23,19 +23,14 @@ DEVICE float public_entry(const float* kv, const float* k, int index, int group,
   if (index < L::k) {
     const int warp = index / 128 % (S::threads / 32), n = S::state_tile(index / (4 * S::threads), warp);
     const int64_t column = columns * group + tile * (warp % warps) + g + 8 * (j >> 1);
-    const int feature = public_feature<S>(n, 2 * t + (j & 1));
-    if (feature < 0 || column >= head_dim) return 0.0f;
+    const int feature = 8 * n + 2 * t + (j & 1);
+    if (column >= head_dim) return 0.0f;
     return kv[feature * head_dim + column] * state_weight<S>(n, gradient);
   }
-  if (index < L::linear) {
-    const int n = (index - L::k) / 128;
-    const int row = (tile * (n / S::units) + g + 8 * (j >> 1)) % S::feature_dim;
-    const int column = 8 * (n % S::units) + 2 * t + (j & 1);
-    if (!S::polynomial) return k[column];
-    return k[public_product<S>(row, column)] * gram_weight<S>(row, column, gradient);
-  }
-  if (index < L::count) return k[1 + 8 * (j >> 1) + 2 * t + (j & 1)];
-  return S::taylor && index == L::count ? k[0] : 0.0f;
+  const int n = (index - L::k) / 128, row = tile * (n / S::units) + g + 8 * (j >> 1);
+  const int column = 8 * (n % S::units) + 2 * t + (j & 1);
+  if constexpr (!S::wide) return k[column];
+  return k[public_product<S>(row, column)] * gram_weight<S>(row, column, gradient);
 }
 
 constexpr int scan_threads = 256;
@@ -90,32 +85,23 @@ KERNEL void LAUNCH_BOUNDS(scan_threads, 1)
   if (index < L::k) {
     const int warp = index / 128 % (S::threads / 32), n = S::state_tile(index / (4 * S::threads), warp);
     const int64_t column = columns * group + tile * (warp % warps) + g + 8 * (j >> 1);
-    const int feature = public_feature<S>(n, 2 * t + (j & 1));
-    if (feature < 0 || column >= head_dim) return;
+    const int feature = 8 * n + 2 * t + (j & 1);
+    if (column >= head_dim) return;
     kv[(head * S::public_features + feature) * head_dim + column] =
         sum_of(group) * (1.0f / state_weight<S>(n, gradient));
     return;
   }
   // of an entry that a slot holds several times, one thread stores the public one
-  int feature = -1;
+  const int n = (index - L::k) / 128, row = tile * (n / S::units) + g + 8 * (j >> 1);
+  const int column = 8 * (n % S::units) + 2 * t + (j & 1);
+  int feature = row == 0 ? column : -1;
   float weight = 1;
-  if (index < L::linear) {
-    const int n = (index - L::k) / 128, row = tile * (n / S::units) + g + 8 * (j >> 1);
-    const int column = 8 * (n % S::units) + 2 * t + (j & 1);
-    if constexpr (S::polynomial) {
-      constexpr int half = S::feature_dim / 2;
-      const int offset = (column - row + S::feature_dim) % S::feature_dim;
-      if (row < S::feature_dim && (offset < half || (offset == half && row < half))) {
-        feature = public_product<S>(row, column);
-        weight = 1.0f / gram_weight<S>(row, column, gradient);
-      }
-    } else if (row == 0) {
-      feature = column;
-    }
-  } else if (index < L::count) {
-    if (g == 0) feature = 1 + 8 * (j >> 1) + 2 * t + (j & 1);
-  } else if (S::taylor && index == L::count) {
-    feature = 0;
+  if constexpr (S::wide) {
+    constexpr int half = S::feature_dim / 2;
+    const int offset = (column - row + S::feature_dim) % S::feature_dim;
+    const bool is_public = offset < half || (offset == half && row < half);
+    feature = is_public ? public_product<S>(row, column) : -1;
+    weight = 1.0f / gram_weight<S>(row, column, gradient);
   }
   if (feature < 0 || group > 0) return;
   float sum = sum_of(0);

@@ -22,23 +22,17 @@ struct State {
   // kv[n] is the C fragment (16 columns of this warp, features 8 n .. 8 n + 7). Rounded to T in pairs, the
   // same registers are a fragment B (features, columns), and the product with phi(q') takes them as they are.
   float kv[S::tiles][4];
-  float linear[2][2];  // of taylor: the sum of k', laid out as sums() has the sums of maps with one slab
-  float count;         // of taylor: the number of keys
   float4* place;
 
   DEVICE explicit State(float4* sums) : place(sums + threadIdx.x) {}
 
   DEVICE void clear() {
     UNROLL for (int n = 0; n < S::tiles; ++n) { UNROLL for (int i = 0; i < 4; ++i) kv[n][i] = 0; }
-    linear[0][0] = linear[0][1] = linear[1][0] = linear[1][1] = 0;
-    count = 0;
     set_sums({});
   }
 
-  // The denominator's sums, which are the same in every warp. The polynomial maps have the Gram matrix Z, the
-  // sum of k' k'^T, which is symmetric: k[n] is its C fragment (16 rows, features 8 n .. 8 n + 7), with d = 8
-  // its 8 rows twice. The other maps have z, the sum of phi(k'): the features 8 n + 2t and 8 n + 2t + 1 are
-  // in k[n][0] and k[n][1], and again in k[n][2] and k[n][3].
+  // The denominator's sums z, the sum of phi(k'), which are the same in every warp: the features 8 n + 2t and
+  // 8 n + 2t + 1 are in k[n][0] and k[n][1], and again in k[n][2] and k[n][3].
   DEVICE Sums<S::units> sums() const {
     Sums<S::units> result;
     UNROLL for (int n = 0; n < S::units; ++n) {
@@ -95,7 +89,6 @@ DEVICE Range sums_range(const State<S>& state) {
     float bound = 0;
     UNROLL for (int n = 0; n < S::units; ++n) {
       UNROLL for (int i = 0; i < 4; ++i) bound = maximum(bound, fabsf(sums.k[n][i]));
-      if (S::taylor) bound = maximum(bound, maximum(fabsf(state.linear[n][0]), fabsf(state.linear[n][1])));
     }
     return range_of(warp_maximum(bound));
   }
@@ -138,9 +131,8 @@ DEVICE Range shared_range(const float* warp_maxima) {
 template <class S>
 struct Slot {
   static constexpr int sum_tiles = S::units * (S::wide ? 2 : 1);
-  static constexpr int kv = 0, k = kv + S::tiles * S::threads * 4, linear = k + sum_tiles * 32 * 4,
-                       count = linear + (S::taylor ? 32 * 4 : 0), size = count + 16;
-  static_assert(size == slot_floats(S::map, S::feature_dim), "the plan has sized the workspace by this");
+  static constexpr int kv = 0, k = kv + S::tiles * S::threads * 4, size = k + sum_tiles * 32 * 4;
+  static_assert(size == slot_floats(S::feature_dim), "the plan has sized the workspace by this");
 };
 
 DEVICE void add(float (&sums)[4], const float4& value) {
@@ -159,12 +151,6 @@ DEVICE void add_slot(State<S>& state, const float* slot, const Lane& lane) {
     add(sums.k[n], load_global<float4>(of_lane + Slot<S>::k + n * 32 * 4));
   }
   state.set_sums(sums);
-  if constexpr (S::taylor) {
-    const float4 value = load_global<float4>(of_lane + Slot<S>::linear);
-    state.linear[0][0] += value.x, state.linear[0][1] += value.y;
-    state.linear[1][0] += value.z, state.linear[1][1] += value.w;
-    state.count += load_global<float>(slot + Slot<S>::count);
-  }
 }
 
 // Sets the state that a block begins with. Where scan_kernel has run, it is what that kernel has left in the
@@ -197,35 +183,17 @@ DEVICE void store_state(float* slot, const State<S>& state, const Lane& lane) {
     store_global(slot + Slot<S>::k + (n * 32 + lane.lane) * 4,
                  float4{sums.k[n][0], sums.k[n][1], sums.k[n][2], sums.k[n][3]});
   }
-  if constexpr (S::taylor) {
-    store_global(slot + Slot<S>::linear + lane.lane * 4,
-                 float4{state.linear[0][0], state.linear[0][1], state.linear[1][0], state.linear[1][1]});
-  }
-  if (lane.lane < 4) {
-    store_global(slot + Slot<S>::count + 4 * lane.lane, float4{state.count, 0.0f, 0.0f, 0.0f});
-  }
 }
 
-// ---- the public order of features (feature_map.h) ----
-
-// The public number of entry i of a tile of 8 features. It is -1 for entries that are not used: the last four
-// with d = 8, and all but the first in the tile of taylor's constant.
-template <class S>
-HOST_DEVICE constexpr int public_feature(int feature_tile, int i) {
-  if (!S::taylor) return 8 * feature_tile + i < S::public_features ? 8 * feature_tile + i : -1;
-  if (feature_tile < S::circulant_tiles) return 1 + S::feature_dim + 8 * feature_tile + i;
-  if (feature_tile < S::first_tile(S::constant)) return 1 + 8 * (feature_tile - S::circulant_tiles) + i;
-  return i == 0 ? 0 : -1;
-}
+// ---- the public order of features (feature_map.h), which is also that of the tiles of 8 features ----
 
 // The public number of the product x_i x_j.
 template <class S>
 HOST_DEVICE constexpr int public_product(int i, int j) {
   const int offset = (j - i + S::feature_dim) % S::feature_dim;
-  const int entry = offset < S::feature_dim / 2    ? S::feature_dim * offset + i
-                    : offset == S::feature_dim / 2 ? S::feature_dim * offset + (i < j ? i : j)
-                                                   : S::feature_dim * (S::feature_dim - offset) + j;
-  return (S::taylor ? 1 + S::feature_dim : 0) + entry;
+  return offset < S::feature_dim / 2    ? S::feature_dim * offset + i
+         : offset == S::feature_dim / 2 ? S::feature_dim * offset + (i < j ? i : j)
+                                        : S::feature_dim * (S::feature_dim - offset) + j;
 }
 
 // By what these kernels multiply an entry of a public state: a state carries the weight of its tile. The
@@ -237,40 +205,26 @@ HOST_DEVICE constexpr float state_weight(int feature_tile, bool gradient) {
 // The same for entry (i, j) of the Gram matrix. A public gradient is shared by the entries (i, j) and (j, i).
 template <class S>
 HOST_DEVICE constexpr float gram_weight(int i, int j, bool gradient) {
-  return !gradient ? 1.0f : 1.0f / (i == j ? S::diagonal_weight : S::offset_weight);
+  return gradient && i != j ? 1.0f / S::offset_weight : 1.0f;
 }
 
 // Stores a state, or the gradient of a state, in the public order: kv (features, head_dim) from this block's
 // first column on, and k (features), which is null where another block stores it.
 template <class S>
-DEVICE void export_state(float* kv, float* k, const State<S>& state, bool gradient, int64_t head_dim,
-                         int columns_left, const Lane& lane) {
+DEVICE void export_state(float* kv, float* k, const State<S>& state, int64_t head_dim, int columns_left,
+                         const Lane& lane) {
   UNROLL for (int n = 0; n < S::tiles; ++n) {
     UNROLL for (int i = 0; i < 4; ++i) {
-      const int feature = public_feature<S>(n, 2 * lane.pair + (i & 1));
+      const int feature = 8 * n + 2 * lane.pair + (i & 1);
       const int column = tile * lane.warp + lane.group + 8 * (i >> 1);
-      if (feature < 0 || column >= columns_left) continue;
-      kv[feature * head_dim + column] = state.kv[n][i] * (1.0f / state_weight<S>(n, gradient));
+      if (column < columns_left) kv[feature * head_dim + column] = state.kv[n][i];
     }
   }
-  if (!k || lane.warp > 0) return;
+  if (!k || lane.warp > 0 || lane.group > 0) return;
   const Sums<S::units> sums = state.sums();
   UNROLL for (int n = 0; n < S::units; ++n) {
-    UNROLL for (int i = 0; i < 4; ++i) {
-      const int row = lane.group + 8 * (i >> 1), column = 8 * n + 2 * lane.pair + (i & 1);
-      if constexpr (S::polynomial) {
-        const int offset = (column - row + S::feature_dim) % S::feature_dim;
-        constexpr int half = S::feature_dim / 2;
-        if (row < S::feature_dim && (offset < half || (offset == half && row < half))) {
-          k[public_product<S>(row, column)] = sums.k[n][i] * (1.0f / gram_weight<S>(row, column, gradient));
-        }
-        if (S::taylor && row == 0) k[1 + column] = state.linear[n][i & 1];
-      } else if (row == 0) {
-        k[column] = sums.k[n][i];
-      }
-    }
+    UNROLL for (int i = 0; i < 2; ++i) k[8 * n + 2 * lane.pair + i] = sums.k[n][i];
   }
-  if (S::taylor && lane.lane == 0) k[0] = state.count;
 }
 
 // ---- a chunk's contribution ----
@@ -288,8 +242,7 @@ struct TokenWeights {
   }
 };
 
-// Adds to the state the sums over the chunk's tokens of phi(k') v^T and of the denominator's terms. The
-// caller adds to `count`.
+// Adds to the state the sums over the chunk's tokens of phi(k') v^T and of the denominator's terms.
 template <class T, class S, bool weighted>
 DEVICE void add_chunk(State<S>& state, const T* features, const T* values, const TokenWeights& weights,
                       const Lane& lane) {
@@ -300,7 +253,7 @@ DEVICE void add_chunk(State<S>& state, const T* features, const T* values, const
     uint32_t v[part / tile][4], terms[part / tile][4];
     UNROLL for (int i = 0; i < part / tile; ++i) {
       load_values(v[i], values, begin + tile * i, tile * lane.warp, lane);
-      load_terms<T, S>(terms[i], features, begin + tile * i, lane);
+      load_terms(terms[i], features, begin + tile * i, lane);
       if constexpr (weighted && !is_bfloat16<T>) {
         const float* const w = weights.scales + begin + tile * i + 2 * lane.pair;
         const uint32_t first = pack<T>(w[0], w[1]), second = pack<T>(w[8], w[9]);
@@ -309,22 +262,7 @@ DEVICE void add_chunk(State<S>& state, const T* features, const T* values, const
       }
     }
     const float grow = weighted && !is_bfloat16<T> ? weights.grow : 1.0f;
-    UNROLL for (int slab = 0; slab < S::count; ++slab) {
-      float sum[2][4] = {};
-      UNROLL for (int i = 0; i < part / tile; ++i) {
-        uint32_t phi[4];
-        term_features<T, S>(phi, terms[i], features, begin + tile * i, slab, lane);
-        mma_m16n8k16<T>(sum[0], v[i], phi[0], phi[1]);
-        if (!S::is_half(slab)) mma_m16n8k16<T>(sum[1], v[i], phi[2], phi[3]);
-      }
-      const int first = S::first_tile(slab);
-      UNROLL for (int j = 0; j < 4; ++j) {
-        state.kv[first][j] += S::tile_weight(first) * grow * sum[0][j];
-        if (!S::is_half(slab)) state.kv[first + 1][j] += S::tile_weight(first + 1) * grow * sum[1][j];
-      }
-    }
-
-    float sum[2][4] = {}, linear[2][4] = {};
+    float kv[2][4] = {}, sum[2][4] = {};
     UNROLL for (int i = 0; i < part / tile; ++i) {
       const uint32_t one = pack<T>(1.0f, 1.0f);
       uint32_t ones[4] = {one, one, one, one};  // fragment A: the weights of the tokens in every row
@@ -334,24 +272,16 @@ DEVICE void add_chunk(State<S>& state, const T* features, const T* values, const
         ones[0] = ones[1] = pack<T>(weight(0), weight(1));
         ones[2] = ones[3] = pack<T>(weight(8), weight(9));
       }
-      if constexpr (S::polynomial) {
-        uint32_t rows[4] = {terms[i][0], terms[i][2], terms[i][1], terms[i][3]};  // A (features, tokens)
-        if constexpr (weighted) multiply<T>(rows, rows, ones);
-        mma_m16n8k16<T>(sum[0], rows, terms[i][0], terms[i][1]);
-        if (S::units == 2) mma_m16n8k16<T>(sum[1], rows, terms[i][2], terms[i][3]);
-      }
-      if constexpr (!S::polynomial || S::taylor) {
-        float (&target)[2][4] = S::taylor ? linear : sum;
-        mma_m16n8k16<T>(target[0], ones, terms[i][0], terms[i][1]);
-        mma_m16n8k16<T>(target[1], ones, terms[i][2], terms[i][3]);
+      UNROLL for (int n = 0; n < 2; ++n) {
+        mma_m16n8k16<T>(kv[n], v[i], terms[i][2 * n], terms[i][2 * n + 1]);
+        mma_m16n8k16<T>(sum[n], ones, terms[i][2 * n], terms[i][2 * n + 1]);
       }
     }
     Sums<S::units> sums = state.sums();
     UNROLL for (int n = 0; n < S::units; ++n) {
-      UNROLL for (int j = 0; j < 4; ++j) sums.k[n][j] += grow * sum[n][j];
-      if constexpr (S::taylor) {
-        state.linear[n][0] += grow * linear[n][0];
-        state.linear[n][1] += grow * linear[n][1];
+      UNROLL for (int j = 0; j < 4; ++j) {
+        state.kv[n][j] += grow * kv[n][j];
+        sums.k[n][j] += grow * sum[n][j];
       }
     }
     state.set_sums(sums);

@@ -48,10 +48,7 @@ struct SweepTiles {
 
 // How many blocks per multiprocessor the registers must suffice for, in the kernels that hold a state and the
 // gradient of a tile.
-template <class S>
-constexpr int backward_blocks(bool grouped) {
-  return S::polynomial || grouped ? 2 : 3;
-}
+constexpr int backward_blocks(bool grouped) { return grouped ? 2 : 3; }
 
 template <class T>
 struct BackwardOrigins : Origins<T> {

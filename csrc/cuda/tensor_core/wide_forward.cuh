@@ -126,7 +126,7 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1) wide_forward_kernel(Arguments<Forwar
     T* const keys = tiles.keys + stage * Wide::feature_tile;
     const T* const chunk_values = tiles.values + stage * chunk * columns;
     copy_async_wait<0>();
-    if (arguments.pieces.settles) bring(Settle(), stage, first, head);
+    if (arguments.pieces.read == 2) bring(Settle(), stage, first, head);
     sync_warp();
     if (has_row) {
       store_row<T, Wide>(is_key ? keys : queries, token, row_tile, first + token < rows_end,
@@ -240,7 +240,7 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1) wide_segment_state_kernel(Arguments<
   for (int first = 0; first < rows_end; first += chunk, stage ^= 1) {
     T* const keys = key_tiles + stage * Wide::feature_tile;
     copy_async_wait<0>();
-    if (arguments.pieces.settles) bring(Settle(), stage, first);
+    if (arguments.pieces.read == 2) bring(Settle(), stage, first);
     sync_warp();
     if (token < chunk) {
       store_row<T, Wide>(keys, token, row_tile, first + token < rows_end, key_affine, problem.layer_norm,

@@ -117,7 +117,7 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1)
     const bool first_step = head + 1 == group_size, last_step = head == 0;
     share_maximum<T>(warp_maxima, state, lane);
     copy_async_wait<0>();
-    if (arguments.pieces.settles) bring(Settle(), first, head);
+    if (arguments.pieces.read == 2) bring(Settle(), first, head);
     sync_threads();  // the copies have arrived, and the tiles of the step before are free
     const Range range = wide_shared_range<T>(warp_maxima);
     const ChunkScale scales = chunk_scale<T>(r, rows_end - first, lane);

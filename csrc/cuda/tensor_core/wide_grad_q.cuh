@@ -78,7 +78,7 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1)
     const T* const gradients = tiles.gradients + stage * tiles.value_tile;
     share_maximum<T>(warp_maxima, state, lane);
     copy_async_wait<0>();
-    if (arguments.pieces.settles) bring(Settle(), first, head);
+    if (arguments.pieces.read == 2) bring(Settle(), first, head);
     sync_threads();  // the copies have arrived, and the tiles of the step before are free
     const Range range = wide_shared_range<T>(warp_maxima);
     if (has_row) {

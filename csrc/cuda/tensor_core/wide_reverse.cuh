@@ -101,7 +101,7 @@ KERNEL void LAUNCH_BOUNDS(Wide::threads, 1)
   while (first >= 0) {
     T* const gradients = gradient_tiles + stage_of(first, head) * chunk * columns;
     copy_async_wait<0>();
-    if (arguments.pieces.settles) bring(Settle(), first, head);
+    if (arguments.pieces.read == 2) bring(Settle(), first, head);
     sync_threads();
     if (token < chunk) {
       store_row<T, Wide>(queries, token, row_tile, first + token < rows_end,

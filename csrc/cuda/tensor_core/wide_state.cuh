@@ -57,7 +57,6 @@ DEVICE void store_state(float* slot, const WideState& state) {
                  float4{state.kv[n][0], state.kv[n][1], state.kv[n][2], state.kv[n][3]});
   }
   store_global(own + Slot<Wide>::k, load_shared<float4>(state.place));
-  if (threadIdx.x < 4) store_global(slot + Slot<Wide>::count + 4 * threadIdx.x, float4{0, 0, 0, 0});
 }
 
 // Stores the state in the public order, as export_state of state.cuh does.
@@ -66,9 +65,9 @@ DEVICE void export_state(float* kv, float* k, const WideState& state, bool gradi
   UNROLL for (int n = 0; n < Wide::tiles; ++n) {
     UNROLL for (int i = 0; i < 4; ++i) {
       const int feature_tile = Wide::state_tile(n, lane.warp);
-      const int feature = public_feature<Wide>(feature_tile, 2 * lane.pair + (i & 1));
+      const int feature = 8 * feature_tile + 2 * lane.pair + (i & 1);
       const int column = lane.column + lane.group + 8 * (i >> 1);
-      if (feature < 0 || column >= columns_left) continue;
+      if (column >= columns_left) continue;
       kv[feature * head_dim + column] = state.kv[n][i] * (1.0f / state_weight<Wide>(feature_tile, gradient));
     }
   }
@@ -182,7 +181,7 @@ DEVICE void add_chunk(WideState& state, const T* features, const T* values, cons
   constexpr int part = tile;
   const float grow = weighted && !is_bfloat16<T> ? weights.grow : 1.0f;
   const float weight = Wide::offset_weight * grow;
-  const float first_weight = lane.half == 0 ? Wide::diagonal_weight * grow : weight;
+  const float first_weight = lane.half == 0 ? grow : weight;
   NO_UNROLL for (int begin = 0; begin < chunk; begin += part) {
     uint32_t v[part / tile][4], terms[part / tile][4];
     float gram[4] = {};

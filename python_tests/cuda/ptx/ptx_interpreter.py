@@ -206,7 +206,7 @@ class Block(Arithmetic):
             sources = self.address(source) - GLOBAL_BASE
             if (sources % int(size)).any():
                 raise PtxError("misaligned source of an asynchronous copy")
-            self.memory.check(sources[count > 0], int(size))
+            self.memory.check(sources[count > 0], count[count > 0])
             threads = np.nonzero(self.active)[0]
             arrived = np.zeros(len(threads), bool)
             group = self.copy_group[threads].copy()

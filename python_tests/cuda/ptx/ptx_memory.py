@@ -45,7 +45,7 @@ class GlobalMemory:
         begin = address - GLOBAL_BASE
         return self.bytes[begin : begin + count * np.dtype(dtype).itemsize].view(dtype).copy()
 
-    def check(self, offsets: np.ndarray, size: int) -> None:
+    def check(self, offsets: np.ndarray, size: int | np.ndarray) -> None:
         inside = (offsets >= 0) & (offsets + size <= len(self.bytes))
         if inside.all():
             inside = self.allocated[offsets] & self.allocated[offsets + size - 1]

@@ -135,37 +135,38 @@ Family<BackwardProblem> backward_family() {
 }  // namespace tensor_core
 
 template <FeatureMap map, int feature_dim>
-Family<BackwardProblem> tensor_core_family(const BackwardProblem& problem) {
+Family<BackwardProblem> tensor_core_family(const BackwardProblem&) {
   using namespace tensor_core;
   using T = bfloat16_t;
-  using S = Slabs<map, feature_dim>;
   using AnyCall = const Call<BackwardProblem>&;
-  if constexpr (S::polynomial && !S::wide) {
-    if (polynomial_kernels(problem)) return polynomial::backward_family<T, map, feature_dim>();
+  if constexpr (is_polynomial(map) && feature_dim <= 16) {
+    return polynomial::backward_family<T, map, feature_dim>();
+  } else {
+    using S = Slabs<map, feature_dim>;
+    return {[](AnyCall call, Launches* launches) { add_states<T, S>(call, launches); },
+            [](AnyCall call, Launches* launches) {
+              if (call.segments > 1) add_reverse_sums<T, S>(call, false, launches);
+              add_scan<S>(call, call.workspace.reverse_states, call.problem.grad_final_state, true, launches);
+            },
+            [](AnyCall call, Launches* launches) {
+              const int64_t group_size = call.problem.group_size();
+              launches->add(Sweeps<T, S>::grad_q(group_size > 1), sweep_grid(call.problem, call.segments),
+                            S::threads, Sweeps<T, S>::grad_q_bytes(group_size), sweep_arguments<S>(call),
+                            make_buffers(call));
+            },
+            [](AnyCall call, Launches* launches) {
+              const bool grouped = call.problem.group_size() > 1;
+              launches->add(Sweeps<T, S>::grad_kv(grouped), sweep_grid(call.problem, call.segments),
+                            S::threads, Sweeps<T, S>::grad_kv_bytes(grouped), reverse_arguments<S>(call),
+                            make_buffers(call));
+            },
+            [](AnyCall call, Launches* launches) {
+              add_reverse_sums<T, S>(call, true, launches);
+              add_slot_sums<S>(call, call.workspace.reverse_states, call.problem.grad_initial_state, true,
+                               launches);
+            },
+            Deltas::from_grad_kv};
   }
-  return {[](AnyCall call, Launches* launches) { add_states<T, S>(call, launches); },
-          [](AnyCall call, Launches* launches) {
-            if (call.segments > 1) add_reverse_sums<T, S>(call, false, launches);
-            add_scan<S>(call, call.workspace.reverse_states, call.problem.grad_final_state, true, launches);
-          },
-          [](AnyCall call, Launches* launches) {
-            const int64_t group_size = call.problem.group_size();
-            launches->add(Sweeps<T, S>::grad_q(group_size > 1), sweep_grid(call.problem, call.segments),
-                          S::threads, Sweeps<T, S>::grad_q_bytes(group_size), sweep_arguments<S>(call),
-                          make_buffers(call));
-          },
-          [](AnyCall call, Launches* launches) {
-            const bool grouped = call.problem.group_size() > 1;
-            launches->add(Sweeps<T, S>::grad_kv(grouped), sweep_grid(call.problem, call.segments), S::threads,
-                          Sweeps<T, S>::grad_kv_bytes(grouped), reverse_arguments<S>(call),
-                          make_buffers(call));
-          },
-          [](AnyCall call, Launches* launches) {
-            add_reverse_sums<T, S>(call, true, launches);
-            add_slot_sums<S>(call, call.workspace.reverse_states, call.problem.grad_initial_state, true,
-                             launches);
-          },
-          Deltas::from_grad_kv};
 }
 
 }  // namespace rebased::REBASED_BACKEND

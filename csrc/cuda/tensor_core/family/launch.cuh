@@ -75,31 +75,32 @@ Arguments<AnyProblem> sweep_arguments(const Call<AnyProblem>& call) {
 }  // namespace tensor_core
 
 template <FeatureMap map, int feature_dim>
-Family<ForwardProblem> tensor_core_family(const ForwardProblem& problem) {
+Family<ForwardProblem> tensor_core_family(const ForwardProblem&) {
   using namespace tensor_core;
   using T = bfloat16_t;
-  using S = Slabs<map, feature_dim>;
   using AnyCall = const Call<ForwardProblem>&;
-  if constexpr (S::polynomial && !S::wide) {
-    if (polynomial_kernels(problem)) return polynomial::forward_family<T, map, feature_dim>();
+  if constexpr (is_polynomial(map) && feature_dim <= 16) {
+    return polynomial::forward_family<T, map, feature_dim>();
+  } else {
+    using S = Slabs<map, feature_dim>;
+    return {[](AnyCall call, Launches* launches) { add_states<T, S>(call, launches); },
+            [](AnyCall call, Launches* launches) {
+              const auto add = [&](void (*kernel)(Arguments<ForwardProblem>), int64_t shared_bytes) {
+                launches->add(kernel, sweep_grid(call.problem, call.segments), S::threads, shared_bytes,
+                              sweep_arguments<S>(call));
+              };
+              if constexpr (S::wide) {
+                add(wide_forward_kernel<T>, WideForwardTiles<T>::bytes);
+              } else {
+                add(call.problem.group_size() > 1 ? forward_kernel<T, S, true> : forward_kernel<T, S, false>,
+                    0);
+              }
+            },
+            [](AnyCall call, Launches* launches) {
+              add_segment_sums<T, S>(call, true, launches);
+              add_slot_sums<S>(call, call.workspace.states, call.problem.final_state, false, launches);
+            }};
   }
-  return {[](AnyCall call, Launches* launches) { add_states<T, S>(call, launches); },
-          [](AnyCall call, Launches* launches) {
-            const auto add = [&](void (*kernel)(Arguments<ForwardProblem>), int64_t shared_bytes) {
-              launches->add(kernel, sweep_grid(call.problem, call.segments), S::threads, shared_bytes,
-                            sweep_arguments<S>(call));
-            };
-            if constexpr (S::wide) {
-              add(wide_forward_kernel<T>, WideForwardTiles<T>::bytes);
-            } else {
-              add(call.problem.group_size() > 1 ? forward_kernel<T, S, true> : forward_kernel<T, S, false>,
-                  0);
-            }
-          },
-          [](AnyCall call, Launches* launches) {
-            add_segment_sums<T, S>(call, true, launches);
-            add_slot_sums<S>(call, call.workspace.states, call.problem.final_state, false, launches);
-          }};
 }
 
 }  // namespace rebased::REBASED_BACKEND

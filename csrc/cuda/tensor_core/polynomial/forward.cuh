@@ -42,14 +42,16 @@ struct ForwardTiles {
 
 // Stores a tile of 16 rows, by way of the warp's tile `staging`, with eight lanes a row.
 template <class T>
-DEVICE void store_rows(T* staging, const float (&out)[8][4], T* rows, int stride, int rows_left,
+DEVICE void store_rows(T* staging, const float (&out)[8][4], T* rows, int stride, int piece, int rows_left,
                        int columns_left, const Lane& lane) {
   UNROLL for (int n = 0; n < 8; n += 2) publish_tile(staging + 8 * n, out[n], out[n + 1], true, lane);
   sync_warp();
   const int row = lane.lane / 8, column = 8 * (lane.lane % 8);
   const T* const unit = staging + row * value_stride + column;
   T* const target = rows + static_cast<int64_t>(row) * stride + column;
-  if (rows_left >= tile && columns_left >= columns) {
+  if (piece < 16) {  // counted 0: narrow rows
+    store_narrow_rows(staging, value_stride, rows, stride, piece, minimum(columns_left, columns), rows_left);
+  } else if (rows_left >= tile && columns_left >= columns) {
     UNROLL for (int i = 0; i < tile; i += 4) {
       store_global(target + static_cast<int64_t>(i * stride), load_shared<uint4>(unit + i * value_stride));
     }
@@ -97,6 +99,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>) forward_kernel(Arguments<F
                  span.begin;
   }
   if (problem.layer_norm == LayerNorm::none) clear_statistics<S>(statistics);
+  clear_narrow_tiles(reinterpret_cast<T*>(memory + L::values), 2 * S::value_tile, arguments.pieces.v);
   sync_threads();
   const int rows_end = origins->span.rows;
   const int columns_left = static_cast<int>(problem.head_dim) - first_column();
@@ -111,19 +114,34 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>) forward_kernel(Arguments<F
     constexpr bool all = decltype(whole)::value;
     const int thread = thread_index_anew();
     copy_rows<S, all>(reinterpret_cast<T*>(memory + L::query_rows), origins->q + head * problem.q.head_stride,
-                      row_stride(problem.q), first, rows_end, thread);
+                      row_stride(problem.q), arguments.pieces.q, first, rows_end, thread);
     if (head > 0) return;
-    copy_rows<S, all>(reinterpret_cast<T*>(memory + L::key_rows), origins->k, row_stride(problem.k), first,
-                      rows_end, thread);
+    copy_rows<S, all>(reinterpret_cast<T*>(memory + L::key_rows), origins->k, row_stride(problem.k),
+                      arguments.pieces.k, first, rows_end, thread);
     if (problem.layer_norm == LayerNorm::token) {
       copy_statistics<S, all>(statistics, origins->key_statistics, origins->query_statistics, first, rows_end,
                               thread);
     }
     copy_values<S, all>(reinterpret_cast<T*>(memory + L::values) + first / S::chunk % 2 * S::value_tile,
-                        origins->v, row_stride(problem.v), first, rows_end, columns_left, thread);
+                        origins->v, row_stride(problem.v), arguments.pieces.v, first, rows_end, columns_left,
+                        thread);
+  };
+  const auto settle = [&](int first, int head) {
+    const int thread = thread_index_anew();
+    bring_narrow_tiles<S, true>(reinterpret_cast<T*>(memory + L::query_rows), S::raw_stride,
+                                origins->q + head * problem.q.head_stride, row_stride(problem.q),
+                                arguments.pieces.q, S::feature_dim, first, rows_end, thread);
+    if (head > 0) return;
+    bring_narrow_tiles<S, true>(reinterpret_cast<T*>(memory + L::key_rows), S::raw_stride, origins->k,
+                                row_stride(problem.k), arguments.pieces.k, S::feature_dim, first, rows_end,
+                                thread);
+    bring_narrow_tiles<S, true>(
+        reinterpret_cast<T*>(memory + L::values) + first / S::chunk % 2 * S::value_tile, value_stride,
+        origins->v, row_stride(problem.v), arguments.pieces.v, minimum(columns_left, columns), first,
+        rows_end, thread);
   };
   const auto copy = [&](int first, int head) {
-    if (first + S::chunk <= rows_end && columns_left >= columns) {
+    if (first + S::chunk <= rows_end && columns_left >= columns && arguments.pieces.read == 16) {
       copy_step(first, head, std::true_type());
     } else {
       copy_step(first, head, std::false_type());  // counted 0: rows or columns are missing
@@ -139,6 +157,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>) forward_kernel(Arguments<F
   int head = 0;
   NO_UNROLL for (int first = 0; first < rows_end;) {
     copy_async_wait<0>();
+    if (arguments.pieces.read == 2) settle(first, head);  // counted 0: narrow rows
     sync_warp();
     UNROLL for (int i = 0; i < S::own_tiles; ++i) {
       const int token = tile * lane.warp + i * tiles_apart(lane.warp), left = rows_end - first - token;
@@ -192,7 +211,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>) forward_kernel(Arguments<F
       store_rows(
           staging, out[o],
           origins->y + head * problem.y.head_stride + static_cast<int64_t>(row) * row_stride(problem.y),
-          row_stride(problem.y), rows_end - row, columns_left, lane);
+          row_stride(problem.y), arguments.pieces.y, rows_end - row, columns_left, lane);
     }
     if (last_head) {
       if (lane.warp == 0) add_gram(state, keys, lane);  // counted 1/4: one warp

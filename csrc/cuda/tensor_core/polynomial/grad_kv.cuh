@@ -64,16 +64,34 @@ struct KeyOrigins {
   }
 };
 
+// What bring_narrow_tiles does, with this warp's rows of k and v in a chunk.
+template <class T, class S, bool settle>
+DEVICE void bring_narrow_keys(char* memory, const KeyOrigins<T>& origins,
+                              const Arguments<BackwardProblem>& arguments, int stage, int first, int end) {
+  using Tiles = GradKvTiles<S>;
+  const BackwardProblem& problem = arguments.problem;
+  const int thread = thread_index_anew();
+  bring_narrow_tiles<S, settle>(reinterpret_cast<T*>(memory + Tiles::raw) + stage * Tiles::raw_tile,
+                                S::feature_dim, origins.k, row_stride(problem.k), arguments.pieces.k,
+                                S::feature_dim, first, end, thread);
+  bring_narrow_tiles<S, settle>(reinterpret_cast<T*>(memory + Tiles::values), value_stride, origins.v,
+                                row_stride(problem.v), arguments.pieces.v,
+                                minimum(static_cast<int>(problem.head_dim) - first_column(), columns), first,
+                                end, thread);
+}
+
 // Starts the copies of this warp's rows of k and v of a chunk, with zeros past the row `end` and past the
 // last column.
 template <class T, class S>
-DEVICE void copy_keys(char* memory, const KeyOrigins<T>& origins, const BackwardProblem& problem, int stage,
-                      int first, int end) {
+DEVICE void copy_keys(char* memory, const KeyOrigins<T>& origins, const Arguments<BackwardProblem>& arguments,
+                      int stage, int first, int end) {
   using Tiles = GradKvTiles<S>;
+  const BackwardProblem& problem = arguments.problem;
   constexpr int units = S::units;
   const int thread = thread_index_anew(), lane = thread & 31, warp = thread >> 5;
   const int begin = tile * warp, apart = tiles_apart(warp), left = end - first - begin;
-  const bool whole = first + S::chunk <= end && problem.head_dim >= first_column() + columns;
+  const bool whole =
+      first + S::chunk <= end && problem.head_dim >= first_column() + columns && arguments.pieces.read == 16;
   const int64_t k_stride = row_stride(problem.k) * static_cast<int64_t>(sizeof(T)),
                 v_stride = row_stride(problem.v) * static_cast<int64_t>(sizeof(T));
   if (origins.statistics && lane < tile * S::own_tiles) {  // a token a lane
@@ -91,11 +109,11 @@ DEVICE void copy_keys(char* memory, const KeyOrigins<T>& origins, const Backward
   char* v_place = memory + Tiles::values + ((begin + value_row) * value_stride + column) * sizeof(T);
   const bool has_column = column < static_cast<int>(problem.head_dim) - first_column();
   const auto copy_tile = [&](bool all, int rows_left) {
-    if (lane < tile * units) {
+    if (lane < tile * units && (all || arguments.pieces.k == 16)) {
       const bool present = all || row < rows_left;
       copy_async<16>(k_place, present ? k : problem.k.data, present ? 16 : 0);
     }
-    UNROLL for (int i = 0; i < 4; ++i) {
+    UNROLL for (int i = 0; i < 4 && (all || arguments.pieces.v == 16); ++i) {
       const bool present = all || (value_row + 4 * i < rows_left && has_column);
       copy_async<16>(v_place + 4 * i * value_stride * sizeof(T), present ? v : problem.v.data,
                      present ? 16 : 0);
@@ -108,6 +126,7 @@ DEVICE void copy_keys(char* memory, const KeyOrigins<T>& origins, const Backward
     UNROLL for (int own = 0; own < S::own_tiles; ++own) copy_tile(true, 0);
   } else {  // counted 0: rows or columns are missing
     NO_UNROLL for (int own = 0; own < S::own_tiles; ++own) copy_tile(false, left - own * apart);
+    bring_narrow_keys<T, S, false>(memory, origins, arguments, stage, first, end);
   }
 }
 
@@ -141,8 +160,9 @@ DEVICE void load_keys(float (&x)[S::own_tiles][Order<S>::numbers],
 template <class T, class S>
 DEVICE void finish_keys(const float (&sum)[S::own_tiles][S::units][4], const T* raw, const float2* statistics,
                         const float2* affine, float* sums, const KeyOrigins<T>& origins,
-                        const BackwardProblem& problem, int first, int end, const Lane& lane) {
+                        const Arguments<BackwardProblem>& arguments, int first, int end, const Lane& lane) {
   constexpr int of_lane = Order<S>::of_lane;
+  const BackwardProblem& problem = arguments.problem;
   AffineSums<S> affine_sums;
   UNROLL for (int o = 0; o < S::own_tiles; ++o) {
     UNROLL for (int half = 0; half < 2; ++half) {
@@ -160,7 +180,7 @@ DEVICE void finish_keys(const float (&sum)[S::own_tiles][S::units][4], const T* 
       } else {  // counted 0: no "token" LayerNorm
         finish_row<S>(gradient, own_raw, own, affine, problem.layer_norm, lane);
         T* const target = origins.grad_k + static_cast<int64_t>(first + row) * row_stride(problem.grad_k);
-        if (present) store_features<S>(target, gradient, lane);
+        if (present) store_features<S>(target, gradient, lane, arguments.pieces.grad_k);
       }
     }
   }
@@ -171,10 +191,10 @@ DEVICE void finish_keys(const float (&sum)[S::own_tiles][S::units][4], const T* 
 // that no warp reads any more.
 template <class T, class S>
 DEVICE void store_value_gradient(const float (&out)[S::own_tiles][columns / 8][4], T* staging,
-                                 const KeyOrigins<T>& origins, const BackwardProblem& problem, int first,
-                                 int end, const Lane& lane) {
-  const int columns_left = static_cast<int>(problem.head_dim) - first_column(),
-            stride = row_stride(problem.grad_v);
+                                 const KeyOrigins<T>& origins, const Arguments<BackwardProblem>& arguments,
+                                 int first, int end, const Lane& lane) {
+  const int columns_left = static_cast<int>(arguments.problem.head_dim) - first_column(),
+            stride = row_stride(arguments.problem.grad_v), piece = arguments.pieces.grad_v;
   const int row = lane.lane / 8, column = 8 * (lane.lane % 8);
   UNROLL for (int o = 0; o < S::own_tiles; ++o) {
     const int begin = own_tile(lane.warp, o), left = end - first - begin;
@@ -195,7 +215,10 @@ DEVICE void store_value_gradient(const float (&out)[S::own_tiles][columns / 8][4
       store_global(target + static_cast<int64_t>(4 * i) * stride,
                    load_shared<uint4>(unit + 4 * i * value_stride));
     };
-    if (left >= tile && columns_left >= columns) {
+    if (piece < 16) {  // counted 0: narrow rows
+      store_narrow_rows(own, value_stride, origins.grad_v + static_cast<int64_t>(first + begin) * stride,
+                        stride, piece, minimum(columns_left, columns), left);
+    } else if (left >= tile && columns_left >= columns) {
       UNROLL for (int i = 0; i < 4; ++i) store(i);
     } else {  // counted 0: rows or columns are missing
       NO_UNROLL for (int i = 0; i < 4; ++i) {
@@ -237,6 +260,9 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
   }
   for (int i = static_cast<int>(threadIdx.x); i < warps * 2 * S::feature_dim; i += threads)
     affine_sums[i] = 0;
+  clear_narrow_tiles(reinterpret_cast<T*>(memory + Queries::gradients), 2 * S::value_tile,
+                     arguments.pieces.grad_y);
+  clear_narrow_tiles(reinterpret_cast<T*>(memory + Tiles::values), S::value_tile, arguments.pieces.v);
 
   State<T, S> state;
   state.gram = reinterpret_cast<float*>(memory + Queries::gram);
@@ -245,11 +271,19 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
     publish_state<published_shift<S>>(state, published, gram_terms, lane_anew(warp));
   };
   const auto copy = [&](int first, int head, int stage, int key_stage) {
-    copy_queries<T, S>(memory, *query_origins, problem, head, stage, first, rows_end);
+    copy_queries<T, S>(memory, *query_origins, arguments, head, stage, first, rows_end);
     if (head + 1 == group_size) {
-      copy_keys<T, S>(memory, *key_origins, problem, key_stage, first, rows_end);
+      copy_keys<T, S>(memory, *key_origins, arguments, key_stage, first, rows_end);
     }
     copy_async_commit();
+  };
+  const auto wait = [&](int first, int head, int stage, int key_stage) {
+    copy_async_wait<0>();
+    if (arguments.pieces.read > 2) return;  // counted 0 from here: narrow rows
+    bring_narrow_queries<T, S, true>(memory, *query_origins, arguments, head, stage, first, rows_end);
+    if (head + 1 == group_size) {
+      bring_narrow_keys<T, S, true>(memory, *key_origins, arguments, key_stage, first, rows_end);
+    }
   };
   const auto store_step = [&](int head, int stage) {
     const Lane lane = lane_anew(warp);
@@ -282,7 +316,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
     };
     uint32_t rows[S::own_tiles][2 * S::units], row_values[S::own_tiles][columns / tile][4];
     float sum[S::own_tiles][S::units][4], out[S::own_tiles][columns / 8][4] = {};
-    copy_async_wait<0>();
+    wait(first, head, stage, key_stage);
     sync_warp();
     store_step(head, stage);
     {
@@ -323,18 +357,18 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
       if (!grouped || head == 0) break;
       --head;
       stage ^= 1;
-      copy_async_wait<0>();
+      wait(first, head, stage, key_stage);
       sync_threads();  // all have read the feature tile
       store_step(head, stage);
       sync_threads();
       copy_next();
     }
     finish_keys<T, S>(sum, raw, statistics, affine + group_size * S::feature_dim,
-                      affine_sums + warp * 2 * S::feature_dim, *key_origins, problem, first, rows_end,
+                      affine_sums + warp * 2 * S::feature_dim, *key_origins, arguments, first, rows_end,
                       lane_anew(warp));
     sync_threads();  // no one reads T or the gradients of this step any more
     store_value_gradient<T, S>(out, reinterpret_cast<T*>(memory + Queries::gradients) + stage * S::value_tile,
-                               *key_origins, problem, first, rows_end, lane_anew(warp));
+                               *key_origins, arguments, first, rows_end, lane_anew(warp));
     if (first > 0) publish();
   }
 

@@ -19,106 +19,9 @@
 #pragma once
 
 #include "cuda/tensor_core/polynomial/grad_q_products.cuh"
-#include "cuda/tensor_core/sweep.cuh"
+#include "cuda/tensor_core/polynomial/grad_q_rows.cuh"
 
 namespace rebased::REBASED_BACKEND::tensor_core::polynomial {
-
-// Dynamic shared memory, as offsets in bytes. q, grad y, r and statistics have two stages, or one where a
-// warp reads its own before it copies the next; v has two.
-template <class S>
-struct GradQTiles {
-  static constexpr int values = 0;                                  // (2, chunk, 64)
-  static constexpr int gradients = values + 2 * S::value_tile * 2;  // (chunk, 64)
-  static constexpr int keys = gradients + S::value_tile * 2;        // feature tile
-  // k' transposed with features in their order (gradient.cuh), which with d = 8 is `keys`
-  static constexpr int scored_keys = S::feature_dim == 8 ? keys : keys + S::feature_tile * 2;
-  static constexpr int key_rows =
-      keys + S::feature_tile * 2 + (S::feature_dim == 8 ? 0 : S::feature_dim * S::feature_stride * 2);
-  static constexpr int query_tile = S::chunk * S::feature_dim;
-  static constexpr int query_rows = key_rows + S::raw_tile * 2;       // (2, chunk, d)
-  static constexpr int statistics = query_rows + 2 * query_tile * 2;  // (2, chunk / 16, {k, q}, 16)
-  static constexpr int r = statistics + 2 * 2 * S::chunk * 8;         // (2, chunk)
-  static constexpr int deltas = r + 2 * S::chunk * 4;                 // (chunk), where they come from y
-  static constexpr int gram = deltas + S::chunk * 4;
-  static constexpr int gram_terms = gram + StateShape<S>::gram_bytes;
-  static constexpr int state = gram_terms + StateShape<S>::gram_term_bytes;  // published
-  static constexpr int affine =
-      state + (published_row<published_shift<S>>(StateShape<S>::rows - 1) + value_stride) * 2;
-  // (group size + 1, d), and behind it the sums of the gradients of gamma and beta (group size, warps, 2, d)
-  static constexpr int sums_bytes = 2 * S::feature_dim * 4;
-  HOST_DEVICE static constexpr int affine_sums(int group_size) {
-    return affine + (group_size + 1) * S::feature_dim * 8;
-  }
-  static constexpr int64_t bytes(int64_t group_size) {
-    return affine_sums(static_cast<int>(group_size)) + group_size * warps * sums_bytes;
-  }
-};
-
-template <class T>
-struct GradQOrigins : BackwardOrigins<T> {
-  T* grad_q;
-  float* partial;  // (rows, d): the gradient of gamma LayerNorm(q) + beta, which another kernel goes on with
-  float* delta;
-  float factor;        // of r (H - delta / r G)
-  float* affine_sums;  // of the gradients of gamma and beta in shared memory (group size, warps, 2, d)
-
-  template <class S>
-  DEVICE void set_all(const Arguments<BackwardProblem>& arguments, const BackwardBuffers& buffers,
-                      char* memory) {
-    this->set(arguments, S::chunk);
-    affine_sums = reinterpret_cast<float*>(memory + GradQTiles<S>::affine_sums(arguments.group_size));
-    const BackwardProblem& problem = arguments.problem;
-    const int64_t row = blockIdx.y * problem.batch * problem.heads * problem.seqlen + this->row;
-    grad_q = first_row<T>(problem.grad_q, this->span, this->span.kv_head * arguments.group_size);
-    partial = buffers.query_gradient + row * S::feature_dim;
-    delta = buffers.delta + row;
-    // gamma, with which a row goes on to q in this kernel, is multiplied by the scale already
-    factor = (S::taylor ? 1.0f : 2.0f) * (buffers.query_gradient ? arguments.scale : 1.0f);
-  }
-};
-
-// Starts the copies of the warp's own rows of grad y and r; `gradients` begins at the block's first column.
-template <class S, bool whole, class T>
-DEVICE void copy_own_gradients(T* tile_rows, float* r_tile, const T* gradients, int stride, const float* r,
-                               int first, int end, int columns_left, int thread) {
-  const int lane = thread % 32, warp = thread / 32, apart = tiles_apart(warp);
-  const int token = tile * warp + lane / 8, column = 8 * (lane % 8), r_token = tile * warp + lane;
-  T* const target = tile_rows + token * value_stride + column;
-  const T* const source = gradients + static_cast<int64_t>(first + token) * stride + column;
-  UNROLL for (int o = 0; o < S::own_tiles; ++o) {
-    UNROLL for (int i = 0; i < tile; i += 4) {
-      const int further = o * apart + i;
-      const bool present = whole || (first + token + further < end && column < columns_left);
-      copy_async<16>(target + further * value_stride,
-                     present ? source + static_cast<int64_t>(stride) * further : gradients, present ? 16 : 0);
-    }
-    const bool present = whole || first + r_token + o * apart < end;
-    if (lane < tile)
-      copy_async<4>(r_tile + r_token + o * apart, present ? r + first + r_token + o * apart : r,
-                    present ? 4 : 0);
-  }
-}
-
-// deltas (chunk) = delta / r of the warp's own rows of the block's first chunk, from y.
-template <class S, class T>
-DEVICE void deltas_from_y(float* deltas, const T* gradients, const T* y, int stride, int end,
-                          int columns_left, bool normalize, int warp) {
-  const Lane lane = lane_anew(warp);
-  const int column = 2 * lane.lane;
-  NO_UNROLL for (int i = 0; i < S::own_tiles * tile; ++i) {
-    const int token = tile * warp + i / tile * tiles_apart(warp) + i % tile;
-    float dot = 0;
-    if (token < end && column < columns_left && normalize) {
-      const float2 a = unpack<T>(load_shared<uint32_t>(gradients + token * value_stride + column)),
-                   b = unpack<T>(load_global<uint32_t>(y + static_cast<int64_t>(token) * stride + column));
-      dot = a.x * b.x + a.y * b.y;
-    }
-    // neighbours first, as in row_deltas
-    UNROLL for (int distance = 1; distance < 32; distance *= 2) dot += shuffle_xor(dot, distance);
-    if (lane.lane == 0) store_shared(deltas + token, dot);
-  }
-  sync_warp();
-}
 
 template <class T, class S, bool grouped>
 KERNEL void LAUNCH_BOUNDS(threads, 2)
@@ -148,6 +51,8 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
     UNROLL for (int i = 0; i < 2; ++i)
         clear_statistics<S>(reinterpret_cast<float2*>(memory + L::statistics) + i * 2 * S::chunk);
   }
+  clear_narrow_tiles(reinterpret_cast<T*>(memory + L::values), 2 * S::value_tile, arguments.pieces.v);
+  clear_narrow_tiles(gradients, S::value_tile, arguments.pieces.grad_y);
   sync_threads();
   const int rows_end = origins->span.rows;
   load_affine<S>(affine, arguments, origins->span.kv_head, group_size);
@@ -169,23 +74,41 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
     const int columns_left = static_cast<int>(problem.head_dim) - first_column();
     copy_rows<S, all, dim>(reinterpret_cast<T*>(memory + L::query_rows) + stage * L::query_tile,
                            origins->q + (grouped ? head * problem.q.head_stride : 0), row_stride(problem.q),
-                           first, rows_end, thread);
+                           arguments.pieces.q, first, rows_end, thread);
     if (problem.layer_norm == LayerNorm::token) {
       copy_statistics<S, all>(reinterpret_cast<float2*>(memory + L::statistics) + stage * 2 * S::chunk,
                               origins->key_statistics, origins->query_statistics, first, rows_end, thread);
     }
     copy_own_gradients<S, all>(gradients, reinterpret_cast<float*>(memory + L::r) + stage * S::chunk,
                                origins->grad_y + (grouped ? head * problem.grad_y.head_stride : 0),
-                               row_stride(problem.grad_y), origins->r + (grouped ? head * problem.seqlen : 0),
-                               first, rows_end, columns_left, thread);
+                               row_stride(problem.grad_y), arguments.pieces.grad_y,
+                               origins->r + (grouped ? head * problem.seqlen : 0), first, rows_end,
+                               columns_left, thread);
     if (grouped && head > 0) return;
-    copy_rows<S, all>(key_rows, origins->k, row_stride(problem.k), first, rows_end, thread);
+    copy_rows<S, all>(key_rows, origins->k, row_stride(problem.k), arguments.pieces.k, first, rows_end,
+                      thread);
     copy_values<S, all>(reinterpret_cast<T*>(memory + L::values) + value_stage * S::value_tile, origins->v,
-                        row_stride(problem.v), first, rows_end, columns_left, thread);
+                        row_stride(problem.v), arguments.pieces.v, first, rows_end, columns_left, thread);
+  };
+  const auto settle = [&](int first, int head, int stage) {
+    const int value_stage = grouped ? first / S::chunk % 2 : stage, thread = thread_index_anew();
+    const int width = minimum(static_cast<int>(problem.head_dim) - first_column(), columns);
+    bring_narrow_tiles<S, true>(reinterpret_cast<T*>(memory + L::query_rows) + stage * L::query_tile, dim,
+                                origins->q + (grouped ? head * problem.q.head_stride : 0),
+                                row_stride(problem.q), arguments.pieces.q, dim, first, rows_end, thread);
+    bring_narrow_tiles<S, true>(
+        gradients, value_stride, origins->grad_y + (grouped ? head * problem.grad_y.head_stride : 0),
+        row_stride(problem.grad_y), arguments.pieces.grad_y, width, first, rows_end, thread);
+    if (grouped && head > 0) return;
+    bring_narrow_tiles<S, true>(key_rows, S::raw_stride, origins->k, row_stride(problem.k),
+                                arguments.pieces.k, dim, first, rows_end, thread);
+    bring_narrow_tiles<S, true>(reinterpret_cast<T*>(memory + L::values) + value_stage * S::value_tile,
+                                value_stride, origins->v, row_stride(problem.v), arguments.pieces.v, width,
+                                first, rows_end, thread);
   };
   const auto copy = [&](int first, int head, int stage) {
     const int columns_left = static_cast<int>(problem.head_dim) - first_column();
-    if (first + S::chunk <= rows_end && columns_left >= columns) {
+    if (first + S::chunk <= rows_end && columns_left >= columns && arguments.pieces.read == 16) {
       copy_step(first, head, stage, std::true_type());
     } else {
       copy_step(first, head, stage, std::false_type());  // counted 0: rows or columns are missing
@@ -205,6 +128,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
     float2* const statistics = reinterpret_cast<float2*>(memory + L::statistics) + stage * 2 * S::chunk;
     const float2* const query_affine = affine + (grouped ? head * dim : 0);
     copy_async_wait<0>();
+    if (arguments.pieces.read == 2) settle(first, head, stage);  // counted 0: narrow rows
     sync_warp();
     uint32_t rows[S::own_tiles][2 * S::units], row_gradients[S::own_tiles][columns / tile][4];  // fragments A
     float x[S::own_tiles][numbers];                                                             // q'
@@ -255,8 +179,8 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
     const bool from_y = first == 0 && blockIdx.x % arguments.launch.segments == 0;
     if (from_y) {  // counted 0: the first chunk
       deltas_from_y<S>(deltas, gradients, origins->y + (grouped ? head * problem.y.head_stride : 0),
-                       row_stride(problem.y), rows_end, static_cast<int>(problem.head_dim) - first_column(),
-                       problem.normalize, warp);
+                       row_stride(problem.y), arguments.pieces.y, rows_end,
+                       static_cast<int>(problem.head_dim) - first_column(), problem.normalize, warp);
     }
     if (first_head) {
       sync_threads();  // k', v and the state are there, and of the chunk before nothing is in use
@@ -354,7 +278,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
             finish_row<S>(gradient, raw, own, query_affine, problem.layer_norm, lane);
             T* const target = origins->grad_q + (first + row) * problem.grad_q.row_stride +
                               (grouped ? head * problem.grad_q.head_stride : 0);
-            if (present) store_features<S>(target, gradient, lane);
+            if (present) store_features<S>(target, gradient, lane, arguments.pieces.grad_q);
           }
         }
       }

@@ -69,9 +69,9 @@ DEVICE void load_parameters(float (&gamma)[Order<S>::of_lane], float (&beta)[Ord
   }
 }
 
-// To global memory, as floats or rounded to T.
+// To global memory, as floats or rounded to T; `piece` as row_piece() has it for the rows.
 template <class S, class T>
-DEVICE void store_features(T* row, const float (&x)[Order<S>::of_lane], const Lane& lane) {
+DEVICE void store_features(T* row, const float (&x)[Order<S>::of_lane], const Lane& lane, int piece = 16) {
   T* const place = row + Order<S>::of_lane * lane.pair;
   if constexpr (std::is_same_v<T, float>) {
     if constexpr (S::feature_dim == 8) {
@@ -79,6 +79,8 @@ DEVICE void store_features(T* row, const float (&x)[Order<S>::of_lane], const La
     } else {
       store_global(place, float4{x[0], x[1], x[2], x[3]});
     }
+  } else if (piece < 2 * Order<S>::of_lane) {  // counted 0: narrow rows
+    UNROLL for (int i = 0; i < Order<S>::of_lane; ++i) place[i] = from_float<T>(x[i]);
   } else if constexpr (S::feature_dim == 8) {
     store_global(place, pack<T>(x[0], x[1]));
   } else {

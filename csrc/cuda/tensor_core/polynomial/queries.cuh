@@ -49,20 +49,39 @@ struct QueryOrigins {
   }
 };
 
-// Where the warp's tile number `own` begins.
-DEVICE int own_tile(int warp, int own) { return tile * warp + own * tiles_apart(warp); }
+// What bring_narrow_tiles does, with this warp's rows of q and g in a chunk of query head `head`.
+template <class T, class S, bool settle>
+DEVICE void bring_narrow_queries(char* memory, const QueryOrigins& origins,
+                                 const Arguments<BackwardProblem>& arguments, int head, int stage, int first,
+                                 int end) {
+  using Tiles = QueryTiles<S>;
+  const BackwardProblem& problem = arguments.problem;
+  const int thread = thread_index_anew();
+  bring_narrow_tiles<S, settle>(reinterpret_cast<T*>(memory + Tiles::raw), S::raw_stride,
+                                static_cast<const T*>(origins.q) + head * problem.q.head_stride,
+                                row_stride(problem.q), arguments.pieces.q, S::feature_dim, first, end,
+                                thread);
+  bring_narrow_tiles<S, settle>(
+      reinterpret_cast<T*>(memory + Tiles::gradients) + stage * S::value_tile, value_stride,
+      static_cast<const T*>(origins.g) + head * problem.grad_y.head_stride, row_stride(problem.grad_y),
+      arguments.pieces.grad_y, minimum(static_cast<int>(problem.head_dim) - first_column(), columns), first,
+      end, thread);
+}
 
 // Starts the copies of this warp's rows of a chunk of query head `head`, with zeros past the row `end` and
 // past the last column. What depends on the lane is worked out anew in each step, so that it need not live in
 // registers beside the state.
 template <class T, class S>
-DEVICE void copy_queries(char* memory, const QueryOrigins& origins, const BackwardProblem& problem, int head,
-                         int stage, int first, int end) {
+DEVICE void copy_queries(char* memory, const QueryOrigins& origins,
+                         const Arguments<BackwardProblem>& arguments, int head, int stage, int first,
+                         int end) {
   using Tiles = QueryTiles<S>;
+  const BackwardProblem& problem = arguments.problem;
   constexpr int units = S::units;
   const int thread = thread_index_anew(), lane = thread & 31, warp = thread >> 5;
   const int begin = tile * warp, apart = tiles_apart(warp), left = end - first - begin;
-  const bool whole = first + S::chunk <= end && problem.head_dim >= first_column() + columns;
+  const bool whole =
+      first + S::chunk <= end && problem.head_dim >= first_column() + columns && arguments.pieces.read == 16;
   const int64_t q_stride = row_stride(problem.q) * static_cast<int64_t>(sizeof(T)),
                 g_stride = row_stride(problem.grad_y) * static_cast<int64_t>(sizeof(T));
   {  // a token a lane
@@ -90,11 +109,11 @@ DEVICE void copy_queries(char* memory, const QueryOrigins& origins, const Backwa
                   ((begin + gradient_row) * value_stride + column) * sizeof(T);
   const bool has_column = column < static_cast<int>(problem.head_dim) - first_column();
   const auto copy_tile = [&](bool all, int rows_left) {
-    if (lane < tile * units) {
+    if (lane < tile * units && (all || arguments.pieces.q == 16)) {
       const bool present = all || row < rows_left;
       copy_async<16>(q_place, present ? q : problem.q.data, present ? 16 : 0);
     }
-    UNROLL for (int i = 0; i < 4; ++i) {
+    UNROLL for (int i = 0; i < 4 && (all || arguments.pieces.grad_y == 16); ++i) {
       const bool present = all || (gradient_row + 4 * i < rows_left && has_column);
       copy_async<16>(g_place + 4 * i * value_stride * sizeof(T), present ? g : problem.grad_y.data,
                      present ? 16 : 0);
@@ -107,6 +126,7 @@ DEVICE void copy_queries(char* memory, const QueryOrigins& origins, const Backwa
     UNROLL for (int own = 0; own < S::own_tiles; ++own) copy_tile(true, 0);
   } else {  // counted 0: rows or columns are missing
     NO_UNROLL for (int own = 0; own < S::own_tiles; ++own) copy_tile(false, left - own * apart);
+    bring_narrow_queries<T, S, false>(memory, origins, arguments, head, stage, first, end);
   }
 }
 

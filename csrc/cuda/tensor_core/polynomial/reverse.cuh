@@ -186,15 +186,20 @@ KERNEL void LAUNCH_BOUNDS(threads, 3)
   state.gram = reinterpret_cast<float*>(memory + Tiles::gram);
   state.clear(lane);
   if (S::taylor && lane.warp == 0) reinterpret_cast<float*>(memory + Tiles::count)[lane.lane] = 0;
+  clear_narrow_tiles(reinterpret_cast<T*>(memory + Tiles::gradients), 2 * S::value_tile,
+                     arguments.pieces.grad_y);
   sync_threads();
   const auto copy = [&](int first, int head, int stage) {
-    copy_queries<T, S>(memory, *origins, problem, head, stage, first, rows_end);
+    copy_queries<T, S>(memory, *origins, arguments, head, stage, first, rows_end);
     copy_async_commit();
   };
   int first = (rows_end + S::chunk - 1) / S::chunk * S::chunk - S::chunk, head = group_size - 1, stage = 0;
   if (first >= 0) copy(first, head, stage);
   NO_UNROLL for (; first >= 0; stage ^= 1) {
     copy_async_wait<0>();
+    if (arguments.pieces.read == 2) {  // counted 0: narrow rows
+      bring_narrow_queries<T, S, true>(memory, *origins, arguments, head, stage, first, rows_end);
+    }
     sync_warp();
     store_queries<T, S>(memory, arguments, affine + head * S::feature_dim, stage, lane,
                         [](int, const auto&) {});

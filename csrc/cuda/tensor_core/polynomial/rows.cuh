@@ -38,6 +38,7 @@ struct Shape {
 
 // Where the warp's tiles of tokens begin: the first at tile * warp, the second this many tokens behind it.
 DEVICE int tiles_apart(int warp) { return tile * (2 * warps - 1 - 2 * warp); }
+DEVICE int own_tile(int warp, int own) { return tile * warp + own * tiles_apart(warp); }
 
 // Which row of 8 a lane addresses in an ldmatrix of four 8x8 matrices; the second and fourth matrix (parity),
 // or the third and fourth (halves), begin half_rows further down.
@@ -50,12 +51,46 @@ DEVICE int halves_row(const Lane& lane, int half_rows) {
 
 // ---- copies ----
 
-// With `whole` all rows and columns are there; else what is not there becomes 0. Callers read `thread` anew
-// in each chunk, so that what depends on it need not live in registers beside the state.
+// With `whole` all rows and columns are there, and lie at multiples of 16 bytes. Else what is not there
+// becomes 0, and rows may come in narrower pieces (tensor_core/ragged.cuh): a warp copies those of its own
+// tiles of tokens, and settles them when they have arrived. Callers read `thread` anew in each chunk, so that
+// what depends on it need not live in registers beside the state.
+
+// Starts the copy of narrow rows of the warp's own tiles or, with `settle`, settles them where pieces have 2
+// bytes. What that writes, the warp sees after a sync_warp, and others after a barrier.
+template <class S, bool settle, class T>
+DEVICE void bring_narrow_tiles(T* tiles, int tile_stride, const T* rows, int stride, int piece, int width,
+                               int first, int end, int thread) {
+  if (settle ? piece != 2 : piece == 16) return;
+  NO_UNROLL for (int i = 0; i < S::own_tiles; ++i) {
+    const int token = own_tile(thread / 32, i), rows_left = end - first - token;
+    T* const place = tiles + token * tile_stride;
+    const T* const source = rows + static_cast<int64_t>(first + token) * stride;
+    if constexpr (settle) {
+      settle_narrow_rows(place, tile_stride, source, stride, width, rows_left, thread % 32);
+    } else {
+      copy_narrow_rows(place, tile_stride, source, stride, piece, width, rows_left, thread % 32);
+    }
+  }
+}
+
+// Zeroes value tiles before their first copy: those of narrow rows leave the columns past the last one as they
+// are. A barrier must follow.
+template <class T>
+DEVICE void clear_narrow_tiles(T* tiles, int elements, int piece) {
+  if (piece == 16) return;
+  NO_UNROLL for (int i = 8 * static_cast<int>(threadIdx.x); i < elements; i += 8 * threads) {
+    store_shared(tiles + i, uint4{0, 0, 0, 0});
+  }
+}
 
 // Starts the copy of the warp's own rows of q or k; `rows` is the first row of the segment.
 template <class S, bool whole, int raw_stride = S::raw_stride, class T>
-DEVICE void copy_rows(T* raw, const T* rows, int stride, int first, int end, int thread) {
+DEVICE void copy_rows(T* raw, const T* rows, int stride, int piece, int first, int end, int thread) {
+  if (!whole && piece < 16) {
+    bring_narrow_tiles<S, false>(raw, raw_stride, rows, stride, piece, S::feature_dim, first, end, thread);
+    return;
+  }
   const int lane = thread % 32, warp = thread / 32;
   if (lane >= tile * S::units) return;
   const int token = tile * warp + lane / S::units, element = 8 * (lane % S::units), apart = tiles_apart(warp);
@@ -85,8 +120,13 @@ DEVICE void copy_statistics(float2* statistics, const float* of_keys, const floa
 
 // Starts the copy of the block's value rows; `rows` begins at the block's first column.
 template <class S, bool whole, class T>
-DEVICE void copy_values(T* values, const T* rows, int stride, int first, int end, int columns_left,
+DEVICE void copy_values(T* values, const T* rows, int stride, int piece, int first, int end, int columns_left,
                         int thread) {
+  if (!whole && piece < 16) {
+    bring_narrow_tiles<S, false>(values, value_stride, rows, stride, piece, minimum(columns_left, columns),
+                                 first, end, thread);
+    return;
+  }
   constexpr int units = columns / 8, step = threads / units;
   const int token = thread / units, column = 8 * (thread % units);
   T* const target = values + token * value_stride + column;

@@ -47,16 +47,17 @@ KERNEL void LAUNCH_BOUNDS(threads, 3) segment_state_kernel(Arguments<Problem> ar
   const auto copy_chunk = [&](int first, auto whole) {
     constexpr bool all = decltype(whole)::value;
     const int thread = thread_index_anew();
-    copy_rows<S, all>(key_rows, origins->k, row_stride(problem.k), first, rows_end, thread);
+    copy_rows<S, all>(key_rows, origins->k, row_stride(problem.k), arguments.pieces.k, first, rows_end,
+                      thread);
     if (problem.layer_norm == LayerNorm::token) {
       copy_statistics<S, all>(statistics, origins->key_statistics, origins->key_statistics, first, rows_end,
                               thread);
     }
     copy_values<S, all>(values + first / S::chunk % 2 * S::value_tile, origins->v, row_stride(problem.v),
-                        first, rows_end, columns_left, thread);
+                        arguments.pieces.v, first, rows_end, columns_left, thread);
   };
   const auto copy = [&](int first) {
-    if (first + S::chunk <= rows_end && columns_left >= columns) {
+    if (first + S::chunk <= rows_end && columns_left >= columns && arguments.pieces.read == 16) {
       copy_chunk(first, std::true_type());
     } else {
       copy_chunk(first, std::false_type());  // counted 0: rows or columns are missing
@@ -64,10 +65,19 @@ KERNEL void LAUNCH_BOUNDS(threads, 3) segment_state_kernel(Arguments<Problem> ar
     copy_async_commit();
   };
 
-  sync_threads();  // affine, statistics
+  clear_narrow_tiles(values, 2 * S::value_tile, arguments.pieces.v);
+  sync_threads();  // affine, statistics, cleared tiles
   if (rows_end > 0) copy(0);
   NO_UNROLL for (int first = 0; first < rows_end; first += S::chunk) {
     copy_async_wait<0>();
+    if (arguments.pieces.read == 2) {  // counted 0: narrow rows
+      const int thread = thread_index_anew();
+      bring_narrow_tiles<S, true>(key_rows, S::raw_stride, origins->k, row_stride(problem.k),
+                                  arguments.pieces.k, S::feature_dim, first, rows_end, thread);
+      bring_narrow_tiles<S, true>(values + first / S::chunk % 2 * S::value_tile, value_stride, origins->v,
+                                  row_stride(problem.v), arguments.pieces.v, minimum(columns_left, columns),
+                                  first, rows_end, thread);
+    }
     sync_warp();
     UNROLL for (int i = 0; i < S::own_tiles; ++i) {
       const int token = tile * lane.warp + i * tiles_apart(lane.warp);

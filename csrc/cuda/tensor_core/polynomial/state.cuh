@@ -135,8 +135,13 @@ struct State {
   DEVICE void store_public(float* kv, float* k, float count, bool gradient, int64_t head_dim,
                            int columns_left, const Lane& lane) {
     const auto store_row = [&](int row, int column, float x, float y) {
-      if (column < columns_left)
-        store_global(kv + Slot::public_feature(row) * head_dim + column, float2{x, y});
+      float* const place = kv + Slot::public_feature(row) * head_dim + column;
+      if (head_dim % 2 == 0) {
+        if (column < columns_left) store_global(place, float2{x, y});
+      } else {
+        if (column < columns_left) place[0] = x;
+        if (column + 1 < columns_left) place[1] = y;
+      }
     };
     visit_tiles(lane, [&](float (&c)[4], int row, int rows, int column) {
       UNROLL for (int j = 0; j < 2; ++j) {
