@@ -96,7 +96,7 @@ def rebased_attention(
     r"""Causal ReBased linear attention, LayerNorm and feature map included, in time linear in N.
 
     With q' = gamma_q * LayerNorm(q) + beta_q and k' likewise ("Linear Transformers with Learnable Kernel
-    Functions are Better In-Context Models", Aksenov et al., 2024, section 3)::
+    Functions are Better In-Context Models", Aksenov et al., 2024, section 3):
 
         sim(i, j) = phi(q'_i) . phi(k'_j)
         y_i = sum_{j<=i} sim(i, j) v_j / (sum_{j<=i} sim(i, j) + eps)

@@ -1,5 +1,10 @@
-"""README's examples run as they stand."""
+"""README and the pages of docs/: their code runs as it stands, and their figures are those of the results.
 
+The Python blocks of a page run one after the other, as a reader would type them, and say by `assert` what
+they show. A block behind a marker with a file's name is that file, which a console block of the page runs.
+"""
+
+import json
 import os
 import re
 import shlex
@@ -12,57 +17,86 @@ from conftest import EMULATED
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
 PYTHON = r"```python\n(.*?)```"
-FILES = dict(re.findall(rf"<!-- (\w+\.py) -->\n{PYTHON}", README, re.DOTALL))
-EXAMPLES = [code for code in re.findall(PYTHON, README, re.DOTALL) if code not in FILES.values()]
-COMMANDS = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+MARKED = rf"<!-- (\w+\.py) -->\n{PYTHON}"
 
 pytestmark = pytest.mark.skipif(EMULATED, reason="sequences of thousands of tokens take long on the emulator")
 
 
-def _run(code: str) -> dict:
-    names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
+def _files(page: str) -> dict[str, str]:
+    return dict(re.findall(MARKED, page, re.DOTALL))
+
+
+def _examples(page: str) -> list[str]:
+    files = _files(page).values()
+    return [code for code in re.findall(PYTHON, page, re.DOTALL) if code not in files]
+
+
+def _commands(page: str) -> list[str]:
+    """Those that run a file of the page."""
+    lines = "".join(re.findall(r"```console\n(.*?)```", page, re.DOTALL)).splitlines()
+    return [line for line in lines if {*shlex.split(line)} & {*_files(page)}]
+
+
+def _run(code: str, name: str, names: dict | None = None) -> dict:
+    names = {} if names is None else names
+    exec(compile(code, f"<code of {name}>", "exec"), names)
     return names
 
 
-def test_the_ten_lines_run():
-    names = _run(EXAMPLES[0])
+def test_the_op_runs():
+    names = _run(_examples(README)[0], "README.md")
     assert names["y"].shape == (2, 12, 4096, 64)
     assert names["q"].grad is not None
     assert names["y_next"].shape == (2, 12, 64)
 
 
-def test_the_layers_go_on():
-    names = _run(EXAMPLES[1])
+def test_the_layer_runs():
+    names = _run(_examples(README)[1], "README.md")
     assert names["state"].kv.shape == (2, 12, 136, 64)
     assert names["y"].shape == (2, 1, 768)
     assert names["pool"].kv[[7, 3]].any(-1).any(-1).all()
 
 
-def test_the_language_model_runs():
+def test_the_model_runs():
     pytest.importorskip("transformers", minversion="5.24")
-    names = _run(EXAMPLES[2])
+    names = _run(_examples(README)[2], "README.md")
     assert names["said"].shape == (2, 96)
     assert all(x.grad is not None for x in names["model"].parameters())
 
 
-def test_the_compatible_calls_run():
-    names = _run(EXAMPLES[3])
-    assert names["o"].shape == (2, 1024, 12, 64)
-    assert names["state"][0].shape == (2, 12, 16, 64)
-    assert names["y"].shape == (2, 1024, 768)
+def test_every_example_of_readme_is_run_by_a_test():
+    assert len(_examples(README)) == 3
+    assert not _files(README)
 
 
-def test_every_example_is_run_by_a_test():
-    assert len(EXAMPLES) == 4
-    assert set(FILES) == {word for command in COMMANDS for word in command.split() if word.endswith(".py")}
+@pytest.mark.parametrize("name", [name for name in PAGES if name != "README.md" and _examples(PAGES[name])])
+def test_the_code_of_a_page_runs(name):
+    pytest.importorskip("transformers", minversion="5.24")
+    names: dict = {}
+    for code in _examples(PAGES[name]):
+        _run(code, name, names)
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.strip())
-def test_the_processes_run(command, tmp_path):
-    for name, code in FILES.items():
-        (tmp_path / name).write_text(code)
+def test_no_code_escapes():
+    """Code is in blocks that the tests here find: not indented, and of a language that is known."""
+    for name, page in PAGES.items():
+        for indent, language in re.findall(r"^( *)```(\S+)", page, re.MULTILINE):
+            assert not indent, f"{name}: an indented block"
+            assert language in ("python", "sh", "console", "text"), f"{name}: {language}"
+
+
+FILES = [(name, line) for name, page in PAGES.items() for line in _commands(page)]
+
+
+@pytest.mark.parametrize(("name", "command"), FILES, ids=[command for _, command in FILES])
+def test_the_processes_run(name, command, tmp_path):
+    for file, code in _files(PAGES[name]).items():
+        (tmp_path / file).write_text(code)
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -77,5 +111,62 @@ def test_the_processes_run(command, tmp_path):
     assert len(losses) == 2, done.stdout
 
 
+def test_every_file_of_a_page_is_run():
+    for name, page in PAGES.items():
+        run = {word for line in _commands(page) for word in shlex.split(line)}
+        assert {*_files(page)} <= run, name
+
+
 def test_there_are_exactly_two_commands():
     assert README.count("```sh") == 2
+
+
+def test_readme_is_short():
+    assert README.count("\n") <= 150
+    assert len(README.split()) <= 900
+
+
+def test_links_lead_somewhere():
+    for name, page in PAGES.items():
+        folder = (ROOT / name).parent
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page):
+            assert (folder / target).exists(), f"{name}: {target}"
+
+
+def test_the_picture_shows_the_results():
+    picture = pytest.importorskip("benchmarks.speed.picture")
+    assert picture.drawn() == json.loads(json.dumps(picture.panels())), (
+        "run python -m benchmarks.speed.picture"
+    )
+
+
+def test_the_caption_names_the_commits():
+    picture = pytest.importorskip("benchmarks.speed.picture")
+    commits = [json.loads(path.read_text())["commit"][:7] for path in (picture.CPU, picture.GPU)]
+    commits += re.findall(r"commit (\w{7})\.", picture.GPU_CHECKS.read_text())[:1]
+    assert len({*commits}) == 3
+    for name in ("README.md", "docs/performance.md"):
+        caption = PAGES[name].partition("pictures/speed.svg)")[2].partition("\n#")[0]
+        assert [commit for commit in commits if commit not in caption] == [], name
+
+
+def test_a_picture_of_other_results_is_told_apart(tmp_path, monkeypatch):
+    picture = pytest.importorskip("benchmarks.speed.picture")
+    results = json.loads(picture.CPU.read_text())
+    for row in results["rows"]:
+        if row["median"]:
+            row["median"] *= 2
+    monkeypatch.setattr(picture, "CPU", tmp_path / "speed.json")
+    picture.CPU.write_text(json.dumps(results))
+    assert picture.drawn() != json.loads(json.dumps(picture.panels()))
+    assert picture.drawn(picture.draw(tmp_path / "speed.svg")) == json.loads(json.dumps(picture.panels()))
+
+
+def test_the_tables_show_the_results():
+    page = pytest.importorskip("benchmarks.speed.page")
+    text = PAGES["docs/performance.md"]
+    assert [name for _, name, _ in page.BLOCK.findall(text)] == [*page.TABLES]
+    assert page.fill(text) == text, "run python -m benchmarks.speed.page"
+    emptied = page.BLOCK.sub(r"\1\3", text)
+    assert emptied != text
+    assert page.fill(emptied) == text

@@ -41,9 +41,10 @@ class RebasedConfig(PreTrainedConfig):
         layer_types: the mixer of every layer: "conv" (`GatedShortConvolution`), "linear_attention"
             (`ReBasedAttention`) or "full_attention" (softmax). When None, the paper's hybrid: a convolution,
             linear attention, a convolution, ...
-        num_attention_heads, num_key_value_heads, feature_dim, head_dim, feature_map, layer_norm, use_gamma,
-            use_beta, attention_eps: of the linear attention, as num_heads, num_kv_heads, ..., eps of
-            `ReBasedAttention`. Softmax attention has num_attention_heads heads of hidden_size in all.
+        num_attention_heads, num_key_value_heads: num_heads and num_kv_heads of `ReBasedAttention`. Softmax
+            attention has num_attention_heads heads of hidden_size in all.
+        feature_dim, head_dim, feature_map, layer_norm, use_gamma, use_beta: as in `ReBasedAttention`.
+        attention_eps: eps of `ReBasedAttention`.
         attention_bias: whether the softmax attention's q, k and v have a bias.
         conv_kernel: tokens that a convolution sees.
         norm_eps: of the LayerNorms before mixers, before MLPs and at the end.
