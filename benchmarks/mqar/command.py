@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.training import choose_device
+from benchmarks.training import available_cores, choose_device, limit_threads
 
 from . import grid
 from .cell import CHECKPOINT_SECONDS, Cell
@@ -25,7 +23,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     parser.add_argument("--jobs", type=int, help="processes; default: one per core on a CPU, 1 on a GPU")
     parser.add_argument(
-        "--checkpoint-every", type=float, default=CHECKPOINT_SECONDS, help="seconds; default %(default)s"
+        "--threads",
+        type=int,
+        help="of each process; default: OMP_NUM_THREADS if that is set, else the cores shared out",
+    )
+    parser.add_argument(
+        "--checkpoint-every",
+        type=float,
+        default=CHECKPOINT_SECONDS,
+        help="seconds between checkpoints of a run, which goes on from the last one; default %(default)s",
     )
 
 
@@ -43,9 +49,8 @@ def execute(
         module, argv: the command line that got here, for further processes.
     """
     device = choose_device(arguments.device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = min(arguments.jobs or (1 if device.type == "cuda" else cores), len(cells))
-    torch.set_num_threads(max(cores // jobs, 1))
+    jobs = min(arguments.jobs or (1 if device.type == "cuda" else available_cores()), len(cells))
+    limit_threads(arguments.threads, jobs)
     every = arguments.checkpoint_every
     if PARENT in os.environ:
         grid.work(folder, cells, device, every, judge, parent=int(os.environ[PARENT]))
