@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of each process; default: OMP_NUM_THREADS if that is set, else the cores shared out",
     )
     parser.add_argument(
+        "--budget",
+        type=float,
+        default=math.inf,
+        help="seconds after which it stops, and shows the runs that have finished; default: none",
+    )
+    parser.add_argument(
         "--checkpoint-every",
         type=float,
         default=CHECKPOINT_SECONDS,
@@ -43,7 +51,7 @@ def execute(
     cells: Sequence[Cell],
     judge: grid.Judge = grid.no_judge,
 ) -> list[dict[str, Any]] | None:
-    """All lines of the cells; None in a process that only helped.
+    """The lines of the cells, all of them unless a budget ran out; None in a process that only helped.
 
     Args:
         module, argv: the command line that got here, for further processes.
@@ -51,12 +59,13 @@ def execute(
     device = choose_device(arguments.device)
     jobs = min(arguments.jobs or (1 if device.type == "cuda" else available_cores()), len(cells))
     limit_threads(arguments.threads, jobs)
-    every = arguments.checkpoint_every
+    every, deadline = arguments.checkpoint_every, time.monotonic() + arguments.budget
     if PARENT in os.environ:
-        grid.work(folder, cells, device, every, judge, parent=int(os.environ[PARENT]))
+        grid.work(folder, cells, device, every, judge, parent=int(os.environ[PARENT]), deadline=deadline)
         return None
     os.environ[PARENT] = str(os.getpid())
     try:
-        return grid.run(folder, cells, device, every, judge, [sys.executable, "-m", module, *argv], jobs)
+        workers = [sys.executable, "-m", module, *argv]
+        return grid.run(folder, cells, device, every, judge, workers, jobs, deadline)
     finally:
         del os.environ[PARENT]

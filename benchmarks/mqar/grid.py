@@ -52,19 +52,23 @@ def run(
     judge: Judge = no_judge,
     workers: Sequence[str] = (),
     jobs: int = 1,
+    deadline: float = math.inf,
 ) -> list[dict[str, Any]]:
-    """Runs what is not finished and returns all lines, in the cells' order.
+    """Runs what is not finished and returns the lines, in the cells' order.
 
     Args:
         every: seconds between checkpoints.
         judge: what to find out about a trained model, added to its line.
         workers: the command of a further process that calls `work` on the same cells; jobs - 1 are started.
+        deadline: of time.monotonic(); what has not finished then has no line, and goes on from its checkpoint
+            the next time.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     helpers = [subprocess.Popen(workers) for _ in range(jobs - 1)] if len(cells) > 1 else []
     bar = _Bar(folder, cells)
     try:
-        while len(finished(folder, cells)) < len(cells):
-            if not work(folder, cells, device, every, judge, bar):
+        while len(finished(folder, cells)) < len(cells) and time.monotonic() < deadline:
+            if not work(folder, cells, device, every, judge, bar, deadline=deadline):
                 time.sleep(0.5)  # the rest is in other hands
                 bar.show(None)
     finally:
@@ -73,7 +77,7 @@ def run(
             helper.terminate()
             helper.wait()
     lines = finished(folder, cells)
-    return [lines[cell.name] for cell in cells]
+    return [lines[cell.name] for cell in cells if cell.name in lines]
 
 
 def work(
@@ -84,14 +88,17 @@ def work(
     judge: Judge = no_judge,
     bar: _Bar | None = None,
     parent: int | None = None,
+    deadline: float = math.inf,
 ) -> int:
-    """Takes runs until none is free; how many were done. With `parent`, ends when that process has."""
+    """Takes runs until none is free or time is up; how many were done. With `parent`, ends when it has."""
 
     def tell(progress: Progress) -> None:
         if parent is not None and os.getppid() != parent:
             sys.exit("the process that started this one is gone")
         if bar is not None:
             bar.show(progress)
+        if time.monotonic() >= deadline:
+            raise TimeoutError
 
     done = 0
     before = finished(folder, cells)
@@ -104,7 +111,10 @@ def work(
                 continue
             if bar is not None:
                 bar.begin(cell)
-            model, progress = train(cell, device, checkpoint, every, tell)
+            try:
+                model, progress = train(cell, device, checkpoint, every, tell)
+            except TimeoutError:
+                return done
             line = result(cell, model, progress, device)
             append_json_line(folder / RESULTS, line | judge(cell, model, device))
             checkpoint.unlink(missing_ok=True)

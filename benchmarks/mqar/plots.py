@@ -19,6 +19,8 @@ from .report import TWICE, Key, Line, by_first, expectation, scores, title
 
 def draw(command: str, lines: Sequence[Line], folder: Path) -> list[Path]:
     """The pictures of a preset; a grid of one's own is drawn as Figure 1."""
+    if not lines:
+        return []
     if command == "figure4":
         return [_expected(lines, folder / "figure4.png")]
     if command == "table1":

@@ -395,6 +395,27 @@ def test_epochs_go_over_the_same_examples_in_new_orders() -> None:
         replace(cell, examples=7)
 
 
+def test_a_budget_keeps_what_has_finished(tmp_path: Path) -> None:
+    both = [TINY, replace(TINY, seed=1)]
+    assert grid.run(tmp_path, both, CPU, deadline=time.monotonic()) == []
+    lines = grid.run(tmp_path, both[:1], CPU, deadline=time.monotonic() + 3600)
+    assert len(lines) == 1
+    # time is up after the second run's first step, which the next one does not do again
+    assert grid.work(tmp_path, both, CPU, every=0, deadline=time.monotonic()) == 0
+    saved = load_checkpoint(tmp_path / f"{both[1].name}.pt")
+    assert saved is not None
+    assert saved["progress"]["step"] == 1
+    assert grid.run(tmp_path, both, CPU, deadline=time.monotonic()) == lines
+    assert len(grid.run(tmp_path, both, CPU)) == 2
+
+
+def test_a_budget_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["grid", *OPTIONS, "--device", "cpu", "--output", str(tmp_path), "--budget", "0"]
+    assert command.main(arguments) == 0
+    assert not read_json_lines(tmp_path / grid.RESULTS)
+    assert "0 runs" in capsys.readouterr().out
+
+
 def test_progress_is_told_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bar = grid._Bar(tmp_path, [TINY])
     bar.begin(TINY)
@@ -444,6 +465,34 @@ def test_drawings_need_no_runs(name: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert command.main([name, "--output", str(tmp_path)]) == 0
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_the_papers_command_gives_every_experiment_options_that_it_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for extra in ("tokenizers", "tqdm", "transformers", "matplotlib"):
+        pytest.importorskip(extra)
+    from benchmarks import paper
+
+    called: list[list[str]] = []
+    for name, (_, line, known) in paper.EXPERIMENTS.items():
+        monkeypatch.setitem(paper.EXPERIMENTS, name, (lambda argv: called.append(argv) or 0, line, known))
+    options = ["--device", "cpu", "--jobs", "2", "--threads", "1", "--output", str(tmp_path)]
+    assert paper.main(["--small", *options]) == 0
+    assert len(called) == len(paper.EXPERIMENTS)
+    parsed = {}
+    for argv in called:
+        parser = paper.language_model.parse_arguments if argv[0] == "compare" else command._arguments
+        if argv[0] == "table3":
+            continue  # it parses its own: test_attention_maps
+        parsed[argv[0]] = parser(argv)
+    assert len({str(arguments.output) for arguments in parsed.values()}) == len(parsed)
+    assert parsed["figure1"].small
+    assert (parsed["figure1"].jobs, parsed["figure1"].threads, parsed["compare"].threads) == (2, 1, 1)
+    called.clear()
+    monkeypatch.setitem(paper.EXPERIMENTS, "table1", (lambda argv: 3, "table1", ()))
+    assert paper.main(["--only", "table1", "figure2"]) == 3  # one that fails ends it
+    assert not called
 
 
 def test_a_grid_skips_what_is_finished(tmp_path: Path) -> None:
