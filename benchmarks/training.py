@@ -14,11 +14,35 @@ import json
 import os
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+
+def setting(default: Any, explanation: str) -> Any:
+    """A dataclass' field that a command has an option for, with what `--help` says of it."""
+    return field(default=default, metadata={"help": explanation})
+
+
+def limit_threads(threads: int | None, processes: int) -> None:
+    """Sets torch's threads: as many as given, else as OMP_NUM_THREADS says, else the process' share of cores.
+
+    Raises:
+        ValueError: fewer than one thread.
+    """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads: expected at least 1, got {threads}")
+    if threads is None and "OMP_NUM_THREADS" in os.environ:
+        return
+    torch.set_num_threads(threads or max(available_cores() // processes, 1))
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_device(name: str | None = None) -> torch.device:

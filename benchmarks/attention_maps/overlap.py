@@ -97,7 +97,7 @@ def table(lines: Iterable[Mapping[str, Any]]) -> str:
     for line in lines:
         rates.setdefault(line["mixer"], {}).setdefault(line["learning_rate"], []).append(line)
     rows = []
-    for mixer in MIXERS:
+    for mixer in (name for name in MIXERS if name in rates):
         of_mixer = rates[mixer].values()
         best = max(of_mixer, key=lambda runs: sum(run["accuracy"] for run in runs) / len(runs))
         iou, accuracy = (Score(tuple(run[name] for run in best), 0.0) for name in ("iou", "accuracy"))

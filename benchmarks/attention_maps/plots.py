@@ -10,7 +10,9 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.mqar.report import TITLES, Line
 
@@ -57,10 +59,17 @@ def _maps(best: dict[str, Line], examples: Sequence[int]) -> Figure:
                 matrix = np.zeros_like(matrix)
                 matrix[np.arange(len(matrix)), shown["truth"]] = 1
             axes.imshow(matrix, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+            _whole_ticks(axes)
             axes.set_title(TITLES.get(name, "ground truth"), fontsize=9)
             axes.set_xlabel("position among the pairs", fontsize=8)
         row[0].set_ylabel("query", fontsize=8)
     return figure
+
+
+def _whole_ticks(axes: Axes) -> None:
+    """No ticks between two positions or queries."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _last_query(best: dict[str, Line]) -> Figure:
@@ -71,8 +80,9 @@ def _last_query(best: dict[str, Line]) -> Figure:
         scores = shown["attention"][-1]
         colours = ["tab:orange" if i == shown["truth"][-1] else "tab:blue" for i in range(len(scores))]
         axes.bar(range(len(scores)), scores, color=colours)
-        axes.set_title(f"{TITLES[mixer]} (orange: the value asked for)", fontsize=9)
-        axes.set_xlabel("position")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_title(TITLES[mixer], fontsize=9)
+        axes.set_xlabel("position (orange: the value asked for)", fontsize=8)
     grid[0].set_ylabel("attention of the last query")
     return figure
 

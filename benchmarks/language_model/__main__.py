@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,10 @@ import torch
 
 import benchmarks.language_model
 from benchmarks.speed.report import commit, duration, print_table
-from benchmarks.training import append_json_line, choose_device, claim
+from benchmarks.training import append_json_line, choose_device, claim, limit_threads
 from rebased_cuda.demo import timing
 
-from . import compare, generate, parallel, speed, text
+from . import compare, generate, needs, parallel, speed, text
 from .sizes import MIXERS, ModelConfiguration
 from .train import PRECISIONS, Trainer, TrainingConfiguration, run
 
@@ -28,6 +30,8 @@ OUTPUT = Path(__file__).parent.parent / "runs" / "language_model"
 FULL = {"vocabulary": 50304, "width": 768, "layers": 18, "heads": 64, "context": 4096}
 FULL_ATTENTION_HEADS = 12
 SMALL = {"vocabulary": 2048, "width": 128, "layers": 4, "heads": 4, "context": 512}
+# The paper's batch, 4 M tokens a step, in pieces of 8 rows.
+FULL_TRAINING = {"precision": "bfloat16", "accumulate": 128}
 SMALL_TRAINING = {"steps": 1400, "batch": 2, "learning_rate": 6e-3, "warmup": 100, "checkpoint_every": 200}
 VALIDATION_ROWS = {"full": 256, "small": 64}
 
@@ -44,30 +48,45 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--text", type=Path, help="folder of text or code; default: the standard library")
+    common.add_argument(
+        "--tokens", type=Path, help="folder of tokens that `tokenize` or you have made, instead"
+    )
     common.add_argument("--output", type=Path, default=OUTPUT, help="checkpoints, tokens, results")
     common.add_argument("--device", help="cpu or cuda; default: a GPU if this build has kernels for it")
     common.add_argument("--small", action="store_true", help="a size for two CPU cores and two minutes")
-    common.add_argument("--vocabulary", type=int)
-    common.add_argument("--width", type=int)
+    common.add_argument("--threads", type=int, help="default: OMP_NUM_THREADS if that is set, else all cores")
+    common.add_argument("--vocabulary", type=int, help="of the tokenizer and the model")
+    common.add_argument("--width", type=int, help="of the residual stream")
     common.add_argument("--layers", type=int, help="of ReBased and Based; attention has two thirds of them")
-    common.add_argument("--heads", type=int)
+    common.add_argument("--heads", type=int, help="of every attention layer, softmax or linear")
     for field in fields(TrainingConfiguration):
         name = "--" + field.name.replace("_", "-")
+        told = field.metadata["help"]
         if field.name == "precision":
-            common.add_argument(name, choices=list(PRECISIONS))
+            common.add_argument(name, choices=list(PRECISIONS), help=told)
         elif field.type == "bool":
-            common.add_argument(name, action="store_true", default=None)
+            common.add_argument(name, action="store_true", default=None, help=told)
         else:
-            common.add_argument(name, type={"int": int, "float": float}[str(field.type)])
+            common.add_argument(name, type={"int": int, "float": float}[str(field.type)], help=told)
 
     train = commands.add_parser("train", parents=[common], help="one run; killed, the same line resumes it")
     train.add_argument("--mixer", choices=MIXERS, default="rebased")
     train.add_argument("--name", help="folder of the run below --output; default: mixer and seed")
-    train.add_argument("--parallel", choices=list(parallel.STRATEGIES), default="none", help="with torchrun")
+    train.add_argument(
+        "--dry-run", action="store_true", help="trains nothing: says what the run needs of memory and time"
+    )
+    converter = commands.add_parser("tokenize", help="a folder of text -> a folder of tokens for --tokens")
+    converter.add_argument("text", type=Path, help="folder of text or code")
+    converter.add_argument("tokens", type=Path, help="folder that is written")
+    converter.add_argument("--vocabulary", type=int, default=FULL["vocabulary"], help="default %(default)s")
 
     several = commands.add_parser("compare", parents=[common], help="every mixer with several seeds")
-    several.add_argument("--seeds", type=int, default=3)
-    several.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS))
+    several.add_argument("--seeds", type=int, default=3, help="0 to this less one; default %(default)s")
+    several.add_argument("--mixers", nargs="+", choices=MIXERS, default=list(MIXERS), help="default: all")
+    for command in (train, several):
+        command.add_argument(
+            "--parallel", choices=list(parallel.STRATEGIES), default="none", help="with torchrun"
+        )
     several.add_argument("--json", type=Path, help="also writes the table's figures there")
 
     timed = commands.add_parser("speed", parents=[common], help="seconds a training step, native and plain")
@@ -99,13 +118,20 @@ def model_configuration(arguments: argparse.Namespace, mixer: str) -> ModelConfi
 
 
 def _training(arguments: argparse.Namespace, context: int) -> TrainingConfiguration:
-    preset: dict[str, Any] = dict(SMALL_TRAINING) if arguments.small else {}
+    preset: dict[str, Any] = dict(SMALL_TRAINING if arguments.small else FULL_TRAINING)
     given = {field.name: getattr(arguments, field.name) for field in fields(TrainingConfiguration)}
     preset |= {name: value for name, value in given.items() if value is not None}
     return TrainingConfiguration(**{**preset, "context": context})
 
 
 def _text(arguments: argparse.Namespace, vocabulary: int) -> text.Text:
+    if arguments.tokens:
+        data = text.open_tokens(arguments.tokens)
+        if data.vocabulary > vocabulary:
+            raise ValueError(
+                f"vocabulary: expected at least {data.vocabulary}, the tokens', got {vocabulary}"
+            )
+        return data
     return text.load(arguments.text or text.default_folder(), vocabulary, arguments.output)
 
 
@@ -131,7 +157,7 @@ def _run(arguments: argparse.Namespace, mixer: str, folder: Path, strategy: str)
         rows = text.windows(
             data.held_out, training.context, VALIDATION_ROWS["small" if arguments.small else "full"]
         )
-        tokenizer = data.tokenizer.to_str()
+        tokenizer = "" if data.tokenizer is None else data.tokenizer.to_str()
         perplexity, seconds = run(trainer, folder / "checkpoint.pt", rows, tokenizer=tokenizer)
         record = {
             "mixer": mixer,
@@ -157,21 +183,47 @@ def _run(arguments: argparse.Namespace, mixer: str, folder: Path, strategy: str)
 def _train(arguments: argparse.Namespace) -> int:
     seed = arguments.seed or 0
     folder = arguments.output / (arguments.name or f"{arguments.mixer}-{seed}")
-    _run(arguments, arguments.mixer, folder, arguments.parallel)
+    if arguments.dry_run:
+        model = model_configuration(arguments, arguments.mixer)
+        print(needs.told(model, _training(arguments, model.context), choose_device(arguments.device)))
+        return 0
+    record = _run(arguments, arguments.mixer, folder, arguments.parallel)
+    if _first_process():
+        append_json_line(folder / "results.jsonl", record)
+    return 0
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _tokenize(arguments: argparse.Namespace) -> int:
+    data = text.tokenize(arguments.text, arguments.vocabulary, arguments.tokens)
+    _say(f"{arguments.tokens}: {len(data.training):,} tokens to train on, {len(data.held_out):,} held out")
     return 0
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    """Finished runs are skipped, one that was cut short goes on; several processes may share the list."""
+    """Finished runs are skipped, one that was cut short goes on.
+
+    Commands given twice share the list; processes of torchrun share every run.
+    """
     folder = arguments.output / ("compare-small" if arguments.small else "compare")
     lines = folder / "results.jsonl"
     wanted = [(mixer, seed) for seed in range(arguments.seeds) for mixer in arguments.mixers]
+    together = arguments.parallel != "none"
+    finished = compare.results(lines)  # none is added before every process of torchrun has read this
     for mixer, seed in wanted:
-        with claim(folder / f"{mixer}-{seed}" / "claim") as free:
-            if not free or (mixer, seed) in compare.results(lines):
+        own = folder / f"{mixer}-{seed}"
+        with nullcontext(True) if together else claim(own / "claim") as free:
+            if not free or (mixer, seed) in (finished if together else compare.results(lines)):
                 continue
             arguments.seed = seed
-            append_json_line(lines, _run(arguments, mixer, folder / f"{mixer}-{seed}", "none"))
+            record = _run(arguments, mixer, own, arguments.parallel)
+            if _first_process():
+                append_json_line(lines, record)
+    if not _first_process():
+        return 0
     records = [record for key, record in compare.results(lines).items() if key in wanted]
     print_table("held-out perplexity, mean ± deviation over seeds", compare.HEADER, compare.table(records))
     _say(compare.statement(records))
@@ -244,11 +296,19 @@ def _write(path: Path, contents: dict[str, Any]) -> None:
     path.write_text(json.dumps(head | contents, indent=1) + "\n")
 
 
-COMMANDS = {"train": _train, "compare": _compare, "speed": _speed, "generate": _generate}
+COMMANDS = {
+    "train": _train,
+    "compare": _compare,
+    "speed": _speed,
+    "generate": _generate,
+    "tokenize": _tokenize,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    if "threads" in arguments:
+        limit_threads(arguments.threads, 1)
     return COMMANDS[arguments.command](arguments)
 
 

@@ -32,12 +32,15 @@ def load_model(path: Path, device: torch.device) -> tuple[RebasedForCausalLM, To
 
     Raises:
         FileNotFoundError: there is no checkpoint.
+        ValueError: its run had tokens without a tokenizer.
     """
     checkpoint = load_checkpoint(path)
     if checkpoint is None:
         raise FileNotFoundError(f"{path}: no such checkpoint")
     model = make_model(ModelConfiguration(**checkpoint["model_configuration"]))
     model.load_state_dict(checkpoint["model"])
+    if not checkpoint["tokenizer"]:
+        raise ValueError(f"checkpoint: {path} was trained on tokens without a tokenizer.json")
     return model.to(device).eval(), Tokenizer.from_str(checkpoint["tokenizer"])
 
 

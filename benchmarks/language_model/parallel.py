@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -53,6 +53,10 @@ class OneProcess:
         """The sum of all processes' x."""
         return x
 
+    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of a piece of a step: gradients are exchanged after the last alone."""
+        return nullcontext()
+
 
 class DataParallel(OneProcess):
     """Every process has the whole model and some rows; gradients are averaged in the backward pass."""
@@ -74,6 +78,9 @@ class DataParallel(OneProcess):
         distributed.all_reduce(total)
         return total
 
+    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        return nullcontext() if last else model.no_sync()
+
 
 class ShardedDataParallel(DataParallel):
     """FSDP2: parameters, gradients and moments are shared out, a block is gathered while it computes."""
@@ -82,6 +89,10 @@ class ShardedDataParallel(DataParallel):
         for block in model.model.layers:
             fully_shard(block)
         return fully_shard(model)
+
+    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        model.set_requires_gradient_sync(last)
+        return nullcontext()
 
 
 class ContextParallel(DataParallel):

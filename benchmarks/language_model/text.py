@@ -3,16 +3,28 @@
 Which files are held out depends on their relative paths alone, so it stays the same when files are added. The
 tokenizer is a byte-level BPE learned on the training files. Tokenizer and tokens are cached in a folder named
 after what they were made of, so that a changed file or vocabulary never meets an old cache.
+
+Such a folder of tokens is also what `tokenize` writes and what `--tokens` reads, whoever has made it:
+
+    training.bin, held_out.bin   the tokens one after the other, little-endian without a sign, two bytes each
+                                 for a vocabulary of at most 65,536, else four
+    tokens.json                  {"vocabulary": V, "training_bytes": T, "held_out_bytes": H}, written last;
+                                 the bytes are those of the text, and only shown
+    tokenizer.json               by the library `tokenizers`; only `generate` wants it
+
+The files are mapped into memory, so that a run reads what it trains on and no more.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +33,8 @@ from torch import Tensor
 
 END = "<|endoftext|>"  # between two files
 HELD_OUT = 10  # one file in so many
+STREAMS = ("training", "held_out")
+MARK = "tokens.json"
 LARGEST_FILE = 16 << 20  # bytes; longer ones are rarely text that a person wrote
 SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "__pycache__", "node_modules"}
@@ -29,17 +43,14 @@ SKIPPED_FOLDERS = frozenset(
 
 @dataclass(frozen=True)
 class Text:
-    """Token streams (tokens,) int64 and the tokenizer that they come from."""
+    """Token streams (tokens,), unsigned and mapped from files, and their tokenizer where there is one."""
 
     training: Tensor
     held_out: Tensor
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    vocabulary: int
     training_bytes: int
     held_out_bytes: int
-
-    @property
-    def vocabulary(self) -> int:
-        return int(self.tokenizer.get_vocab_size())
 
 
 def default_folder() -> Path:
@@ -115,24 +126,56 @@ def load(folder: Path, vocabulary: int, cache: Path) -> Text:
     Raises:
         ValueError: too few files, or a vocabulary that the training text cannot fill or that lacks bytes.
     """
-    if vocabulary < 257:
-        raise ValueError(f"vocabulary: expected at least 257 (every byte and {END}), got {vocabulary}")
     files = read_folder(folder)
     training, held_out = split(files)
     digest = hashlib.sha256(repr((vocabulary, HELD_OUT, END)).encode())
     for path, text in files:
         digest.update(repr((path, len(text))).encode() + text.encode())
     place = cache / f"tokens-{digest.hexdigest()[:16]}"
-    if not (place / "tokens.npz").exists():
+    if not (place / MARK).exists():
         _tokenize(training, held_out, vocabulary, place)
-    tokenizer = Tokenizer.from_file(str(place / "tokenizer.json"))
-    with np.load(place / "tokens.npz") as tokens:
-        streams = [torch.from_numpy(tokens[name].astype(np.int64)) for name in ("training", "held_out")]
-    sizes = [sum(len(text.encode()) for text in texts) for texts in (training, held_out)]
-    return Text(streams[0], streams[1], tokenizer, sizes[0], sizes[1])
+    return open_tokens(place)
+
+
+def tokenize(folder: Path, vocabulary: int, place: Path) -> Text:
+    """Reads, splits and tokenizes a folder of text into a folder of tokens, whatever was there before.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    _tokenize(*split(read_folder(folder)), vocabulary, place)
+    return open_tokens(place)
+
+
+def open_tokens(place: Path) -> Text:
+    """A folder of tokens: see the top of this file.
+
+    Raises:
+        ValueError: it is none, or its files and its vocabulary don't go together.
+    """
+    if not (place / MARK).exists():
+        raise ValueError(f"tokens: expected a folder with {MARK}, training.bin and held_out.bin, got {place}")
+    facts = json.loads((place / MARK).read_text())
+    dtype = _dtype(facts["vocabulary"])
+    streams = []
+    for name in STREAMS:
+        path = place / f"{name}.bin"
+        if path.stat().st_size % dtype.itemsize or not path.stat().st_size:
+            raise ValueError(f"tokens: expected {dtype.itemsize} bytes a token in {path}")
+        # copy on write, which torch wants of memory that it may write to; nothing here does
+        streams.append(torch.from_numpy(np.memmap(path, dtype, "c")))
+    path = place / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path)) if path.exists() else None
+    return Text(*streams, tokenizer, facts["vocabulary"], facts["training_bytes"], facts["held_out_bytes"])
+
+
+def _dtype(vocabulary: int) -> np.dtype[Any]:
+    return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
 
 
 def _tokenize(training: list[str], held_out: list[str], vocabulary: int, place: Path) -> None:
+    if vocabulary < 257:
+        raise ValueError(f"vocabulary: expected at least 257 (every byte and {END}), got {vocabulary}")
     tokenizer = train_tokenizer(training, vocabulary)
     if tokenizer.get_vocab_size() != vocabulary:
         raise ValueError(
@@ -140,11 +183,16 @@ def _tokenize(training: list[str], held_out: list[str], vocabulary: int, place: 
             f"got {vocabulary}"
         )
     place.mkdir(parents=True, exist_ok=True)
-    # tokens.npz last: it stands for both, and several processes may be here at once
+    # tokens.json last: it stands for all, and several processes may be here at once
     with _whole(place / "tokenizer.json") as path:
         tokenizer.save(str(path))
-    with _whole(place / "tokens.npz") as path, path.open("wb") as file:
-        np.savez(file, training=_stream(tokenizer, training), held_out=_stream(tokenizer, held_out))
+    facts = {"vocabulary": vocabulary}
+    for name, texts in zip(STREAMS, (training, held_out), strict=True):
+        with _whole(place / f"{name}.bin") as path:
+            _stream(tokenizer, texts).astype(_dtype(vocabulary)).tofile(path)
+        facts[f"{name}_bytes"] = sum(len(text.encode()) for text in texts)
+    with _whole(place / MARK) as path:
+        path.write_text(json.dumps(facts) + "\n")
 
 
 class _whole:  # noqa: N801 a context manager, used like a function
@@ -183,7 +231,7 @@ def batch(stream: Tensor, step: int, seed: int, rows: int, context: int) -> Tens
     _check_length(stream, context)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     starts = torch.randint(len(stream) - context, (rows, 1), generator=generator)
-    return stream[starts + torch.arange(context + 1)]
+    return stream[starts + torch.arange(context + 1)].long()
 
 
 def windows(stream: Tensor, context: int, count: int) -> Tensor:
@@ -192,7 +240,7 @@ def windows(stream: Tensor, context: int, count: int) -> Tensor:
     available = (len(stream) - 1) // context
     count = min(count, available)
     starts = torch.linspace(0, available - 1, count).long().unsqueeze(1) * context
-    return stream[starts + torch.arange(context + 1)]
+    return stream[starts + torch.arange(context + 1)].long()
 
 
 def _check_length(stream: Tensor, context: int) -> None:

@@ -15,38 +15,42 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks.training import load_checkpoint, save_checkpoint, seed_everything
+from benchmarks.training import append_json_line, load_checkpoint, save_checkpoint, seed_everything, setting
 
 from . import parallel, text
 from .evaluate import Perplexity, perplexity
-from .sizes import ModelConfiguration, logits_of, make_model
+from .sizes import ModelConfiguration, make_model
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BETAS = (0.9, 0.95)
 FINAL = 0.1  # of the learning rate, where the cosine ends
-FREE = ("compile", "activation_checkpointing", "checkpoint_every")  # may change when a run is resumed
+# may change when a run is resumed
+FREE = ("compile", "activation_checkpointing", "checkpoint_every", "validate_every", "loss_chunk")
 
 
 @dataclass(frozen=True)
 class TrainingConfiguration:
     """One run. `batch` rows of `context` tokens a step, over all processes, in `accumulate` pieces."""
 
-    steps: int = 20_000
-    batch: int = 1024
-    context: int = 4096
-    learning_rate: float = 1e-3
-    warmup: int = 200
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    accumulate: int = 1
-    seed: int = 0
-    precision: str = "float32"
-    compile: bool = False
-    activation_checkpointing: bool = False
-    checkpoint_every: int = 100
+    steps: int = setting(20_000, "optimizer steps of the whole run")
+    batch: int = setting(1024, "rows a step, over all processes and pieces")
+    context: int = setting(4096, "tokens of a row")
+    learning_rate: float = setting(1e-3, "the highest, after the warm-up")
+    warmup: int = setting(200, "steps of a linear rise before the cosine")
+    weight_decay: float = setting(0.1, "of matrices and filters; embeddings and vectors have none")
+    clip: float = setting(1.0, "the gradient's largest norm")
+    accumulate: int = setting(1, "pieces that a step's rows are trained on in, one after the other")
+    loss_chunk: int = setting(4096, "tokens whose logits are in memory at once; 0: all of a piece")
+    seed: int = setting(0, "of the initial weights and of the rows' places in the text")
+    precision: str = setting("float32", "of matrix products and activations (autocast); weights are float32")
+    compile: bool = setting(False, "torch.compile for the model")
+    activation_checkpointing: bool = setting(False, "computes a block anew in backward: less memory")
+    checkpoint_every: int = setting(100, "steps between two checkpoints")
+    validate_every: int = setting(
+        0, "steps between two looks at the held-out perplexity; 0: at the end alone"
+    )
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -64,9 +68,15 @@ def learning_rate(configuration: TrainingConfiguration, step: int) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and filters, none for biases, LayerNorms, gamma and beta."""
-    decayed = [x for x in model.parameters() if x.dim() > 1]
-    spared = [x for x in model.parameters() if x.dim() <= 1]
+    """Weight decay for matrices and filters, none for embeddings, biases, LayerNorms, gamma and beta.
+
+    The output is the tokens' embedding, and has none either: Based's optimizer sees it so.
+    """
+    embeddings = {
+        x for module in model.modules() if isinstance(module, nn.Embedding) for x in module.parameters()
+    }
+    decayed = [x for x in model.parameters() if x.dim() > 1 and x not in embeddings]
+    spared = [x for x in model.parameters() if x.dim() <= 1 or x in embeddings]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
 
 
@@ -113,13 +123,15 @@ class Trainer:
             self.stream, self.done, configuration.seed, configuration.batch, configuration.context
         )
         total = torch.zeros((), device=self.processes.device)
-        for piece in rows.chunk(configuration.accumulate):
+        for index, piece in enumerate(rows.chunk(configuration.accumulate)):
             part = self.processes.part(piece).to(self.processes.device)
-            with self.autocast():
-                logits = logits_of(self.call, part[:, :-1])
-            loss = F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten())
-            loss = loss / configuration.accumulate
-            loss.backward()
+            with self.processes.accumulating(self.model, index == configuration.accumulate - 1):
+                with self.autocast():
+                    loss = self.call(
+                        input_ids=part[:, :-1], targets=part[:, 1:], loss_chunk=configuration.loss_chunk
+                    )
+                loss = loss / configuration.accumulate
+                loss.backward()
             total += loss.detach()
         nn.utils.clip_grad_norm_(self.model.parameters(), configuration.clip)
         self.optimizer.step()
@@ -165,11 +177,20 @@ class Trainer:
 def run(trainer: Trainer, path: Path, held_out: Tensor, **extra: Any) -> tuple[Perplexity, float | None]:
     """Trains to the end, from the checkpoint at `path` where there is one: (perplexity, seconds a step).
 
-    `held_out` (rows, N + 1) is what the perplexity is of, `extra` is kept in the checkpoints. No seconds
-    where the checkpoint was at the end already.
+    `held_out` (rows, N + 1) is what the perplexity is of, `extra` is kept in the checkpoints. With
+    validate_every, validation.jsonl beside the checkpoint gets a line each time. No seconds where the
+    checkpoint was at the end already.
     """
     configuration = trainer.configuration
     trainer.restore(path)
+    rows = max(configuration.batch // configuration.accumulate // trainer.processes.world, 1)
+    if configuration.loss_chunk:
+        rows = min(rows, max(configuration.loss_chunk // configuration.context, 1))
+    held_out = held_out.to(trainer.processes.device)
+
+    def validate() -> Perplexity:
+        return perplexity(trainer.model, held_out, rows, trainer.autocast(), trainer.processes)
+
     begun, start = trainer.done, time.perf_counter()
     with tqdm(
         total=configuration.steps,
@@ -185,7 +206,10 @@ def run(trainer: Trainer, path: Path, held_out: Tensor, **extra: Any) -> tuple[P
             bar.update()
             if trainer.done % configuration.checkpoint_every == 0 or trainer.done == configuration.steps:
                 trainer.save(path, **extra)
+            if configuration.validate_every and trainer.done % configuration.validate_every == 0:
+                found = validate()
+                if trainer.processes.rank == 0:
+                    line = {"step": trainer.done, "loss": loss, **asdict(found)}
+                    append_json_line(path.with_name("validation.jsonl"), line)
     seconds = (time.perf_counter() - start) / (trainer.done - begun) if trainer.done > begun else None
-    rows = max(configuration.batch // configuration.accumulate // trainer.processes.world, 1)
-    held_out = held_out.to(trainer.processes.device)
-    return perplexity(trainer.model, held_out, rows, trainer.autocast(), trainer.processes), seconds
+    return validate(), seconds

@@ -6,6 +6,8 @@ figure1   accuracy of all mixers against width and length
 table1    the ablation, with Figure 3
 table3    overlap of attention with the tokens to retrieve (benchmarks.attention_maps)
 figure4   expected validation accuracy against how many learning rates one tries
+figure7   each mixer behind a convolution and in both blocks
+figure2   the kernels (drawn at once), figure6 the models' architectures (drawn at once)
 steps     seconds per training step: this package's op against plain PyTorch
 
 Results go to a folder, a line of JSON each, with tables and pictures when all are there. The same command

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import benchmarks.mqar
 from benchmarks.training import choose_device
@@ -14,6 +15,7 @@ from .cell import Cell
 from .command import RUNS, add_options, execute
 from .models import FIRST_LAYERS, MIXERS
 
+DRAWN = ("figure2", "figure6")
 VARIED = ("mixer", "width", "learning_rate", "seed")
 
 
@@ -32,6 +34,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     for command in commands.choices.values():
         add_options(command)
+    for name in DRAWN:
+        drawn = commands.add_parser(name, help=f"see above: {name}")
+        drawn.add_argument("--output", type=Path, help=f"folder; default {RUNS}/{name}")
     return parser.parse_args(argv)
 
 
@@ -54,7 +59,7 @@ def _settings(parser: argparse.ArgumentParser, several: bool) -> None:
             default=[field.default] if many else field.default,
             choices=choices.get(name),
             nargs="+" if many else None,
-            help=f"default {default}",
+            help=f"{field.metadata['help']}; default {default}",
         )
 
 
@@ -75,6 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return attention_maps.main(argv[1:])
     arguments = _arguments(argv)
+    if arguments.command in DRAWN:
+        from . import drawings
+
+        print(drawings.draw(arguments.command, arguments.output or RUNS / arguments.command))
+        return 0
     small = getattr(arguments, "small", False)
     folder = arguments.output or RUNS / (arguments.command + "-small" * small)
     if arguments.command == "steps":

@@ -1,7 +1,8 @@
 """One training run: a model, a task, a learning rate, a seed. It goes on from its checkpoint if there is one.
 
-AdamW; accuracy on held-out examples every so often;
-the run ends early once that reaches `stop_at`. Its result is the best accuracy seen, as the authors report.
+AdamW; accuracy on held-out examples every so often; the run ends early once that reaches `stop_at`. Its
+result is the best accuracy seen, as the authors report. Dropout is drawn anew from the run's seed and the
+step, so that a run that goes on from a checkpoint ends as one that was never stopped.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.training import load_checkpoint, save_checkpoint, seed_everything
+from benchmarks.training import load_checkpoint, save_checkpoint, seed_everything, setting
 
 from . import data
 from .models import RecallModel
@@ -31,28 +32,37 @@ TEST_SEED = 0  # every run is judged on the same examples
 class Cell:
     """A run's settings, all that its result depends on."""
 
-    mixer: str = "rebased"
-    width: int = 48
-    seqlen: int = 128
-    pairs: int = 16
-    vocabulary: int = 8192
-    learning_rate: float = 1e-3
-    seed: int = 0
-    batch: int = 512
-    micro_batch: int | None = None  # examples at once on the device, where the memory is small
-    steps: int = 12_500
-    examples: int | None = 100_000  # to train on, again and again; None: new ones in every batch
-    test_examples: int = 3_000
-    evaluate_every: int = 195
-    weight_decay: float = 0.1
-    schedule: str = "cosine"  # from the learning rate to 0 over all steps; or "constant"
-    stop_at: float = 0.99
-    first: str = "convolution"
-    tied: bool = True
+    mixer: str = setting("rebased", "the token mixer under test")
+    width: int = setting(48, "of the residual stream")
+    seqlen: int = setting(128, "tokens of an example")
+    pairs: int = setting(16, "of key and value in an example, each asked for once")
+    vocabulary: int = setting(8192, "one half keys, the other half values")
+    learning_rate: float = setting(1e-3, "AdamW's, at the first step")
+    seed: int = setting(0, "of the initial weights, dropout, and the order of the examples")
+    batch: int = setting(512, "examples a step")
+    micro_batch: int | None = setting(None, "examples at once on the device, where the memory is small")
+    steps: int = setting(12_500, "at most; fewer if stop-at is reached")
+    examples: int | None = setting(
+        100_000, "to train on, again and again in new orders; none: new ones in every batch"
+    )
+    data_seed: int | None = setting(42, "of the examples to train on; none: the run's seed")
+    test_examples: int = setting(3_000, "held out; the same for all runs")
+    evaluate_every: int = setting(195, "steps between two looks at the held-out accuracy")
+    weight_decay: float = setting(0.1, "AdamW's, of all parameters")
+    schedule: str = setting("cosine", "the learning rate falls to 0 over all steps; or constant")
+    stop_at: float = setting(0.99, "held-out accuracy at which a run ends early")
+    first: str = setting("paper", "the first block's mixer; paper: a convolution, but RWKV's and Mamba's own")
+    tied: bool = setting(
+        True, "output tied to the embedding and the authors' initial weights; false: a matrix and torch's"
+    )
+    embedding_dropout: float = setting(0.1, "share of the embedded tokens' entries, in training")
+    attention_dropout: float = setting(0.1, "share of softmax attention's entries, in training")
 
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f'schedule: expected "cosine" or "constant", got {self.schedule!r}')
+        if self.examples is not None and self.examples < self.batch:
+            raise ValueError(f"examples: expected at least a batch of {self.batch}, got {self.examples}")
 
     @property
     def task(self) -> data.Task:
@@ -69,14 +79,47 @@ class Cell:
             return self.learning_rate
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
-    def batch_at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The training batch of a step; with `examples`, epochs over the same batches in a new order each."""
-        if self.examples is None:
-            return data.batch(self.task, self.batch, self.seed, "train", step)
-        batches = max(self.examples // self.batch, 1)
-        epoch, within = divmod(step, batches)
-        order = np.random.default_rng([self.seed, epoch]).permutation(batches)
-        return data.batch(self.task, self.batch, self.seed, "train", int(order[within]))
+    def model(self) -> RecallModel:
+        """A new model, drawn from torch's generator."""
+        return RecallModel(
+            self.mixer,
+            self.width,
+            self.vocabulary,
+            self.seqlen,
+            self.first,
+            self.tied,
+            self.embedding_dropout,
+            self.attention_dropout,
+        )
+
+
+class Batches:
+    """The training batches of a run, on its device; with `examples`, all of these lie there.
+
+    An epoch goes over all examples but what is left over after whole batches, in a new order each time.
+    """
+
+    def __init__(self, cell: Cell, device: torch.device) -> None:
+        self.cell, self.device = cell, device
+        self.seed = cell.seed if cell.data_seed is None else cell.data_seed
+        self.whole: tuple[torch.Tensor, ...] = ()
+        if cell.examples is not None:
+            whole = data.examples(cell.task, cell.examples, self.seed, "train")
+            self.whole = tuple(x.to(device) for x in whole)
+        self.epoch, self.order = -1, torch.empty(0, dtype=torch.long)
+
+    def at(self, step: int) -> tuple[torch.Tensor, ...]:
+        """Inputs and targets (batch, seqlen) of a step, int64."""
+        cell = self.cell
+        if cell.examples is None:
+            drawn = data.batch(cell.task, cell.batch, self.seed, "train", step)
+            return tuple(x.to(self.device) for x in drawn)
+        epoch, within = divmod(step, cell.examples // cell.batch)
+        if epoch != self.epoch:
+            order = np.random.default_rng([cell.seed, epoch]).permutation(cell.examples)
+            self.epoch, self.order = epoch, torch.from_numpy(order).to(self.device)
+        rows = self.order[within * cell.batch : (within + 1) * cell.batch]
+        return tuple(x[rows].long() for x in self.whole)
 
 
 @dataclass
@@ -101,9 +144,8 @@ def train(
 ) -> tuple[RecallModel, Progress]:
     """Trains to the end; `tell` hears of every step. The checkpoint stays behind: the caller removes it."""
     seed_everything(cell.seed)
-    model = RecallModel(cell.mixer, cell.width, cell.vocabulary, cell.seqlen, cell.first, cell.tied).to(
-        device
-    )
+    model = cell.model().to(device)
+    batches = Batches(cell, device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cell.learning_rate, weight_decay=cell.weight_decay, fused=True
     )
@@ -116,7 +158,7 @@ def train(
     start = time.monotonic() - progress.seconds
     last_saved = time.monotonic()
     while progress.step < cell.steps and progress.accuracy < cell.stop_at and not progress.diverged:
-        _step(cell, model, optimizer, progress, device)
+        _step(cell, model, optimizer, progress, batches)
         progress.seconds = time.monotonic() - start
         if progress.step % cell.evaluate_every == 0 or progress.step == cell.steps or progress.diverged:
             _note(cell, model, progress, device)
@@ -133,11 +175,13 @@ def _step(
     model: RecallModel,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
-    device: torch.device,
+    batches: Batches,
 ) -> None:
     for group in optimizer.param_groups:
         group["lr"] = cell.learning_rate_at(progress.step)
-    inputs, targets = (x.to(device) for x in cell.batch_at(progress.step))
+    inputs, targets = batches.at(progress.step)
+    if cell.embedding_dropout or cell.attention_dropout:
+        torch.manual_seed(cell.seed * 1_000_003 + progress.step)
     size = cell.micro_batch or cell.batch
     optimizer.zero_grad()
     total = 0.0
@@ -170,10 +214,9 @@ def evaluate(cell: Cell, model: RecallModel, device: torch.device) -> float:
     model.eval()
     size = cell.micro_batch or cell.batch
     correct, asked = 0, 0
-    for index in range(math.ceil(cell.test_examples / size)):
-        rows = min(size, cell.test_examples - index * size)
-        inputs, targets = data.batch(cell.task, size, TEST_SEED, "test", index)
-        answers = model.correct(inputs[:rows].to(device), targets[:rows].to(device))
+    held_out = data.examples(cell.task, cell.test_examples, TEST_SEED, "test")
+    for inputs, targets in zip(*(x.split(size) for x in held_out), strict=True):
+        answers = model.correct(inputs.to(device).long(), targets.to(device).long())
         correct += int(answers.sum())
         asked += answers.numel()
     model.train()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.training import choose_device
+from benchmarks.training import available_cores, choose_device, limit_threads
 
 from . import grid
 from .cell import CHECKPOINT_SECONDS, Cell
@@ -25,7 +25,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     parser.add_argument("--jobs", type=int, help="processes; default: one per core on a CPU, 1 on a GPU")
     parser.add_argument(
-        "--checkpoint-every", type=float, default=CHECKPOINT_SECONDS, help="seconds; default %(default)s"
+        "--threads",
+        type=int,
+        help="of each process; default: OMP_NUM_THREADS if that is set, else the cores shared out",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=math.inf,
+        help="seconds after which it stops, and shows the runs that have finished; default: none",
+    )
+    parser.add_argument(
+        "--checkpoint-every",
+        type=float,
+        default=CHECKPOINT_SECONDS,
+        help="seconds between checkpoints of a run, which goes on from the last one; default %(default)s",
     )
 
 
@@ -37,21 +51,21 @@ def execute(
     cells: Sequence[Cell],
     judge: grid.Judge = grid.no_judge,
 ) -> list[dict[str, Any]] | None:
-    """All lines of the cells; None in a process that only helped.
+    """The lines of the cells, all of them unless a budget ran out; None in a process that only helped.
 
     Args:
         module, argv: the command line that got here, for further processes.
     """
     device = choose_device(arguments.device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jobs = min(arguments.jobs or (1 if device.type == "cuda" else cores), len(cells))
-    torch.set_num_threads(max(cores // jobs, 1))
-    every = arguments.checkpoint_every
+    jobs = min(arguments.jobs or (1 if device.type == "cuda" else available_cores()), len(cells))
+    limit_threads(arguments.threads, jobs)
+    every, deadline = arguments.checkpoint_every, time.monotonic() + arguments.budget
     if PARENT in os.environ:
-        grid.work(folder, cells, device, every, judge, parent=int(os.environ[PARENT]))
+        grid.work(folder, cells, device, every, judge, parent=int(os.environ[PARENT]), deadline=deadline)
         return None
     os.environ[PARENT] = str(os.getpid())
     try:
-        return grid.run(folder, cells, device, every, judge, [sys.executable, "-m", module, *argv], jobs)
+        workers = [sys.executable, "-m", module, *argv]
+        return grid.run(folder, cells, device, every, judge, workers, jobs, deadline)
     finally:
         del os.environ[PARENT]

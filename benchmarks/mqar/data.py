@@ -16,6 +16,7 @@ be in a checkpoint.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 IGNORED = -100  # the target of positions that ask for nothing; cross_entropy's ignore_index
 SPLITS = ("train", "test")
+BLOCK = 256  # examples that are drawn at once
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,18 @@ def batch(task: Task, size: int, seed: int, split: str = "train", index: int = 0
     np.put_along_axis(inputs, context + 2 * gaps, keys, 1)
     np.put_along_axis(targets, context + 2 * gaps, values, 1)
     return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+@lru_cache(maxsize=2)
+def examples(task: Task, count: int, seed: int, split: str) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (count, seqlen), int16 if the vocabulary allows it: a whole data set.
+
+    The last two are kept, since the runs of a grid share theirs: don't write into them.
+    """
+    dtype = torch.int16 if task.vocabulary <= 2**15 else torch.int32
+    drawn = [batch(task, BLOCK, seed, split, index) for index in range(-(-count // BLOCK))]
+    inputs, targets = (torch.cat([x.to(dtype) for x in kind])[:count] for kind in zip(*drawn, strict=True))
+    return inputs, targets
 
 
 def _distinct(generator: np.random.Generator, size: int, among: int, count: int) -> np.ndarray:

@@ -8,6 +8,7 @@ again after a kill goes on.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.speed.report import duration
 from benchmarks.training import append_json_line, claim, read_json_lines
 
 from .cell import CHECKPOINT_SECONDS, Cell, Progress, result, train
@@ -50,19 +52,23 @@ def run(
     judge: Judge = no_judge,
     workers: Sequence[str] = (),
     jobs: int = 1,
+    deadline: float = math.inf,
 ) -> list[dict[str, Any]]:
-    """Runs what is not finished and returns all lines, in the cells' order.
+    """Runs what is not finished and returns the lines, in the cells' order.
 
     Args:
         every: seconds between checkpoints.
         judge: what to find out about a trained model, added to its line.
         workers: the command of a further process that calls `work` on the same cells; jobs - 1 are started.
+        deadline: of time.monotonic(); what has not finished then has no line, and goes on from its checkpoint
+            the next time.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     helpers = [subprocess.Popen(workers) for _ in range(jobs - 1)] if len(cells) > 1 else []
     bar = _Bar(folder, cells)
     try:
-        while len(finished(folder, cells)) < len(cells):
-            if not work(folder, cells, device, every, judge, bar):
+        while len(finished(folder, cells)) < len(cells) and time.monotonic() < deadline:
+            if not work(folder, cells, device, every, judge, bar, deadline=deadline):
                 time.sleep(0.5)  # the rest is in other hands
                 bar.show(None)
     finally:
@@ -71,7 +77,7 @@ def run(
             helper.terminate()
             helper.wait()
     lines = finished(folder, cells)
-    return [lines[cell.name] for cell in cells]
+    return [lines[cell.name] for cell in cells if cell.name in lines]
 
 
 def work(
@@ -82,14 +88,17 @@ def work(
     judge: Judge = no_judge,
     bar: _Bar | None = None,
     parent: int | None = None,
+    deadline: float = math.inf,
 ) -> int:
-    """Takes runs until none is free; how many were done. With `parent`, ends when that process has."""
+    """Takes runs until none is free or time is up; how many were done. With `parent`, ends when it has."""
 
     def tell(progress: Progress) -> None:
         if parent is not None and os.getppid() != parent:
             sys.exit("the process that started this one is gone")
         if bar is not None:
             bar.show(progress)
+        if time.monotonic() >= deadline:
+            raise TimeoutError
 
     done = 0
     before = finished(folder, cells)
@@ -101,8 +110,11 @@ def work(
             if not mine or cell.name in finished(folder, [cell]):
                 continue
             if bar is not None:
-                bar.name = cell.name
-            model, progress = train(cell, device, checkpoint, every, tell)
+                bar.begin(cell)
+            try:
+                model, progress = train(cell, device, checkpoint, every, tell)
+            except TimeoutError:
+                return done
             line = result(cell, model, progress, device)
             append_json_line(folder / RESULTS, line | judge(cell, model, device))
             checkpoint.unlink(missing_ok=True)
@@ -112,30 +124,53 @@ def work(
 
 
 class _Bar:
-    """Finished runs of all, and the present run's step: a bar on a terminal, else a line per finished run."""
+    """Finished runs of all, and this process' run: its step, accuracy, and the time that it has left at most.
+
+    A bar on a terminal; elsewhere a line when a run has finished, and every LINE_SECONDS.
+    """
+
+    LINE_SECONDS = 30.0
 
     def __init__(self, folder: Path, cells: Sequence[Cell]) -> None:
-        self.folder, self.cells, self.name = folder, cells, ""
-        self.shown, self.size, self.count = 0.0, -1, -1
+        self.folder, self.cells = folder, cells
+        self.cell: Cell | None = None
+        self.started, self.first_step = 0.0, 0  # of what this process has seen of its run
+        self.shown, self.printed, self.size, self.count = 0.0, -math.inf, -1, -1
         self.bar = None if tqdm is None else tqdm(total=len(cells), unit="run", disable=None)
 
+    def begin(self, cell: Cell) -> None:
+        """This process takes up a run."""
+        self.cell, self.started, self.first_step = cell, time.monotonic(), -1
+
     def show(self, progress: Progress | None) -> None:
-        if time.monotonic() - self.shown < 0.5:
+        now = time.monotonic()
+        if progress is not None and self.first_step < 0:
+            self.started, self.first_step = now, progress.step
+        if now - self.shown < 0.5:
             return
-        self.shown = time.monotonic()
+        self.shown = now
         path = self.folder / RESULTS
         size = path.stat().st_size if path.exists() else 0
         count = self.count if size == self.size else len(finished(self.folder, self.cells))
         self.size = size
+        told = "" if progress is None or self.cell is None else self._told(self.cell, progress, now)
         if self.bar is not None and not self.bar.disable:
             self.bar.n = count
-            if progress is not None:
-                told = f"step {progress.step}, loss {progress.loss:.3f}, accuracy {progress.accuracy:.3f}"
-                self.bar.set_postfix_str(f"{self.name}: {told}", refresh=False)
+            self.bar.set_postfix_str(told, refresh=False)
             self.bar.refresh()
-        elif count != self.count:
-            print(f"{count} of {len(self.cells)} runs", file=sys.stderr, flush=True)
+        elif count != self.count or now - self.printed >= self.LINE_SECONDS:
+            self.printed = now
+            runs = f"{count} of {len(self.cells)} runs"
+            print(f"{runs}; {told}" if told else runs, file=sys.stderr, flush=True)
         self.count = count
+
+    def _told(self, cell: Cell, progress: Progress, now: float) -> str:
+        told = f"{cell.name}: step {progress.step} of {cell.steps}, accuracy {progress.accuracy:.3f}"
+        done = progress.step - self.first_step
+        if done:
+            left = (now - self.started) / done * (cell.steps - progress.step)
+            told += f", at most {duration(left)} left"
+        return told
 
     def close(self) -> None:
         if self.bar is not None:

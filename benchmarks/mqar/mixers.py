@@ -20,11 +20,14 @@ class PreviousToken(nn.Module):
 
 
 class SoftmaxAttention(nn.Module):
-    """Causal scaled_dot_product_attention with biases: one head, as in Zoology's experiments."""
+    """Causal scaled_dot_product_attention with biases: one head, as in Zoology's experiments.
 
-    def __init__(self, width: int, heads: int = 1) -> None:
+    `dropout` is of the attention matrix's entries, in training.
+    """
+
+    def __init__(self, width: int, heads: int = 1, dropout: float = 0.0) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.proj_qkv = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
 
@@ -33,7 +36,8 @@ class SoftmaxAttention(nn.Module):
         return self.proj_qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.scaled_dot_product_attention(*self._heads(x), is_causal=True)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(*self._heads(x), dropout_p=dropout, is_causal=True)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
     def attention_matrix(self, x: Tensor) -> Tensor:
@@ -48,13 +52,15 @@ class Hyena(nn.Module):
     """The Hyena operator of order 2 (Poli et al. 2023): y = out(x2 * (h conv (x1 * v))), h as long as x.
 
     x1, x2 and v are projections after a depthwise convolution of 3 tokens. The filter h is a small network of
-    a position's sines and cosines, damped exponentially, each channel at its own rate. The long convolution
-    is a product of Fourier transforms over twice the length, so nothing wraps around.
+    three features of a position, damped exponentially, each channel at its own rate. The features are learned
+    and start as Zoology's do: the position as a share of the longest input, and cosine and sine of an angle
+    that turns by next to nothing (1e-4 of a turn over that length). The long convolution is a product of
+    Fourier transforms over twice the length, so nothing wraps around.
     """
 
-    BANDS = 1
     FILTER_WIDTH = 64
-    FREQUENCY = 10.0  # of the sine activations
+    FREQUENCY = 1.0  # of the sine activations, at the start
+    TURNS = 1e-4
     DECAY = (
         0.3,
         1.5,
@@ -66,8 +72,7 @@ class Hyena(nn.Module):
         self.proj_in = nn.Linear(width, 3 * width)
         self.short = nn.Conv1d(3 * width, 3 * width, 3, groups=3 * width)
         self.layers = nn.ModuleList(
-            nn.Linear(a, self.FILTER_WIDTH)
-            for a in (1 + 2 * self.BANDS, self.FILTER_WIDTH, self.FILTER_WIDTH)
+            nn.Linear(a, self.FILTER_WIDTH) for a in (3, self.FILTER_WIDTH, self.FILTER_WIDTH)
         )
         self.frequency = nn.Parameter(torch.full((self.FILTER_WIDTH,), self.FREQUENCY))
         self.last = nn.Linear(self.FILTER_WIDTH, width, bias=False)
@@ -75,15 +80,16 @@ class Hyena(nn.Module):
         self.out_proj = nn.Linear(width, width)
         fastest, slowest = (math.log(100) / share for share in self.DECAY)
         self.register_buffer("rates", torch.linspace(slowest, fastest, width), persistent=False)
+        self.register_buffer("times", torch.linspace(0, 1, longest), persistent=False)
+        angles = 2 * math.pi * self.TURNS / longest * torch.arange(longest)
+        self.features = nn.Parameter(torch.stack([self.times, angles.cos(), -angles.sin()], 1))
 
     def filter(self, seqlen: int) -> Tensor:
         """h (width, seqlen)."""
-        t = torch.arange(seqlen, device=self.skip.device, dtype=self.skip.dtype) / self.longest
-        angles = 2 * math.pi * t.unsqueeze(1) * torch.arange(1, self.BANDS + 1, device=t.device)
-        h = torch.cat([t.unsqueeze(1), angles.cos(), angles.sin()], 1)
+        h = self.features[:seqlen]
         for layer in self.layers:
             h = torch.sin(self.frequency * layer(h))
-        return (self.last(h) * torch.exp(-t.unsqueeze(1) * self.rates)).T
+        return (self.last(h) * torch.exp(-self.times[:seqlen].unsqueeze(1) * self.rates)).T
 
     def forward(self, x: Tensor) -> Tensor:
         seqlen = x.shape[1]
@@ -97,16 +103,31 @@ class Hyena(nn.Module):
 
 
 class RWKV(nn.Module):
-    """RWKV-4's time mixing, with its own initialisation, by `transformers`."""
+    """RWKV-4's time mixing, by `transformers`, with the authors' initial weights.
+
+    Decay, first and mixes start as in RWKV-4. The authors' mixer is a compiled module, so that neither RWKV's
+    own start of its matrices nor that of the other models reaches it: its Linears keep torch's.
+    """
 
     def __init__(self, width: int, layer: int, layers: int) -> None:
         super().__init__()
-        from transformers import RwkvConfig, RwkvModel
+        from transformers import RwkvConfig
+        from transformers.models.rwkv.modeling_rwkv import RwkvSelfAttention
 
-        config = RwkvConfig(
-            vocab_size=1, hidden_size=width, num_hidden_layers=layers, intermediate_size=1, context_length=1
-        )
-        self.attention = RwkvModel(config).blocks[layer].attention
+        config = RwkvConfig(hidden_size=width, num_hidden_layers=layers, context_length=1)
+        self.attention = RwkvSelfAttention(config, layer)
+        depth, channels = layer / (layers - 1), torch.arange(width)
+        share = channels / width
+        starts = {
+            "time_decay": -5 + 8 * (channels / (width - 1)) ** (0.7 + 1.3 * depth),
+            "time_first": math.log(0.3) + 0.5 * ((channels + 1) % 3 - 1),
+            "time_mix_key": share ** (1 - layer / layers),
+            "time_mix_value": share ** (1 - layer / layers) + 0.3 * depth,
+            "time_mix_receptance": share ** (0.5 * (1 - layer / layers)),
+        }
+        with torch.no_grad():
+            for name, start in starts.items():
+                getattr(self.attention, name).copy_(start)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attention(x)[0]

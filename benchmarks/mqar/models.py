@@ -4,11 +4,13 @@
 
 The second residual is what is left of a block without an MLP. In the hybrid the first mixer is a gated short
 convolution of 3 tokens and the second the one under test; RWKV and Mamba stand in both blocks, and a Mamba
-block is x + mixer(RMSNorm(x)) alone. All this is the authors' arrangement.
+block is x + mixer(RMSNorm(x)) alone. All this is the authors' arrangement. Any mixer may also stand in both
+blocks, or RWKV behind a convolution: Figure 7 compares the two.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from .data import IGNORED
 from .mixers import RWKV, Hyena, PreviousToken, SoftmaxAttention, mamba_block
 
 HEADS, FEATURE_DIM = 12, 16  # of the linear mixers
+LAYERS = 2
 INITIAL_STD = 0.02
 
 # The rows of the paper's Table 1: what happens to q and k before the feature map.
@@ -40,7 +43,8 @@ LINEAR: dict[str, dict[str, Any]] = {
     **{name + SQUARE: options | {"feature_map": "square"} for name, options in ABLATION.items()},
 }
 MIXERS = (*LINEAR, "softmax", "hyena", "rwkv", "mamba")
-FIRST_LAYERS = ("convolution", "shift")
+FIRST_LAYERS = ("paper", "convolution", "shift", "same")
+BOTH = ("rwkv", "mamba")  # what the paper's main experiment has in both blocks
 
 
 class Block(nn.Module):
@@ -64,14 +68,17 @@ class RecallModel(nn.Module):
         mixer: a name in MIXERS.
         width: of the residual stream; the linear mixers' 12 heads have a head dim of width // 12.
         vocabulary, positions: sizes of the two learned embeddings; positions bounds N.
-        first: "convolution" (the hybrid) or "shift" (fixed weights: the token before); RWKV and Mamba, which
-            stand in both blocks, have no first layer to choose.
+        first: the first block's mixer: "convolution" (the hybrid), "shift" (fixed weights: the token before)
+            or "same" (the second block's); "paper" is "same" for RWKV and Mamba, "convolution" for the
+            others. Mamba stands in both blocks or nowhere.
         tied: True is the authors' model: the output is the token embedding's transpose, and all weights start
             at a standard deviation of 0.02. False gives the output a matrix of its own and starts from
             torch's defaults: small models then learn in hundreds of steps what takes the other thousands.
+        embedding_dropout: of the sum of both embeddings, in training; Mamba's has none, as the authors'.
+        attention_dropout: of softmax attention's matrix, in training.
 
     Raises:
-        ValueError: an unknown mixer or first layer.
+        ValueError: an unknown mixer or first layer, or a first layer that Mamba cannot have.
     """
 
     def __init__(
@@ -80,18 +87,28 @@ class RecallModel(nn.Module):
         width: int,
         vocabulary: int,
         positions: int,
-        first: str = "convolution",
+        first: str = "paper",
         tied: bool = True,
+        embedding_dropout: float = 0.0,
+        attention_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if mixer not in MIXERS:
             raise ValueError(f"mixer: expected one of {', '.join(MIXERS)}, got {mixer!r}")
         if first not in FIRST_LAYERS:
             raise ValueError(f"first: expected one of {', '.join(FIRST_LAYERS)}, got {first!r}")
+        if first == "paper":
+            first = "same" if mixer in BOTH else "convolution"
+        if mixer == "mamba" and first != "same":
+            raise ValueError(f'first: mamba stands in both blocks, so expected "same", got {first!r}')
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(positions, width)
         nn.init.normal_(self.positions.weight, std=INITIAL_STD)
-        self.blocks = nn.ModuleList(_block(mixer, width, positions, first, layer) for layer in range(2))
+        self.dropout = nn.Dropout(0.0 if mixer == "mamba" else embedding_dropout)
+        mixers = (mixer if first == "same" else first, mixer)
+        self.blocks = nn.ModuleList(
+            _block(name, width, positions, layer, attention_dropout) for layer, name in enumerate(mixers)
+        )
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, vocabulary, bias=False)
         if tied:
@@ -106,7 +123,8 @@ class RecallModel(nn.Module):
         return self.norm(x)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
+        x: Tensor = self.dropout(self.tokens(tokens) + self.positions.weight[: tokens.shape[1]])
+        return x
 
     def asked(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (queries, vocabulary) and targets (queries,), of the positions that have a target."""
@@ -153,15 +171,17 @@ class RecallModel(nn.Module):
         }
 
 
-def _block(mixer: str, width: int, positions: int, first: str, layer: int) -> nn.Module:
+def _block(mixer: str, width: int, positions: int, layer: int, attention_dropout: float) -> nn.Module:
     if mixer == "mamba":
-        return mamba_block(width, layer, 2)
+        return mamba_block(width, layer, LAYERS)
     if mixer == "rwkv":
-        made: nn.Module = RWKV(width, layer, 2)
-    elif layer == 0:
-        made = GatedShortConvolution(width, 3) if first == "convolution" else PreviousToken()
+        made: nn.Module = RWKV(width, layer, LAYERS)
+    elif mixer == "convolution":
+        made = GatedShortConvolution(width, 3)
+    elif mixer == "shift":
+        made = PreviousToken()
     elif mixer == "softmax":
-        made = SoftmaxAttention(width)
+        made = SoftmaxAttention(width, dropout=attention_dropout)
     elif mixer == "hyena":
         made = Hyena(width, positions)
     else:
@@ -169,13 +189,21 @@ def _block(mixer: str, width: int, positions: int, first: str, layer: int) -> nn
     return Block(width, made)
 
 
-def _initialise(module: nn.Module) -> None:
-    """The authors' start, except where a mixer knows how it wants to start."""
-    if isinstance(module, (Hyena, RWKV)) or type(module).__name__ == "MambaBlock":
+def _initialise(part: nn.Module) -> None:
+    """The authors' start: Linears and embeddings alike, convolutions as torch has them, RWKV as it came.
+
+    The last Linear of softmax attention, Hyena and Mamba is smaller by the depth: the authors know it by its
+    name, out_proj, which linear attention's does not have. Mamba's time steps lose their own bias to this.
+    """
+    if isinstance(part, RWKV):
         return
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=INITIAL_STD)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
-    for child in module.children():
+    if isinstance(part, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(part.weight, std=INITIAL_STD)
+    if isinstance(part, nn.Linear) and part.bias is not None:
+        nn.init.zeros_(part.bias)
+    if isinstance(part, nn.Conv1d):
+        part.reset_parameters()
+    for name, child in part.named_children():
         _initialise(child)
+        if name == "out_proj":
+            nn.init.normal_(child.weight, std=INITIAL_STD / math.sqrt(2 * LAYERS))

@@ -1,50 +1,57 @@
-"""Pictures of finished runs, by matplotlib, laid out as the paper's Figures 1, 3 and 4."""
+"""Pictures of finished runs, by matplotlib, laid out as the paper's Figures 1, 3, 4 and 7."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from .models import SQUARE
-from .report import TITLES, Key, Line, expectation, scores
+from .report import TWICE, Key, Line, by_first, expectation, scores, title
 
 
 def draw(command: str, lines: Sequence[Line], folder: Path) -> list[Path]:
     """The pictures of a preset; a grid of one's own is drawn as Figure 1."""
+    if not lines:
+        return []
     if command == "figure4":
         return [_expected(lines, folder / "figure4.png")]
     if command == "table1":
         return [_accuracy(lines, folder / "figure3.png")]
+    if command == "figure7":
+        lines = by_first(lines)
     return [_accuracy(lines, folder / f"{command}.png")] if len(lines) > 1 else []
 
 
-def title(mixer: str) -> str:
-    name = TITLES[mixer.removesuffix(SQUARE)]
-    return f"{name}, elementwise" if mixer.endswith(SQUARE) else name
-
-
 def _accuracy(lines: Sequence[Line], path: Path) -> Path:
-    """Accuracy against width, a panel for each length; for one width, a point for each seed."""
-    found = scores(lines)
+    """Accuracy against width, median and range of seeds, a panel for each length.
+
+    For one width, a point for each seed, and the mean.
+    """
+    found = scores(
+        lines, statistics.median if len({line["width"] for line in lines}) > 1 else statistics.fmean
+    )
     mixers = list(dict.fromkeys(key[0] for key in found))
     widths = sorted({key[2] for key in found})
 
     def panel(axes: Axes, n: int) -> None:
         for index, mixer in enumerate(mixers):
             points = [(w, found[mixer, n, w]) for w in widths if (mixer, n, w) in found]
-            style = {"color": f"C{index % 10}", "linestyle": "--" if mixer.endswith(SQUARE) else "-"}
+            dashed = mixer.endswith((SQUARE, TWICE))
+            style = {"color": f"C{index % 10}", "linestyle": "--" if dashed else "-"}
             if len(widths) > 1:
-                means = [score.mean for _, score in points]
+                seeds = np.array([np.quantile(score.accuracies, [0, 0.5, 1]) for _, score in points])
                 axes.errorbar(
                     [w for w, _ in points],
-                    means,
-                    yerr=[score.deviation if len(score.accuracies) > 1 else 0.0 for _, score in points],
+                    seeds[:, 1],
+                    yerr=np.diff(seeds).T,
                     marker="o",
                     capsize=3,
                     label=title(mixer),

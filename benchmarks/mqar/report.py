@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ TITLES = {
     "gamma": "(gamma x)²",
     "gamma-beta": "(gamma x + beta)²",
 }
+TWICE = "-twice"  # ending of a name in Figure 7: the mixer stands in both blocks
 # Table 1: accuracy and its deviation over 5 seeds, for lengths 256 and 2048 and widths 16, 24, 32, 48.
 PAPER_LENGTHS, PAPER_WIDTHS = (256, 2048), (16, 24, 32, 48)
 PAPER_TABLE1: dict[str, tuple[tuple[tuple[float, float], ...], ...]] = {
@@ -67,7 +68,7 @@ PAPER_MEANS = {
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracies of a model's seeds at the learning rate that is best on average."""
+    """Accuracies of a model's seeds at its best learning rate."""
 
     accuracies: tuple[float, ...]
     learning_rate: float
@@ -79,6 +80,13 @@ class Score:
     @property
     def deviation(self) -> float:
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else math.nan
+
+    def median_and_range(self) -> str:
+        """The median, with the lowest and the highest seed."""
+        median = statistics.median(self.accuracies)
+        if len(self.accuracies) == 1:
+            return f"{median:.2f} (one seed)"
+        return f"{median:.2f} ({min(self.accuracies):.2f} to {max(self.accuracies):.2f})"
 
     def __str__(self) -> str:
         if len(self.accuracies) == 1:
@@ -98,9 +106,13 @@ def by_rate(lines: Iterable[Line]) -> dict[Key, dict[float, list[float]]]:
     return found
 
 
-def scores(lines: Iterable[Line]) -> dict[Key, Score]:
+def scores(
+    lines: Iterable[Line], centre: Callable[[Sequence[float]], float] = statistics.fmean
+) -> dict[Key, Score]:
+    """Each model's score at the learning rate whose seeds have the best mean, or other `centre`."""
+
     def best(rates: dict[float, list[float]]) -> Score:
-        rate = max(rates, key=lambda rate: statistics.fmean(rates[rate]))
+        rate = max(rates, key=lambda rate: centre(rates[rate]))
         return Score(tuple(rates[rate]), rate)
 
     return {key: best(rates) for key, rates in by_rate(lines).items()}
@@ -144,14 +156,32 @@ def table1(lines: Sequence[Line]) -> str:
 
 
 def figure1(lines: Sequence[Line]) -> str:
-    ours = scores(lines)
+    """Medians over seeds, which one seed that doesn't learn leaves where they are, and the range."""
+    ours = scores(lines, statistics.median)
     sizes = sorted({key[1:] for key in ours})
-    mixers = list(dict.fromkeys(key[0] for key in ours))
-    columns = ["mixer", *(f"N = {n}, width {width}" for n, width in sizes)]
-    return markdown(
-        columns,
-        ([TITLES[mixer], *(str(ours.get((mixer, n, width), "")) for n, width in sizes)] for mixer in mixers),
-    )
+    rows = []
+    for mixer in dict.fromkeys(key[0] for key in ours):
+        found = (ours.get((mixer, n, width)) for n, width in sizes)
+        rows.append([title(mixer), *(score.median_and_range() if score else "" for score in found)])
+    return markdown(["mixer", *(f"N = {n}, width {width}" for n, width in sizes)], rows)
+
+
+def figure7(lines: Iterable[Line]) -> str:
+    """As `figure1`, a row for a mixer behind a convolution and one for it in both blocks."""
+    return figure1(by_first(lines))
+
+
+def by_first(lines: Iterable[Line]) -> list[Line]:
+    """The lines with mixers that say what stands in the first block."""
+    return [{**line, "mixer": line["mixer"] + TWICE * (line["first"] == "same")} for line in lines]
+
+
+def title(mixer: str) -> str:
+    """What tables and pictures call a mixer."""
+    if mixer.endswith(TWICE):
+        return f"{title(mixer.removesuffix(TWICE))}, in both blocks"
+    name = TITLES[mixer.removesuffix(SQUARE)]
+    return f"{name}, elementwise" if mixer.endswith(SQUARE) else name
 
 
 def figure4(lines: Sequence[Line]) -> str:
@@ -182,7 +212,7 @@ def runs(lines: Sequence[Line]) -> str:
     return markdown(names, ([str(line[name]) for name in names] for line in lines))
 
 
-TABLES = {"table1": table1, "figure1": figure1, "figure4": figure4}
+TABLES = {"table1": table1, "figure1": figure1, "figure4": figure4, "figure7": figure7}
 
 
 def show(command: str, lines: Sequence[Line], folder: Path) -> None:

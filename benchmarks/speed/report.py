@@ -61,6 +61,9 @@ def shape_of(row: dict[str, Any]) -> Shape:
 def duration(seconds: float | None) -> str:
     if seconds is None:
         return "-"
+    for size, name in ((3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {name}"
     if seconds >= 1:
         return f"{seconds:.2f} s"
     scale, unit = (1e3, "ms") if seconds >= 1e-3 else (1e6, "us")

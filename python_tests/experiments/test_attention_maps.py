@@ -26,8 +26,11 @@ TINY = Cell(
     examples=None,
     test_examples=16,
     evaluate_every=2,
+    data_seed=None,
     first="shift",
     tied=False,
+    embedding_dropout=0.0,
+    attention_dropout=0.0,
 )
 
 

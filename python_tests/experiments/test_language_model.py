@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import EMULATED
@@ -23,10 +24,16 @@ pytest.importorskip("tqdm")
 pytest.importorskip("transformers", minversion="5.24")
 
 from benchmarks.language_model import __main__ as command
-from benchmarks.language_model import compare, generate, parallel, speed, text
+from benchmarks.language_model import compare, generate, needs, parallel, speed, text
 from benchmarks.language_model.evaluate import perplexity, recall_tokens
 from benchmarks.language_model.sizes import MIXERS, ModelConfiguration, logits_of, make_model
-from benchmarks.language_model.train import Trainer, TrainingConfiguration, learning_rate
+from benchmarks.language_model.train import (
+    Trainer,
+    TrainingConfiguration,
+    learning_rate,
+    parameter_groups,
+)
+from benchmarks.training import read_json_lines
 from rebased_cuda.demo import baselines
 
 pytestmark = pytest.mark.skipif(EMULATED, reason="benchmarks train on the backends that users have")
@@ -133,6 +140,27 @@ def test_windows_have_no_target_twice() -> None:
     assert text.windows(torch.arange(1000), 16, 5)[-1, -1] == 62 * 16
 
 
+def test_tokens_may_come_from_anywhere(tmp_path: Path) -> None:
+    """The documented format, written by hand, in both widths, and what is wrong with other folders."""
+    for vocabulary, dtype in ((50_304, "<u2"), (70_000, "<u4")):
+        place = tmp_path / dtype
+        place.mkdir()
+        tokens = np.arange(vocabulary - 1000, vocabulary)  # above what fits with a sign
+        for name in ("training", "held_out"):
+            tokens.astype(dtype).tofile(place / f"{name}.bin")
+        with pytest.raises(ValueError, match=r"tokens: expected a folder with tokens\.json"):
+            text.open_tokens(place)
+        facts = {"vocabulary": vocabulary, "training_bytes": 1, "held_out_bytes": 1}
+        (place / "tokens.json").write_text(json.dumps(facts))
+        data = text.open_tokens(place)
+        assert data.tokenizer is None
+        assert text.windows(data.held_out, 999, 1).flatten().tolist() == tokens.tolist()
+        assert text.batch(data.training, 0, 0, 4, 16).dtype == torch.int64
+        (place / "training.bin").write_bytes(b"abc")
+        with pytest.raises(ValueError, match="bytes a token"):
+            text.open_tokens(place)
+
+
 # --- perplexity
 
 
@@ -217,6 +245,44 @@ def test_learning_rate() -> None:
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
+def test_embeddings_and_vectors_do_not_decay(mixer: str) -> None:
+    model = make_model(replace(TINY, mixer=mixer))
+    decayed, spared = parameter_groups(model, 0.1)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    names = {x: name for name, x in model.named_parameters()}
+    assert {names[x].split(".")[-1] for x in decayed["params"]} == {"weight"}
+    embeddings = {name for name in names.values() if "embed" in name}
+    assert embeddings == {names[x] for x in spared["params"] if x.dim() > 1}
+    assert embeddings
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+def test_the_loss_in_chunks_is_the_loss() -> None:
+    """And the gradients, with a chunk that doesn't divide the tokens; no logits of all of them are kept."""
+    rows = stream()[: 4 * 25].unflatten(0, (4, 25))
+    expected = make_model(TINY)
+    logits = logits_of(expected, rows[:, :-1])
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    loss.backward()
+    model = make_model(TINY)
+    model.load_state_dict(expected.state_dict())
+    largest = 0
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, x.numel() if x.shape[-1:] == (TINY.vocabulary,) else 0)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(look, lambda x: x):
+        found = model(input_ids=rows[:, :-1], targets=rows[:, 1:], loss_chunk=7)
+    assert largest == 0
+    found.backward()
+    assert found.item() == pytest.approx(loss.item(), rel=1e-6)
+    for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_the_loss_falls(mixer: str) -> None:
     run = trainer(mixer, steps=40)
     losses = [run.step() for _ in range(40)]
@@ -228,6 +294,7 @@ def test_the_loss_falls(mixer: str) -> None:
     ("changes", "tolerance"),
     [
         ({"accumulate": 2}, 1e-5),
+        ({"loss_chunk": 13}, 1e-5),
         ({"activation_checkpointing": True}, 1e-6),
         ({"precision": "bfloat16"}, 5e-3),
         pytest.param({"compile": True}, 1e-5, marks=pytest.mark.slow),
@@ -356,13 +423,20 @@ def perplexities(printed: str) -> list[float]:
 def test_two_processes_have_the_losses_of_one(tmp_path: Path, strategy: str) -> None:
     (tmp_path / "text").mkdir()
     sources(tmp_path / "text")
-    options = ("--checkpoint-every", "30", "--clip", "0.5")
+    options = ("--checkpoint-every", "30", "--clip", "0.5", "--validate-every", "30", "--loss-chunk", "20")
     said = finish(command_line(tmp_path, "--name", "one", *options))
-    settings = command_line(tmp_path, "--name", "two", *options, "--activation-checkpointing")[4:]
+    more = ("--activation-checkpointing", "--accumulate", "2")
+    settings = command_line(tmp_path, "--name", "two", *options, *more)[4:]
     said_by_two = finish([*documented(strategy), *settings])
     one, two = (losses_of(tmp_path / "output" / name / "checkpoint.pt") for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-5)
     assert perplexities(said_by_two) == pytest.approx(perplexities(said), abs=0.02)
+    validated = [read_json_lines(tmp_path / "output" / name / "validation.jsonl") for name in ("one", "two")]
+    assert [line["step"] for line in validated[0]] == [line["step"] for line in validated[1]] == [30, 60]
+    assert validated[1][0]["all"] == pytest.approx(validated[0][0]["all"], rel=1e-4)
+    (result,) = read_json_lines(tmp_path / "output" / "two" / "results.jsonl")
+    assert result["processes"] == 2
+    assert result["all"] == pytest.approx(perplexities(said)[0], abs=0.02)
 
 
 @pytest.mark.slow
@@ -393,7 +467,73 @@ def test_processes_want_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+def test_gradients_are_exchanged_after_the_last_piece_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    exchanged = []
+
+    class Watched(parallel.OneProcess):
+        def accumulating(self, model: torch.nn.Module, last: bool) -> Any:
+            exchanged.append(last)
+            return super().accumulating(model, last)
+
+    run = Trainer(TINY, replace(SHORT, accumulate=4), stream(), Watched(torch.device("cpu")))
+    run.step()
+    assert exchanged == [False, False, False, True]
+    waited = []
+    model = SimpleNamespace(
+        no_sync=lambda: waited.append("no_sync"), set_requires_gradient_sync=lambda x: waited.append(x)
+    )
+    for kind in (parallel.DataParallel, parallel.ShardedDataParallel):
+        for last in (False, True):
+            kind.accumulating(SimpleNamespace(), model, last)
+    assert waited == ["no_sync", False, True]
+
+
 # --- commands
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_dry_run_says_what_is_needed(
+    mixer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = ["--output", str(tmp_path / "output"), "--device", "cpu"]
+    assert command.main(["train", "--dry-run", "--mixer", mixer, *place, "--threads", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "20,000 steps of 1,024 x 4,096 tokens in 128 pieces: 4,194,304 a step, 83,886,080,000" in printed
+    assert not (tmp_path / "output").exists()
+    arguments = command.parse_arguments(["train", "--mixer", mixer])
+    model = command.model_configuration(arguments, mixer)
+    rate = float(re.findall(r"at the (\S+) TFLOP/s", printed)[0])
+    assert rate > 0
+    assert f"{needs.parameters(model):,} parameters" in printed
+    (gib,) = re.findall(r"memory of one process: (\S+) GiB", printed)
+    # the whole batch's logits, which nothing holds at once, would be 800 GiB
+    assert 16 * needs.parameters(model) / 2**30 < float(gib) < 60
+
+
+def test_a_folder_of_tokens_trains_as_its_text(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    sources(tmp_path / "text")
+    place = str(tmp_path / "tokens")
+    assert command.main(["tokenize", str(tmp_path / "text"), place, "--vocabulary", "300"]) == 0
+    short = command_line(tmp_path, "--steps", "4", "--threads", "1")[3:]
+    assert command.main(["train", *short, "--name", "text"]) == 0
+    assert command.main(["train", *short, "--name", "tokens", "--tokens", place]) == 0
+    paths = [tmp_path / "output" / name / "checkpoint.pt" for name in ("text", "tokens")]
+    assert losses_of(paths[0]) == losses_of(paths[1])
+    with pytest.raises(ValueError, match="vocabulary: expected at least 300"):
+        command.main(["train", *short, "--name", "few", "--tokens", place, "--vocabulary", "299"])
+
+
+@pytest.mark.slow
+def test_two_processes_compare_together(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    sources(tmp_path / "text")
+    shared = command_line(tmp_path, "--steps", "4")[3:]
+    line = [*TORCHRUN, "-m", "benchmarks.language_model", "compare", *shared, "--parallel", "ddp"]
+    printed = finish([*line, "--seeds", "1", "--mixers", "rebased", "based"])
+    assert printed.count("Based's") == 1
+    lines = read_json_lines(tmp_path / "output" / "compare-small" / "results.jsonl")
+    assert [(line["mixer"], line["processes"]) for line in lines] == [("rebased", 2), ("based", 2)]
 
 
 def test_speed_times_forms_that_agree(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,8 +24,11 @@ CELL = Cell(
     evaluate_every=250,
     weight_decay=0.01,
     schedule="constant",
+    data_seed=None,
     first="shift",
     tied=False,
+    embedding_dropout=0.0,
+    attention_dropout=0.0,
 )
 CPU = torch.device("cpu")
 

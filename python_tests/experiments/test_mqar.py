@@ -1,5 +1,6 @@
 """The recall task's examples, the models' sizes, and runs that are killed and go on."""
 
+import math
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import readme
+from benchmarks import readme, training
 from benchmarks.mqar import __main__ as command
 from benchmarks.mqar import cell as cells
 from benchmarks.mqar import data, grid, presets, report, steps
@@ -35,7 +36,10 @@ TINY = Cell(
     examples=None,
     test_examples=16,
     evaluate_every=4,
+    data_seed=None,
     tied=False,
+    embedding_dropout=0.0,
+    attention_dropout=0.0,
 )
 
 
@@ -108,11 +112,14 @@ def test_impossible_tasks_are_refused(sizes: tuple[int, int, int], message: str)
         Task(*sizes)
 
 
-# The paper's Table 4. Its columns count learned positions for different lengths: 256 for Based and ReBased,
-# 1,024 for RWKV, and for attention behind a convolution and for Mamba not the same at every width.
+# The paper's Table 4, every number of it. Its columns count learned positions for different lengths: 256 for
+# Based and ReBased, 1,024 for attention and RWKV, and for these two behind a convolution and for Mamba not
+# the same at every width.
 @pytest.mark.parametrize(
     ("mixer", "positions", "counts"),
     [
+        ("softmax same", 1024, (623_744, 1_313_024, 2_888_192, 6_824_960)),
+        ("rwkv convolution", (2048, 2048, 512, 512), (677_120, 1_395_200, 2_561_024, 5_777_408)),
         ("based", 256, (577_984, 1_179_520, 2_459_392, 5_307_904)),
         ("rebased", 256, (577_984 + 768, 1_179_520 + 768, 2_459_392 + 768, 5_307_904 + 768)),
         ("softmax", (512, 128, 128, 128), (578_752, 1_149_312, 2_462_464, 5_580_288)),
@@ -123,11 +130,137 @@ def test_impossible_tasks_are_refused(sizes: tuple[int, int, int], message: str)
 def test_parameter_counts_are_the_papers(
     mixer: str, positions: int | tuple[int, ...], counts: tuple[int, ...]
 ) -> None:
-    if mixer in ("rwkv", "mamba"):
+    name, _, first = mixer.partition(" ")
+    if name in ("rwkv", "mamba"):
         pytest.importorskip("transformers")
     lengths = (positions,) * 4 if isinstance(positions, int) else positions
     for width, length, count in zip((64, 128, 256, 512), lengths, counts, strict=True):
-        assert parameters(RecallModel(mixer, width, 8192, length)) == count
+        assert parameters(RecallModel(name, width, 8192, length, first or "paper")) == count
+
+
+# What the authors' code leaves behind when it has built a model: standard deviations of uniform or normal
+# draws, or None where nothing is drawn. Torch's own start of a Linear or convolution of n inputs has
+# 1 / sqrt(3 n).
+STARTS: dict[str, dict[str, float | None]] = {
+    "softmax": {
+        "blocks.0.mixer.conv.weight": 1 / 3,  # 3 tokens
+        "blocks.0.mixer.conv.bias": 1 / 3,
+        "blocks.0.mixer.proj.weight": 0.02,
+        "blocks.0.mixer.proj.bias": None,
+        "blocks.1.mixer.proj_qkv.weight": 0.02,
+        "blocks.1.mixer.proj_qkv.bias": None,
+        "blocks.1.mixer.out_proj.weight": 0.01,
+        "blocks.1.mixer.out_proj.bias": None,
+        "tokens.weight": 0.02,
+        "positions.weight": 0.02,
+    },
+    "rebased": {
+        "blocks.1.mixer.proj_q.weight": 0.02,
+        "blocks.1.mixer.proj_k.weight": 0.02,
+        "blocks.1.mixer.proj_v.weight": 0.02,
+        "blocks.1.mixer.proj_o.weight": 0.02,
+        "blocks.1.mixer.ln_q.weight": None,
+    },
+    "rwkv": {
+        "blocks.0.mixer.attention.key.weight": 128**-0.5 / 3**0.5,
+        "blocks.0.mixer.attention.value.weight": 128**-0.5 / 3**0.5,
+        "blocks.1.mixer.attention.receptance.weight": 128**-0.5 / 3**0.5,
+        "blocks.1.mixer.attention.output.weight": 128**-0.5 / 3**0.5,
+    },
+    "mamba": {
+        "blocks.0.mixer.in_proj.weight": 0.02,
+        "blocks.0.mixer.x_proj.weight": 0.02,
+        "blocks.1.mixer.dt_proj.weight": 0.02,
+        "blocks.1.mixer.dt_proj.bias": None,
+        "blocks.1.mixer.out_proj.weight": 0.01,
+        "blocks.1.mixer.conv1d.weight": 0.5 / 3**0.5,  # 4 tokens
+        "blocks.1.mixer.conv1d.bias": 0.5 / 3**0.5,
+        "blocks.1.mixer.D": None,
+    },
+    "hyena": {
+        "blocks.1.mixer.proj_in.weight": 0.02,
+        "blocks.1.mixer.proj_in.bias": None,
+        "blocks.1.mixer.layers.0.weight": 0.02,
+        "blocks.1.mixer.layers.1.weight": 0.02,
+        "blocks.1.mixer.last.weight": 0.02,
+        "blocks.1.mixer.out_proj.weight": 0.01,
+        "blocks.1.mixer.short.weight": 1 / 3,
+        "blocks.1.mixer.skip": 1.0,
+        "blocks.1.mixer.frequency": None,
+    },
+}
+
+
+@pytest.mark.parametrize("mixer", STARTS)
+def test_models_start_as_the_authors_do(mixer: str) -> None:
+    if mixer in ("rwkv", "mamba"):
+        pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    found = dict(RecallModel(mixer, 128, 256, 64).named_parameters())
+    for name, deviation in STARTS[mixer].items():
+        values = found[name].detach()
+        if deviation is None:
+            assert float(values.std()) == 0, name
+            continue
+        # the deviation of n normal draws is known to about one part in sqrt(2 n)
+        assert float(values.std()) == pytest.approx(deviation, rel=4 / (2 * values.numel()) ** 0.5), name
+        assert abs(float(values.mean())) < 5 * deviation / values.numel() ** 0.5, name
+
+
+def test_rwkv_mamba_and_hyena_start_where_no_dice_are_thrown() -> None:
+    pytest.importorskip("transformers")
+    rwkv = RecallModel("rwkv", 6, 32, 16).blocks[1].mixer.attention
+    assert rwkv.time_first.tolist() == pytest.approx([math.log(0.3) + x for x in (0, 0.5, -0.5) * 2])
+    channels = torch.arange(6) / 5  # RWKV-4's decays of the last of two layers
+    assert torch.allclose(rwkv.time_decay, -5 + 8 * channels**2)
+    share = torch.arange(6) / 6
+    assert torch.allclose(rwkv.time_mix_key, share**0.5)
+    assert torch.allclose(rwkv.time_mix_value, share**0.5 + 0.3)
+    assert torch.allclose(rwkv.time_mix_receptance, share**0.25)
+    mamba = RecallModel("mamba", 6, 32, 16).blocks[1].mixer
+    assert torch.allclose(mamba.A_log.exp(), torch.arange(1.0, 17.0).expand(12, 16))
+    hyena = RecallModel("hyena", 6, 32, 16).blocks[1].mixer
+    assert set(hyena.frequency.tolist()) == {1.0}
+    angles = 2e-4 * math.pi * torch.arange(16) / 16
+    expected = torch.stack([torch.arange(16) / 15, angles.cos(), -angles.sin()], 1)
+    assert torch.allclose(hyena.features, expected, atol=1e-7)
+
+
+def test_dropout_is_of_the_embedding_and_of_attention_in_training_alone() -> None:
+    tokens = torch.randint(32, (64, 16))
+    model = RecallModel("softmax", 48, 32, 16, embedding_dropout=0.25)
+    x, whole = model.embed(tokens), model.eval().embed(tokens)
+    dropped = x == 0
+    assert float(dropped.float().mean()) == pytest.approx(0.25, abs=0.01)
+    assert torch.allclose(x[~dropped], whole[~dropped] / 0.75)
+    assert RecallModel("mamba", 12, 32, 16, embedding_dropout=0.25).dropout.p == 0
+
+    mixer = SoftmaxAttention(16, dropout=0.5)
+    mixer.proj_qkv.weight.data.zero_()  # every token attends to all before it alike
+    mixer.proj_qkv.bias.data[32:] = 1.0  # and every value is 1
+    mixer.out_proj.weight.data.copy_(torch.eye(16))
+    mixer.out_proj.bias.data.zero_()
+    torch.manual_seed(0)
+    one = mixer(torch.zeros(4000, 1, 16))  # the one entry of its matrix is 2 or 0
+    assert set(one.unique().tolist()) == {0.0, 2.0}
+    assert float(one.detach().mean()) == pytest.approx(1, abs=0.05)
+    assert torch.equal(mixer.eval()(torch.zeros(4, 1, 16)), torch.ones(4, 1, 16))
+
+
+def test_first_layers() -> None:
+    def names(mixer: str, first: str) -> list[str]:
+        return [type(block.mixer).__name__ for block in RecallModel(mixer, 12, 32, 16, first).blocks]
+
+    assert names("softmax", "paper") == ["GatedShortConvolution", "SoftmaxAttention"]
+    assert names("softmax", "same") == ["SoftmaxAttention"] * 2
+    assert names("rebased", "same") == ["ReBasedAttention"] * 2
+    assert names("rebased", "shift") == ["PreviousToken", "ReBasedAttention"]
+    pytest.importorskip("transformers")
+    assert names("rwkv", "paper") == ["RWKV"] * 2
+    assert names("rwkv", "convolution") == ["GatedShortConvolution", "RWKV"]
+    for first in ("convolution", "shift"):
+        with pytest.raises(ValueError, match="first: mamba"):
+            RecallModel("mamba", 12, 32, 16, first)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -201,8 +334,11 @@ def test_hyenas_long_convolution_is_a_convolution() -> None:
     assert torch.allclose(mixer(x), mixer.out_proj((x2 * direct).mT), atol=1e-9)
 
 
-def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    whole, progress = train(TINY, CPU)
+@pytest.mark.parametrize(
+    "cell", [TINY, replace(TINY, examples=20, embedding_dropout=0.2)], ids=["new", "kept"]
+)
+def test_a_run_goes_on_from_its_checkpoint(cell: Cell, tmp_path: Path) -> None:
+    whole, progress = train(cell, CPU)
     assert progress.step == 12
     assert [row[0] for row in progress.history] == [4, 8, 12]
 
@@ -212,12 +348,12 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 
     path = tmp_path / "run.pt"
     with pytest.raises(KeyboardInterrupt):
-        train(TINY, CPU, path, every=0, tell=stop)
+        train(cell, CPU, path, every=0, tell=stop)
     saved = load_checkpoint(path)
     assert saved is not None
     assert saved["progress"]["step"] == 7
     made: list[int] = []
-    again, resumed = train(TINY, CPU, path, tell=lambda progress: made.append(progress.step))
+    again, resumed = train(cell, CPU, path, tell=lambda progress: made.append(progress.step))
     assert made == [8, 9, 10, 11, 12]
     assert resumed.history == progress.history
     for name, x in whole.state_dict().items():  # bit by bit the run that nothing stopped
@@ -237,15 +373,126 @@ def test_micro_batches_change_nothing_but_rounding() -> None:
     assert piecewise.loss == pytest.approx(whole.loss, rel=1e-3)
 
 
-def test_epochs_go_over_the_same_batches_in_new_orders() -> None:
-    cell = replace(TINY, examples=40)  # 5 batches of 8
-    epochs = [
-        [tuple(cell.batch_at(step)[0].flatten().tolist()) for step in range(5 * n, 5 * n + 5)]
-        for n in range(2)
-    ]
-    assert len(set(epochs[0])) == 5
-    assert set(epochs[0]) == set(epochs[1])
-    assert epochs[0] != epochs[1]
+def test_epochs_go_over_the_same_examples_in_new_orders() -> None:
+    def examples(cell: Cell, epoch: int) -> list[tuple[int, ...]]:
+        batches = [cells.Batches(cell, CPU).at(step) for step in range(5 * epoch, 5 * epoch + 5)]
+        for inputs, targets in batches:
+            assert inputs.shape == targets.shape == (8, 16)
+            assert inputs.dtype == targets.dtype == torch.int64
+            assert int((targets != IGNORED).sum()) == 8 * 4
+        return [tuple(row.tolist()) for inputs, _ in batches for row in inputs]
+
+    cell = replace(TINY, examples=40, data_seed=42)  # 5 batches of 8
+    first = examples(cell, 0)
+    assert len(set(first)) == 40
+    assert set(first) == set(examples(cell, 1))
+    assert first != examples(cell, 1)
+    # the run's seed orders the same examples, unless it is theirs too
+    assert set(examples(replace(cell, seed=1), 0)) == set(first)
+    assert examples(replace(cell, seed=1), 0) != first
+    assert not set(examples(replace(cell, data_seed=None), 0)) & set(first)
+    with pytest.raises(ValueError, match="examples"):
+        replace(cell, examples=7)
+
+
+def test_a_budget_keeps_what_has_finished(tmp_path: Path) -> None:
+    both = [TINY, replace(TINY, seed=1)]
+    assert grid.run(tmp_path, both, CPU, deadline=time.monotonic()) == []
+    lines = grid.run(tmp_path, both[:1], CPU, deadline=time.monotonic() + 3600)
+    assert len(lines) == 1
+    # time is up after the second run's first step, which the next one does not do again
+    assert grid.work(tmp_path, both, CPU, every=0, deadline=time.monotonic()) == 0
+    saved = load_checkpoint(tmp_path / f"{both[1].name}.pt")
+    assert saved is not None
+    assert saved["progress"]["step"] == 1
+    assert grid.run(tmp_path, both, CPU, deadline=time.monotonic()) == lines
+    assert len(grid.run(tmp_path, both, CPU)) == 2
+
+
+def test_a_budget_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["grid", *OPTIONS, "--device", "cpu", "--output", str(tmp_path), "--budget", "0"]
+    assert command.main(arguments) == 0
+    assert not read_json_lines(tmp_path / grid.RESULTS)
+    assert "0 runs" in capsys.readouterr().out
+
+
+def test_progress_is_told_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bar = grid._Bar(tmp_path, [TINY])
+    bar.begin(TINY)
+    for step, seconds in ((3, 0.0), (7, 40.0)):  # taken up at a checkpoint after step 3
+        progress = Progress(step=step, accuracy=0.25)
+        bar.started -= seconds
+        bar.shown = bar.printed = -1e9
+        bar.show(progress)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"0 of 1 runs; {TINY.name}: step 3 of 12, accuracy 0.250"
+    assert second.startswith(f"0 of 1 runs; {TINY.name}: step 7 of 12, accuracy 0.250, at most 50.")
+    assert second.endswith(" s left")
+
+
+@pytest.mark.parametrize(
+    ("threads", "environment", "expected"), [(None, None, 2), (None, "5", 9), (3, "5", 3), (3, None, 3)]
+)
+def test_threads_are_as_told(
+    threads: int | None, environment: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "available_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    before = torch.get_num_threads()
+    torch.set_num_threads(9)  # stands for what torch has read from the environment
+    try:
+        training.limit_threads(threads, processes=4)
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(ValueError, match="threads"):
+        training.limit_threads(0, 1)
+
+
+def test_every_setting_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["run", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    for name, field in Cell.__dataclass_fields__.items():
+        assert f"--{name.replace('_', '-')}" in told
+        assert len(field.metadata["help"]) > 10, name
+
+
+@pytest.mark.parametrize("name", command.DRAWN)
+def test_drawings_need_no_runs(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert command.main([name, "--output", str(tmp_path)]) == 0
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_the_papers_command_gives_every_experiment_options_that_it_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for extra in ("tokenizers", "tqdm", "transformers", "matplotlib"):
+        pytest.importorskip(extra)
+    from benchmarks import paper
+
+    called: list[list[str]] = []
+    for name, (_, line, known) in paper.EXPERIMENTS.items():
+        monkeypatch.setitem(paper.EXPERIMENTS, name, (lambda argv: called.append(argv) or 0, line, known))
+    options = ["--device", "cpu", "--jobs", "2", "--threads", "1", "--output", str(tmp_path)]
+    assert paper.main(["--small", *options]) == 0
+    assert len(called) == len(paper.EXPERIMENTS)
+    parsed = {}
+    for argv in called:
+        parser = paper.language_model.parse_arguments if argv[0] == "compare" else command._arguments
+        if argv[0] == "table3":
+            continue  # it parses its own: test_attention_maps
+        parsed[argv[0]] = parser(argv)
+    assert len({str(arguments.output) for arguments in parsed.values()}) == len(parsed)
+    assert parsed["figure1"].small
+    assert (parsed["figure1"].jobs, parsed["figure1"].threads, parsed["compare"].threads) == (2, 1, 1)
+    called.clear()
+    monkeypatch.setitem(paper.EXPERIMENTS, "table1", (lambda argv: 3, "table1", ()))
+    assert paper.main(["--only", "table1", "figure2"]) == 3  # one that fails ends it
+    assert not called
 
 
 def test_a_grid_skips_what_is_finished(tmp_path: Path) -> None:
@@ -316,6 +563,18 @@ def a_line(accuracy: float, **settings: Any) -> dict[str, Any]:
     return cells.result(cell, RecallModel(cell.mixer, 12, 32, 16), progress, CPU)
 
 
+def test_figure_1_is_of_medians() -> None:
+    lines = [a_line(x, seed=seed) for seed, x in enumerate((0.9, 0.1, 0.95))]
+    lines += [a_line(0.7, seed=seed, learning_rate=1e-2) for seed in range(3)]
+    lines += [a_line(0.25, mixer="softmax")]
+    table = report.figure1(lines)
+    assert "| 0.90 (0.10 to 0.95) |" in table
+    assert "| Attention | 0.25 (one seed) |" in table
+    twice = report.figure7([a_line(0.5, first="same"), a_line(0.25, first="convolution")])
+    assert "in both blocks | 0.50" in twice
+    assert "+ beta)² | 0.25" in twice
+
+
 def test_scores_are_of_the_best_rate_on_average() -> None:
     lines = [a_line(0.9, seed=0), a_line(0.1, seed=1)]
     lines += [a_line(0.6, seed=seed, learning_rate=1e-2) for seed in range(2)]
@@ -345,8 +604,15 @@ def test_presets_are_possible_and_without_doubles(name: str, small: bool) -> Non
             "based",
             *(m for m in LINEAR if m not in ("based", "linear")),
         }
-    if not small:
+    if small:
+        assert {(cell.embedding_dropout, cell.attention_dropout, cell.data_seed) for cell in chosen} == {
+            (0.0, 0.0, None)
+        }
+    else:
         assert all(cell.vocabulary == 8192 and cell.batch == 512 for cell in chosen)
+        assert {(cell.embedding_dropout, cell.attention_dropout, cell.data_seed) for cell in chosen} == {
+            (0.1, 0.1, 42)
+        }
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
