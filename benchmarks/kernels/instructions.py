@@ -10,7 +10,9 @@ the chunk loop is not counted. Kernels whose last argument is true serve several
 their number is that of one head. Inner loops of the tensor-core kernels without HMMA are those of rows in
 pieces of less than 16 bytes: these loops, and the blocks that lead to them alone, are skipped by a call with
 aligned rows and are not counted. Of the kernels of polynomial/, whose chunks have 64 or 128 tokens, numbers
-are per 64 tokens. python_tests/cuda/ptx/test_ptx.py compares HMMA per chunk with those that really run.
+are per 64 tokens. Of the loops with HMMA in those of elementwise/ one walks the tiles of 16 tokens up to a
+warp's own; the other, with a few, walks four tiles in one of four warps. python_tests/cuda/ptx/test_ptx.py
+compares HMMA per chunk with those that really run.
 """
 
 from __future__ import annotations
@@ -23,7 +25,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.kernels.kernel import read_kernels
-from benchmarks.kernels.registers import CHECKED_ARCHITECTURES, FLOAT32_FORWARD, OUTER_FORWARD
+from benchmarks.kernels.registers import (
+    CHECKED_ARCHITECTURES,
+    FLOAT32_FORWARD,
+    OUTER_FORWARD,
+    SQUARE_FORWARD,
+)
 from benchmarks.kernels.report import format_table, write_json
 from benchmarks.kernels.sass import Function, Loop, disassemble
 from benchmarks.kernels.toolchain import (
@@ -33,8 +40,13 @@ from benchmarks.kernels.toolchain import (
     instances,
 )
 
+SQUARE_STATES = "tensor_core::elementwise::segment_state_kernel<bfloat16, square, 16>"
 PATTERNS = ("tensor_core_*", "float32_*")
-OUTER_FORWARD_INSTRUCTIONS = 1400  # per chunk and warp at sm_90
+MOST_INSTRUCTIONS = {  # per chunk and warp at sm_90
+    OUTER_FORWARD: 1400,
+    SQUARE_FORWARD: 800,
+    SQUARE_STATES: 420,
+}
 FLOAT32_FORWARD_SHARE = 0.7  # of FFMA among the instructions per chunk, at least
 
 
@@ -144,6 +156,12 @@ POLYNOMIAL_NARROW_ACCESSES = {
     "grad_q_kernel": {("load", 8): 2, ("load", 4): 3, ("store", 8): 2, ("store", 4): 5},
 }
 
+# Of the kernels of elementwise/: as of those of polynomial/.
+ELEMENTWISE_NARROW_ACCESSES = {
+    "forward_kernel": {("load", 8): 2, ("store", 4): 2},
+    "segment_state_kernel": {("load", 8): 2},
+}
+
 # 4 bytes: the mean and deviation of "token" LayerNorm; r of a row, and delta; a lane's feature of a row of
 # grad q or grad k, 16 of them side by side, or of its unfinished gradient.
 FLOAT32_NARROW_ACCESSES = {
@@ -169,6 +187,8 @@ def narrow_accesses(name: str) -> dict[tuple[str, int], int]:
     base = base_name(name)
     if "polynomial::" in name:
         return POLYNOMIAL_NARROW_ACCESSES[base]
+    if "elementwise::" in name:
+        return ELEMENTWISE_NARROW_ACCESSES[base]
     if not name.startswith("float32_path::"):
         return NARROW_ACCESSES[base]
     carries = 1 + ("<taylor" in name) + (base in ("grad_kv_kernel", "grad_q_kernel"))
@@ -229,6 +249,13 @@ def polynomial_nest(name: str, loop: Loop, function: Function) -> Nest:
     else:
         runs = chunk / 16
     return Nest(runs, tuple(polynomial_nest(name, x, function) for x in loop.inner))
+
+
+def elementwise_nest(loop: Loop, function: Function) -> Nest:
+    """The same of a kernel of elementwise/."""
+    products = products_of_loop(function, loop)
+    runs = 0 if not products else 1 if products <= SUMS_PRODUCTS else OWN_TOKENS.runs
+    return Nest(runs, tuple(elementwise_nest(x, function) for x in loop.inner))
 
 
 def polynomial_shape(name: str) -> tuple[int, int]:
@@ -331,6 +358,9 @@ def measure(name: str, architecture: int, function: Function) -> Figures:
             nests = tuple(polynomial_nest(name, x, function) for x in loop.inner)
             per_token = 64 / polynomial_shape(name)[1]
             chunk = Counter({x: n * per_token for x, n in per_chunk(function, loop, nests).items()})
+        elif loop and "elementwise::" in name:
+            nests = tuple(elementwise_nest(x, function) for x in loop.inner)
+            chunk = per_chunk(function, loop, nests)
         elif loop and (nests := loops_of(name)):
             if product_of(name) == "HMMA":
                 loop = without_narrow_rows(function, loop)
@@ -431,17 +461,13 @@ def problems(figures: list[Figures]) -> list[str]:
                 found.append(
                     f"{where}: {share:.2f} of its instructions are FFMA, not {FLOAT32_FORWARD_SHARE}"
                 )
-        if (
-            f.name == OUTER_FORWARD
-            and f.architecture == 90
-            and f.chunk_instructions > OUTER_FORWARD_INSTRUCTIONS
-        ):
-            found.append(
-                f"{where}: {f.chunk_instructions} instructions per chunk > {OUTER_FORWARD_INSTRUCTIONS}"
-            )
+        most = MOST_INSTRUCTIONS.get(f.name)
+        if most and f.architecture == 90 and f.chunk_instructions > most:
+            found.append(f"{where}: {f.chunk_instructions} instructions per chunk > {most}")
     for architecture in CHECKED_ARCHITECTURES:
-        if not any(f.name == OUTER_FORWARD and f.architecture == architecture for f in figures):
-            found.append(f"{OUTER_FORWARD} at sm_{architecture}: not found")
+        for name in MOST_INSTRUCTIONS:
+            if not any(f.name == name and f.architecture == architecture for f in figures):
+                found.append(f"{name} at sm_{architecture}: not found")
     return found
 
 

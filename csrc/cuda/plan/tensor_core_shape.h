@@ -72,6 +72,11 @@ template <class AnyProblem>
 inline bool polynomial_kernels(const AnyProblem& problem) {
   return polynomial_kernels(problem, Pieces(problem));
 }
+// Whether a walk over the rows of these pieces takes the kernels of cuda/tensor_core/elementwise/. Other rows
+// take older kernels, whose states are laid out alike.
+inline bool elementwise_kernels(const Problem& problem, int least_piece) {
+  return !is_polynomial(problem.feature_map) && least_piece == 16;
+}
 // Whether the forward before this backward took the same kind of kernels, so that states which it kept are
 // laid out as grad_q reads them. A grad y in narrow pieces may have come to rows that forward read whole.
 inline bool forward_kept_alike(const BackwardProblem& problem) {

@@ -210,6 +210,7 @@ def test_every_asm_statement_is_tested():
 
 # in the order of op/problem.h
 MAPS = ("outer", "square", "taylor", "elu")
+ELEMENTWISE = ("square", "elu")  # their kernels for whole rows have chunks of 64 tokens
 DTYPES = ("fp32", "fp64", "fp16", "bf16")
 HEAD_NORM = 2
 SCALE, EPS, LAYER_NORM_EPS = 0.25, 1e-6, 1e-5
@@ -247,8 +248,8 @@ def forward(
 ) -> Result:
     """What the kernel makes of inputs(seqlen), with layer_norm="head" and a final state.
 
-    `edit` may change the PTX; y_rows is for how many rows y has room. `chunk`: of the polynomial maps' kernel
-    of that chunk length, or 0 for the kernel that every map has.
+    `edit` may change the PTX; y_rows is for how many rows y has room. `chunk`: of the kernel for whole rows
+    with that chunk length, or 0 for the kernel that every map has.
     """
     memory = GlobalMemory()
     arrays = {name: x.numpy() for name, x in inputs(seqlen).items()}
@@ -270,7 +271,7 @@ def forward(
 
     source = toolchain.ROOT / f"csrc/cuda/instances/tensor_core_forward_{dtype}_{feature_map}.cu"
     ptx = edit(toolchain.compile_source(source, architecture).ptx.read_text())
-    kernel = one_head_kernel(ptx, chunk)
+    kernel = one_head_kernel(ptx, feature_map, chunk)
     grid = (int(x), int(y), 1)
     counts = ptx_interpreter.launch(
         kernel, memory, grid, int(threads), bytes.fromhex(parameters), int(dynamic_shared)
@@ -287,9 +288,9 @@ def forward(
     return Result(y, r, kv.reshape(features, HEAD_DIM), k, executed)
 
 
-def one_head_kernel(ptx: str, chunk: int) -> Kernel:
+def one_head_kernel(ptx: str, feature_map: str, chunk: int) -> Kernel:
     """forward_kernel<T, S, false>, the instance for one query head per kv head."""
-    shape = rf"5Shape.*Li{chunk}E" if chunk else "5Slabs"
+    shape = "5Slabs" if not chunk else "5Shape" if feature_map in ELEMENTWISE else rf"5Shape.*Li{chunk}E"
     pattern = rf"14forward_kernelI.*{shape}.*Lb0E"
     (kernel,) = (k for name, k in parse_kernels(ptx).items() if re.search(pattern, name))
     return kernel
@@ -324,6 +325,7 @@ def error_bound(feature_map: str, seqlen: int) -> float:
 
 
 KERNELS = [*((name, 0) for name in MAPS), ("outer", 64), ("outer", 128), ("taylor", 64)]
+KERNELS += [(name, 64) for name in ELEMENTWISE]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -339,20 +341,22 @@ def test_forward(feature_map, chunk, architecture):
     assert relative_error(result.k, k) < unit
 
 
-@pytest.mark.parametrize("feature_map", MAPS)
-def test_products_per_chunk(feature_map):
+@pytest.mark.parametrize(
+    ("feature_map", "chunk"), [*((name, 0) for name in MAPS), *((name, 64) for name in ELEMENTWISE)]
+)
+def test_products_per_chunk(feature_map, chunk):
     """benchmarks.kernels.instructions counts in machine code as many as run; an mma.m16n8k16 is one HMMA."""
     chunks, warps = 2, 4
-    ran = forward(feature_map, 90, 64 * chunks).executed[MMA] / (chunks * warps)
+    ran = forward(feature_map, 90, 64 * chunks, chunk=chunk).executed[MMA] / (chunks * warps)
     try:
         figures, errors = instructions.collect(f"tensor_core_forward_bf16_{feature_map}", [90])
     except toolchain.ToolMissingError as error:
         pytest.skip(str(error))
-    (counted,) = (
-        f for f in figures if f.name == f"tensor_core::forward_kernel<bfloat16, {feature_map}, 16, false>"
-    )
+    folder = "elementwise::" if chunk else ""
+    name = f"tensor_core::{folder}forward_kernel<bfloat16, {feature_map}, 16, false>"
+    (counted,) = (f for f in figures if f.name == name)
     assert not errors
-    assert counted.chunk_opcodes["HMMA"] == ran
+    assert counted.chunk_opcodes["HMMA"] == round(ran)
 
 
 FAULTS = {
