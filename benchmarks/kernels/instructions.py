@@ -9,7 +9,8 @@ a warp issues. Where warps differ in how often a loop runs, it is their mean. Wh
 is not counted. Kernels whose last argument is true serve several query heads per kv head; their number is
 that of one head. Inner loops of the tensor-core kernels without HMMA are those of rows in pieces of less than
 16 bytes: these loops, and the blocks that lead to them alone, are skipped by a call with aligned rows and are
-not counted.
+not counted. Of the loops with HMMA in the kernels of elementwise/ one walks the tiles of 16 tokens up to a
+warp's own; the other, with a few, walks four tiles in one of four warps.
 
 Marks. Of the kernels of polynomial/, whose chunks have 64 or 128 tokens, numbers are per 64 tokens and of one
 path: whole chunks, "token" LayerNorm, a later chunk than the first. Comments in their source say what this
@@ -33,7 +34,12 @@ from fractions import Fraction
 from pathlib import Path
 
 from benchmarks.kernels.kernel import read_kernels
-from benchmarks.kernels.registers import CHECKED_ARCHITECTURES, FLOAT32_FORWARD, OUTER_FORWARD
+from benchmarks.kernels.registers import (
+    CHECKED_ARCHITECTURES,
+    FLOAT32_FORWARD,
+    OUTER_FORWARD,
+    SQUARE_FORWARD,
+)
 from benchmarks.kernels.report import format_table, write_json
 from benchmarks.kernels.sass import Function, Instruction, Loop, disassemble
 from benchmarks.kernels.toolchain import (
@@ -44,14 +50,17 @@ from benchmarks.kernels.toolchain import (
     instances,
 )
 
+SQUARE_STATES = "tensor_core::elementwise::segment_state_kernel<bfloat16, square, 16>"
 PATTERNS = ("tensor_core_*", "float32_*")
-# Per 64 tokens and warp at sm_90, of `outer`, d = 16, chunks of 128 tokens, one query head per kv head.
+# Per 64 tokens and warp at sm_90, of one query head per kv head; of `outer` with chunks of 128 tokens.
 MOST_INSTRUCTIONS = {
-    "forward_kernel": 950,
-    "segment_state_kernel": 340,
-    "grad_q_kernel": 1410,
-    "reverse_segment_kernel": 440,
-    "grad_kv_kernel": 1880,
+    "tensor_core::polynomial::forward_kernel<bfloat16, outer, 16, 128, false>": 950,
+    "tensor_core::polynomial::segment_state_kernel<bfloat16, outer, 16, 128>": 340,
+    "tensor_core::polynomial::grad_q_kernel<bfloat16, outer, 16, 128, false>": 1410,
+    "tensor_core::polynomial::reverse_segment_kernel<bfloat16, outer, 16, 128>": 440,
+    "tensor_core::polynomial::grad_kv_kernel<bfloat16, outer, 16, 128, false>": 1880,
+    SQUARE_FORWARD: 800,
+    SQUARE_STATES: 420,
 }
 FLOAT32_FORWARD_SHARE = 0.7  # of FFMA among the instructions per chunk, at least
 
@@ -150,6 +159,12 @@ POLYNOMIAL_NARROW_ACCESSES = {
     "grad_q_kernel": {("load", 8): 2, ("load", 4): 3, ("store", 8): 2, ("store", 4): 5},
 }
 
+# Of the kernels of elementwise/: as of those of polynomial/.
+ELEMENTWISE_NARROW_ACCESSES = {
+    "forward_kernel": {("load", 8): 2, ("store", 4): 2},
+    "segment_state_kernel": {("load", 8): 2},
+}
+
 # 4 bytes: the mean and deviation of "token" LayerNorm; r of a row, and delta; a lane's feature of a row of
 # grad q or grad k, 16 of them side by side, or of its unfinished gradient.
 FLOAT32_NARROW_ACCESSES = {
@@ -175,6 +190,8 @@ def narrow_accesses(name: str) -> dict[tuple[str, int], int]:
     base = base_name(name)
     if "polynomial::" in name:
         return POLYNOMIAL_NARROW_ACCESSES[base]
+    if "elementwise::" in name:
+        return ELEMENTWISE_NARROW_ACCESSES[base]
     if not name.startswith("float32_path::"):
         return NARROW_ACCESSES[base]
     carries = 1 + ("<taylor" in name) + (base in ("grad_kv_kernel", "grad_q_kernel"))
@@ -232,6 +249,13 @@ def polynomial_nest(name: str, loop: Loop, function: Function) -> Nest:
     else:
         runs = chunk / 16
     return Nest(runs, tuple(polynomial_nest(name, x, function) for x in loop.inner))
+
+
+def elementwise_nest(loop: Loop, function: Function) -> Nest:
+    """The same of a kernel of elementwise/."""
+    products = products_of_loop(function, loop)
+    runs = 0 if not products else 1 if products <= SUMS_PRODUCTS else OWN_TOKENS.runs
+    return Nest(runs, tuple(elementwise_nest(x, function) for x in loop.inner))
 
 
 def polynomial_shape(name: str) -> tuple[int, int]:
@@ -398,6 +422,9 @@ def measure(name: str, architecture: int, function: Function) -> Figures:
             tokens = polynomial_shape(name)[1]
             counts = per_chunk(function, loop, nests, shares_of_blocks(function, loop, tokens))
             chunk = Counter({x: n * 64 / tokens for x, n in counts.items()})
+        elif loop and "elementwise::" in name:
+            nests = tuple(elementwise_nest(x, function) for x in loop.inner)
+            chunk = per_chunk(function, loop, nests, shares_of_blocks(function, loop, 64))
         elif loop and (nests := loops_of(name)):
             if product_of(name) == "HMMA":
                 loop = without_narrow_rows(function, loop)
@@ -475,11 +502,6 @@ def table(figures: list[Figures]) -> str:
     return format_table(rows)
 
 
-def most_instructions(name: str) -> int | None:
-    match = re.fullmatch(r"tensor_core::polynomial::(\w+)<bfloat16, outer, 16, 128(?:, false)?>", name)
-    return MOST_INSTRUCTIONS.get(match[1]) if match else None
-
-
 def problems(figures: list[Figures]) -> list[str]:
     """What --check fails for."""
     found = []
@@ -503,12 +525,13 @@ def problems(figures: list[Figures]) -> list[str]:
                 found.append(
                     f"{where}: {share:.2f} of its instructions are FFMA, not {FLOAT32_FORWARD_SHARE}"
                 )
-        most = most_instructions(f.name) if f.architecture == 90 else None
-        if most and f.chunk_instructions > most:
+        most = MOST_INSTRUCTIONS.get(f.name)
+        if most and f.architecture == 90 and f.chunk_instructions > most:
             found.append(f"{where}: {f.chunk_instructions} instructions per chunk > {most}")
     for architecture in CHECKED_ARCHITECTURES:
-        if not any(f.name == OUTER_FORWARD and f.architecture == architecture for f in figures):
-            found.append(f"{OUTER_FORWARD} at sm_{architecture}: not found")
+        for name in MOST_INSTRUCTIONS:
+            if not any(f.name == name and f.architecture == architecture for f in figures):
+                found.append(f"{name} at sm_{architecture}: not found")
     return found
 
 

@@ -127,6 +127,7 @@ def readable(name: str) -> str:
     name = re.sub(r"^void |rebased::|cuda::", "", name)
     name = re.sub(r"tensor_core::Slabs<(\w+), (\d+)> ?", r"\1, \2", name)
     name = re.sub(r"tensor_core::polynomial::Shape<(\w+, \d+, \d+)> ?", r"\1", name)
+    name = re.sub(r"tensor_core::elementwise::Shape<(\w+, \d+)> ?", r"\1", name)
     name = re.sub(r"tensor_core::polynomial::Slot<(\w+, \d+)> ?", r"\1", name)
     name = name.replace("bfloat16_t", "bfloat16").replace("half_t", "float16").replace("double", "float64")
     name = re.sub(r"\bfloat\b", "float32", name)

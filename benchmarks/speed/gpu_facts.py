@@ -85,22 +85,24 @@ SWEEPS = (
     *("forward_kernel", "segment_state_kernel", "reverse_segment_kernel", "grad_q_kernel", "grad_kv_kernel"),
     *SCANS,
 )
+ELEMENTWISE_SWEEPS = ("forward_kernel", "segment_state_kernel")
 
 
 def _is_instance(name: str, base_name: str, feature_map: str) -> bool:
     """Whether a kernel is what serves the shapes here: of `outer` and `taylor` the sweeps are those of
-    polynomial/, in chunks of 128 tokens; of other maps like tensor_core::forward_kernel<bfloat16, square, 16,
-    false>.
+    polynomial/, in chunks of 128 tokens; of other maps forward and the states of segments are those of
+    elementwise/, and the rest is like tensor_core::grad_q_kernel<bfloat16, square, 16, false>.
     """
     # other paths' have the same names
-    match = re.fullmatch(r"(?:tensor_core::)?(polynomial::)?(\w+)(?:<(.*)>)?", name)
+    match = re.fullmatch(r"(?:tensor_core::)?(polynomial::|elementwise::)?(\w+)(?:<(.*)>)?", name)
     if match is None or match[2] != base_name:
         return False
-    sweep = base_name in SWEEPS
-    if bool(match[1]) != (sweep and feature_map in ("outer", "taylor")):
+    polynomial = feature_map in ("outer", "taylor")
+    folder = "polynomial::" if polynomial else "elementwise::"
+    if match[1] != (folder if base_name in (SWEEPS if polynomial else ELEMENTWISE_SWEEPS) else None):
         return False
     arguments = {x.strip() for x in (match[3] or "").split(",")}
-    if match[1] and base_name not in SCANS:
+    if match[1] == "polynomial::" and base_name not in SCANS:
         if "128" not in arguments:
             return False
         arguments.remove("128")

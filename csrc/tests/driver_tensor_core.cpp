@@ -14,7 +14,8 @@ void add_cases(FeatureMap map, int64_t dim, bool narrow, std::vector<Case>* all)
   Case c;
   c.map = map, c.dtype = Dtype::bfloat16, c.dim = dim, c.path = Path::tensor_core;
   c.scale = 0.25, c.eps = 1;  // y of a first score far below eps would be all rounding of q' and k'
-  c.packed_heads = true;      // x.view(B, N, H, d).transpose(1, 2)
+  c.normalize = map != FeatureMap::identity;  // q' and k' of any sign have denominators near 0
+  c.packed_heads = true;                      // x.view(B, N, H, d).transpose(1, 2)
   struct Sizes {
     int64_t batch, kv_heads, group, seqlen, width;
     int segments;  // 0 leaves the number to the plan
@@ -69,13 +70,14 @@ std::vector<Case> cases() {
   std::vector<Case> all;
   for (const bool narrow : {false, true}) {
     for (const FeatureMap map :
-         {FeatureMap::outer, FeatureMap::square, FeatureMap::taylor, FeatureMap::elu}) {
+         {FeatureMap::outer, FeatureMap::square, FeatureMap::taylor, FeatureMap::elu, FeatureMap::identity}) {
       add_cases(map, 16, narrow, &all);
     }
     for (const int64_t dim : {8, 32}) add_cases(FeatureMap::outer, dim, narrow, &all);
   }
   for (size_t i = 0, count = all.size(); i < count; ++i) {
-    if (all[i].seqlen != 1) continue;  // there is one such case of every instance, with states
+    // there is one such case of every instance, with states
+    if (all[i].seqlen != 1 || !all[i].normalize) continue;
     Case c = all[i];
     c.negative = c.gamma = c.beta = true;
     c.batch = c.kv_heads = 1, c.group = 2, c.seqlen = 16;

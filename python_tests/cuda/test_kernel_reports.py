@@ -131,8 +131,16 @@ FIGURES = Figures(
 )
 
 
+ALL_FIGURES = [
+    replace(FIGURES, name=name, architecture=architecture, chunk_instructions=most, chunk_accesses={})
+    for architecture in registers.CHECKED_ARCHITECTURES
+    for name, most in instructions.MOST_INSTRUCTIONS.items()
+]
+
+
 def instruction_problems(figures: Figures) -> list[str]:
-    return instructions.problems([replace(FIGURES, architecture=80), figures])
+    others = [f for f in ALL_FIGURES if (f.name, f.architecture) != (figures.name, figures.architecture)]
+    return instructions.problems([*others, figures])
 
 
 def test_instruction_problems():
@@ -144,16 +152,17 @@ def test_instruction_problems():
         f"{most + 1} instructions per chunk > {most}"
         in instruction_problems(replace(FIGURES, name=longer, chunk_instructions=most + 1))[0]
     )
+    square = replace(FIGURES, name=registers.SQUARE_FORWARD, chunk_instructions=801)
+    assert "801 instructions per chunk > 800" in instruction_problems(square)[0]
     few_products = {"FFMA": 690}
     float32 = replace(
         FIGURES, name=registers.FLOAT32_FORWARD, chunk_instructions=1000, chunk_opcodes=few_products
     )
-    problems = instructions.problems([replace(FIGURES, architecture=80), FIGURES, float32])
-    assert any("0.69 of its instructions are FFMA, not 0.7" in problem for problem in problems)
+    assert "0.69 of its instructions are FFMA, not 0.7" in instruction_problems(float32)[0]
     split_stores = replace(FIGURES, chunk_accesses={"load 16": 8, "store 4": 24})
     assert "24 stores of 4 bytes per chunk, 2 expected" in instruction_problems(split_stores)[0]
     assert "not in LOOPS" in instruction_problems(replace(FIGURES, chunk_instructions=None))[0]
-    assert "not found" in instructions.problems([FIGURES])[0]
+    assert "not found" in instructions.problems(ALL_FIGURES[1:])[0]
 
 
 # A loop with an inner loop; the copy for diverged warps, after the end; sm_80's way to leave a loop.

@@ -110,8 +110,10 @@ def test_the_instance_is_that_of_the_shapes() -> None:
     wrong += ["forward_kernel<bfloat16, outer, true>", "forward_kernel<bfloat16, outer, 8, false>"]
     wrong += ["grad_q_kernel<bfloat16, outer, false>", "general_forward<bfloat16>"]
     assert chosen(*right, *wrong) == right
-    square = "tensor_core::forward_kernel<bfloat16, square, 16, false>"
+    square = "tensor_core::elementwise::forward_kernel<bfloat16, square, 16, false>"
     assert gpu_facts._is_instance(square, "forward_kernel", "square")
+    assert not gpu_facts._is_instance(square.replace("elementwise::", ""), "forward_kernel", "square")
+    assert gpu_facts._is_instance(square.replace("elementwise::forward", "grad_q"), "grad_q_kernel", "square")
     assert gpu_facts._is_instance("step_kernel<bfloat16, 1>", "step_kernel", "outer")
     assert not gpu_facts._is_instance("step_kernel<bfloat16, 4>", "step_kernel", "outer")
 

@@ -67,6 +67,11 @@ struct Pieces {
 inline bool polynomial_kernels(const Problem& problem) {
   return is_polynomial(problem.feature_map) && problem.feature_dim <= 16;
 }
+// Whether a walk over the rows of these pieces takes the kernels of cuda/tensor_core/elementwise/. Other rows
+// take older kernels, whose states are laid out alike.
+inline bool elementwise_kernels(const Problem& problem, int least_piece) {
+  return !is_polynomial(problem.feature_map) && least_piece == 16;
+}
 
 // Chunks of 128 tokens read each fragment of the state half as often, and take up to 113 KB of shared memory.
 // They are for devices where two blocks have room on a multiprocessor. There a block may have all but 1 KB,

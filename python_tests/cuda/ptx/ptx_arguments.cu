@@ -1,6 +1,6 @@
 // The parameters of the tensor-core forward kernel, made by the launcher's own code for addresses and sizes
 // that test_ptx.py gives: so the test need not know how the structs lie in memory. In: the chunk length of a
-// polynomial map's kernel or 0, dtype, feature map, LayerNorm, heads, kv_heads, seqlen, head_dim, scale, eps,
+// kernel for whole rows or 0, dtype, feature map, LayerNorm, heads, kv_heads, seqlen, head_dim, scale, eps,
 // layer_norm_eps, then the addresses of q, k, v (contiguous), query gamma, query beta, key gamma, key beta (of
 // each head), y, r, final kv, final k. Out: the grid's x and y, threads, bytes of dynamic shared memory, then
 // the parameters' bytes in hexadecimal.
@@ -55,7 +55,9 @@ int main() {
                                                                false);
   const cuda::Grid grid = cuda::tensor_core::sweep_grid(problem, plan.segments);
   const int64_t bytes_of_tiles =
-      chunk ? tensor_core::polynomial_forward_bytes(problem.feature_map, feature_dim, chunk, 1) : 0;
+      chunk && is_polynomial(problem.feature_map)
+          ? tensor_core::polynomial_forward_bytes(problem.feature_map, feature_dim, chunk, 1)
+          : 0;
   std::printf("%d %d %d %d ", static_cast<int>(grid.x), static_cast<int>(grid.y), cuda::tensor_core::threads,
               static_cast<int>(bytes_of_tiles));
   const auto* bytes = reinterpret_cast<const unsigned char*>(&arguments);

@@ -210,6 +210,7 @@ def test_every_asm_statement_is_tested():
 
 # in the order of op/problem.h
 MAPS = ("outer", "square", "taylor", "elu")
+ELEMENTWISE = ("square", "elu")  # their kernels for whole rows have chunks of 64 tokens
 DTYPES = ("fp32", "fp64", "fp16", "bf16")
 HEAD_NORM = 2
 SCALE, EPS, LAYER_NORM_EPS = 0.25, 1e-6, 1e-5
@@ -247,8 +248,8 @@ def forward(
 ) -> Result:
     """What the kernel makes of inputs(seqlen, head_dim), with layer_norm="head" and a final state.
 
-    `edit` may change the PTX; y_rows is for how many rows y has room. `chunk`: of the polynomial maps' kernel
-    of that chunk length, or 0 for the other maps' kernel.
+    `edit` may change the PTX; y_rows is for how many rows y has room. `chunk`: of the kernel with that chunk
+    length, or 0 for the kernel that the elementwise maps have for rows in narrow pieces.
     """
     memory = GlobalMemory()
     arrays = {name: x.numpy() for name, x in inputs(seqlen, head_dim).items()}
@@ -270,7 +271,7 @@ def forward(
 
     source = toolchain.ROOT / f"csrc/cuda/instances/tensor_core_forward_{dtype}_{feature_map}.cu"
     ptx = edit(toolchain.compile_source(source, architecture).ptx.read_text())
-    kernel = one_head_kernel(ptx, chunk)
+    kernel = one_head_kernel(ptx, feature_map, chunk)
     grid = (int(x), int(y), 1)
     counts = ptx_interpreter.launch(
         kernel, memory, grid, int(threads), bytes.fromhex(parameters), int(dynamic_shared)
@@ -287,9 +288,9 @@ def forward(
     return Result(y, r, kv.reshape(features, head_dim), k, executed)
 
 
-def one_head_kernel(ptx: str, chunk: int) -> Kernel:
+def one_head_kernel(ptx: str, feature_map: str, chunk: int) -> Kernel:
     """forward_kernel<T, S, false>, the instance for one query head per kv head."""
-    shape = rf"5Shape.*Li{chunk}E" if chunk else "5Slabs"
+    shape = "5Slabs" if not chunk else "5Shape" if feature_map in ELEMENTWISE else rf"5Shape.*Li{chunk}E"
     pattern = rf"14forward_kernelI.*{shape}.*Lb0E"
     (kernel,) = (k for name, k in parse_kernels(ptx).items() if re.search(pattern, name))
     return kernel
@@ -327,6 +328,7 @@ def error_bound(feature_map: str, seqlen: int, head_dim: int = HEAD_DIM) -> floa
 KERNELS = [("square", 0, HEAD_DIM), ("elu", 0, HEAD_DIM)]
 KERNELS += [("outer", 64, HEAD_DIM), ("outer", 128, HEAD_DIM), ("taylor", 64, HEAD_DIM)]
 KERNELS += [("outer", 128, 21), ("outer", 64, 12)]  # rows in pieces of 2 and of 8 bytes
+KERNELS += [(name, 64, HEAD_DIM) for name in ELEMENTWISE]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -352,9 +354,10 @@ def test_products_per_chunk(feature_map, chunk):
         figures, errors = instructions.collect(f"tensor_core_forward_bf16_{feature_map}", [90])
     except toolchain.ToolMissingError as error:
         pytest.skip(str(error))
-    shape = f"polynomial::forward_kernel<bfloat16, {feature_map}, 16, {chunk}, false>"
-    name = shape if chunk else f"forward_kernel<bfloat16, {feature_map}, 16, false>"
-    (counted,) = (f for f in figures if f.name == f"tensor_core::{name}")
+    folder = "" if not chunk else "elementwise::" if feature_map in ELEMENTWISE else "polynomial::"
+    shape = f", {chunk}" if folder == "polynomial::" else ""
+    name = f"tensor_core::{folder}forward_kernel<bfloat16, {feature_map}, 16{shape}, false>"
+    (counted,) = (f for f in figures if f.name == name)
     assert not errors
     assert counted.chunk_opcodes["HMMA"] == round(ran / warps / (tokens / 64))
 

@@ -3,6 +3,8 @@
 #pragma once
 
 #include "cuda/shared/family.cuh"
+#include "cuda/tensor_core/elementwise/forward.cuh"
+#include "cuda/tensor_core/elementwise/segment.cuh"
 #include "cuda/tensor_core/family/polynomial.cuh"
 #include "cuda/tensor_core/forward.cuh"
 #include "cuda/tensor_core/scan.cuh"
@@ -43,6 +45,27 @@ void add_slot_sums(const Call<AnyProblem>& call, const Region& slots, const Muta
                 static_cast<float*>(target.k), call.problem.head_dim, gradient);
 }
 
+// The kernels of d = 8 and 16: for elementwise maps those of elementwise/, where rows come in whole pieces.
+template <class T, class S, bool grouped>
+auto forward_of(const ForwardProblem& problem) {
+  if constexpr (!S::polynomial) {
+    if (elementwise_kernels(problem, Pieces(problem).least())) {
+      return &elementwise::forward_kernel<T, elementwise::Shape<S::map, S::feature_dim>, grouped>;
+    }
+  }
+  return &forward_kernel<T, S, grouped>;
+}
+template <class T, class S>
+auto segment_states_of(const Problem& problem) {
+  if constexpr (!S::polynomial) {
+    const Pieces pieces(problem);
+    if (elementwise_kernels(problem, std::min(pieces.k, pieces.v))) {
+      return &elementwise::segment_state_kernel<T, elementwise::Shape<S::map, S::feature_dim>>;
+    }
+  }
+  return &segment_state_kernel<T, S>;
+}
+
 // Queues what leaves each segment's own sums of k and v in the workspace.
 template <class T, class S, class AnyProblem>
 void add_segment_sums(const Call<AnyProblem>& call, bool all_segments, Launches* launches) {
@@ -54,7 +77,7 @@ void add_segment_sums(const Call<AnyProblem>& call, bool all_segments, Launches*
   if constexpr (S::wide) {
     add(wide_segment_state_kernel<T>);
   } else {
-    add(segment_state_kernel<T, S>);
+    add(segment_states_of<T, S>(call.problem));
   }
 }
 
@@ -92,7 +115,8 @@ Family<ForwardProblem> tensor_core_family(const ForwardProblem&) {
               if constexpr (S::wide) {
                 add(wide_forward_kernel<T>, WideForwardTiles<T>::bytes);
               } else {
-                add(call.problem.group_size() > 1 ? forward_kernel<T, S, true> : forward_kernel<T, S, false>,
+                add(call.problem.group_size() > 1 ? forward_of<T, S, true>(call.problem)
+                                                  : forward_of<T, S, false>(call.problem),
                     0);
               }
             },
