@@ -12,12 +12,12 @@ that of one head. Inner loops of the tensor-core kernels without HMMA are those 
 not counted. Of the loops with HMMA in the kernels of elementwise/ one walks the tiles of 16 tokens up to a
 warp's own; the other, with a few, walks four tiles in one of four warps.
 
-Marks. Of the kernels of polynomial/, whose chunks have 64 or 128 tokens, numbers are per 64 tokens and of one
-path: whole chunks, "token" LayerNorm, a later chunk than the first. Comments in their source say what this
-path takes. `counted 0`, behind a statement or behind the brace that opens one, means never; `counted 1/4`
-means that one of four warps takes it, or each of them once in four times; a second number is for chunks of
-128 tokens; and `from here` means what follows inside the same braces. A block of machine code counts as its
-instructions do, which are from the lines of such a statement or inlined there.
+Marks. Numbers of the kernels of polynomial/, whose chunks have 64 or 128 tokens, and of elementwise/ are per
+64 tokens and of one path: whole chunks, "token" LayerNorm, a later chunk than the first. Comments in their
+source say what this path takes. `counted 0`, behind a statement or behind the brace that opens one, means
+never; `counted 1/4` means that one of four warps takes it, or each of them once in four times; a second
+number is for chunks of 128 tokens; and `from here` means what follows inside the same braces. A block of
+machine code counts as its instructions do, which are from the lines of such a statement or inlined there.
 
 python_tests/cuda/ptx/test_ptx.py compares HMMA per chunk with those that really run.
 """
@@ -37,7 +37,6 @@ from benchmarks.kernels.kernel import read_kernels
 from benchmarks.kernels.registers import (
     CHECKED_ARCHITECTURES,
     FLOAT32_FORWARD,
-    OUTER_FORWARD,
     SQUARE_FORWARD,
 )
 from benchmarks.kernels.report import format_table, write_json

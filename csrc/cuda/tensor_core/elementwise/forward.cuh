@@ -117,7 +117,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 4) forward_kernel(Arguments<ForwardProblem> a
     if (first + S::chunk <= rows_end && columns_left >= columns) {
       copy_step(first, head, std::true_type());
     } else {
-      copy_step(first, head, std::false_type());
+      copy_step(first, head, std::false_type());  // counted 0: rows or columns are missing
     }
     copy_async_commit();
     if (head == 0) next_rows.advance_keys(problem);
@@ -133,7 +133,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 4) forward_kernel(Arguments<ForwardProblem> a
     T* const key_rows = keys + own * S::raw_stride;
     copy_async_wait<0>();
     sync_warp();
-    if (problem.layer_norm == LayerNorm::head) {
+    if (problem.layer_norm == LayerNorm::head) {  // counted 0: "head" LayerNorm
       polynomial::head_statistics<S>(own_statistics, key_rows, query_rows, arguments.layer_norm_eps, lane);
       sync_warp();
     }
@@ -172,7 +172,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 4) forward_kernel(Arguments<ForwardProblem> a
     polynomial::store_rows(
         staging, out,
         origins->y + head * problem.y.head_stride + static_cast<int64_t>(row) * row_stride(problem.y),
-        row_stride(problem.y), rows_end - row, columns_left, lane);
+        row_stride(problem.y), 16, rows_end - row, columns_left, lane);
     head = next_head;
     first = next;
   }

@@ -45,7 +45,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 6) segment_state_kernel(Arguments<Problem> ar
     if (first + S::chunk <= rows_end && columns_left >= columns) {
       copy_chunk(first, std::true_type());
     } else {
-      copy_chunk(first, std::false_type());
+      copy_chunk(first, std::false_type());  // counted 0: rows or columns are missing
     }
     copy_async_commit();
     next_rows.advance_keys(problem);
@@ -59,7 +59,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 6) segment_state_kernel(Arguments<Problem> ar
     T* const key_rows = keys + token * S::raw_stride;
     copy_async_wait<0>();
     sync_warp();
-    if (problem.layer_norm == LayerNorm::head) {
+    if (problem.layer_norm == LayerNorm::head) {  // counted 0: "head" LayerNorm
       polynomial::head_statistics<S>(own_statistics, key_rows, key_rows, arguments.layer_norm_eps, lane);
       sync_warp();
     }

@@ -50,7 +50,6 @@ struct State {
       const float2 pair = load_shared<float2>(z + 8 * n + 2 * lane.pair);
       store_global(slot + z_place(n, lane.lane), float4{pair.x, pair.y, pair.x, pair.y});
     }
-    if (lane.lane < 4) store_global(slot + Slot::count + 4 * lane.lane, float4{0, 0, 0, 0});
   }
 
   // Stores the state in its public form: kv (16, head_dim) from the block's first column on, and k (16),

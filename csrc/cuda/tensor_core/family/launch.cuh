@@ -45,23 +45,19 @@ void add_slot_sums(const Call<AnyProblem>& call, const Region& slots, const Muta
                 static_cast<float*>(target.k), call.problem.head_dim, gradient);
 }
 
-// The kernels of d = 8 and 16: for elementwise maps those of elementwise/, where rows come in whole pieces.
+// The elementwise maps' kernels: those of elementwise/, where rows come in whole pieces.
 template <class T, class S, bool grouped>
 auto forward_of(const ForwardProblem& problem) {
-  if constexpr (!S::polynomial) {
-    if (elementwise_kernels(problem, Pieces(problem).least())) {
-      return &elementwise::forward_kernel<T, elementwise::Shape<S::map, S::feature_dim>, grouped>;
-    }
+  if (elementwise_kernels(problem, Pieces(problem).least())) {
+    return &elementwise::forward_kernel<T, elementwise::Shape<S::map, S::feature_dim>, grouped>;
   }
   return &forward_kernel<T, S, grouped>;
 }
 template <class T, class S>
 auto segment_states_of(const Problem& problem) {
-  if constexpr (!S::polynomial) {
-    const Pieces pieces(problem);
-    if (elementwise_kernels(problem, std::min(pieces.k, pieces.v))) {
-      return &elementwise::segment_state_kernel<T, elementwise::Shape<S::map, S::feature_dim>>;
-    }
+  const Pieces pieces(problem);
+  if (elementwise_kernels(problem, std::min(pieces.k, pieces.v))) {
+    return &elementwise::segment_state_kernel<T, elementwise::Shape<S::map, S::feature_dim>>;
   }
   return &segment_state_kernel<T, S>;
 }
