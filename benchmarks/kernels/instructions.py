@@ -2,31 +2,42 @@
 
 Counting. A kernel's chunk loop is its outermost loop with the most HMMA, or of the float32 kernels FFMA;
 LOOPS says how often per chunk each loop inside it runs. Instructions per chunk (64 tokens; 32 in the float32
-backward) are the sum over these loops of (instructions of the
-loop's own blocks) times (runs per chunk). Every instruction of a block counts, also a predicated one and one
-that a branch skips (three kinds of LayerNorm are compiled in and one of them runs), so the number is an upper
-bound of what a warp issues. Where warps differ in how often a loop runs, it is their mean. What is outside
-the chunk loop is not counted. Kernels whose last argument is true serve several query heads per kv head;
-their number is that of one head. Inner loops of the tensor-core kernels without HMMA are those of rows in
-pieces of less than 16 bytes: these loops, and the blocks that lead to them alone, are skipped by a call with
-aligned rows and are not counted. Of the kernels of polynomial/, whose chunks have 64 or 128 tokens, numbers
-are per 64 tokens. python_tests/cuda/ptx/test_ptx.py compares HMMA per chunk with those that really run.
+backward) are the sum over these loops of (instructions of the loop's own blocks) times (runs per chunk).
+Every instruction of a block counts, also a predicated one and, but for the marks below, one that a branch
+skips: three kinds of LayerNorm are compiled in and one of them runs. So the number is an upper bound of what
+a warp issues. Where warps differ in how often a loop runs, it is their mean. What is outside the chunk loop
+is not counted. Kernels whose last argument is true serve several query heads per kv head; their number is
+that of one head. Inner loops of the tensor-core kernels without HMMA are those of rows in pieces of less than
+16 bytes: these loops, and the blocks that lead to them alone, are skipped by a call with aligned rows and are
+not counted.
+
+Marks. Of the kernels of polynomial/, whose chunks have 64 or 128 tokens, numbers are per 64 tokens and of one
+path: whole chunks, "token" LayerNorm, a later chunk than the first. Comments in their source say what this
+path takes. `counted 0`, behind a statement or behind the brace that opens one, means never; `counted 1/4`
+means that one of four warps takes it, or each of them once in four times; a second number is for chunks of
+128 tokens; and `from here` means what follows inside the same braces. A block of machine code counts as its
+instructions do, which are from the lines of such a statement or inlined there.
+
+python_tests/cuda/ptx/test_ptx.py compares HMMA per chunk with those that really run.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from benchmarks.kernels.kernel import read_kernels
 from benchmarks.kernels.registers import CHECKED_ARCHITECTURES, FLOAT32_FORWARD, OUTER_FORWARD
 from benchmarks.kernels.report import format_table, write_json
-from benchmarks.kernels.sass import Function, Loop, disassemble
+from benchmarks.kernels.sass import Function, Instruction, Loop, disassemble
 from benchmarks.kernels.toolchain import (
+    ROOT,
     ToolMissingError,
     compile_all,
     compiler_release,
@@ -34,7 +45,14 @@ from benchmarks.kernels.toolchain import (
 )
 
 PATTERNS = ("tensor_core_*", "float32_*")
-OUTER_FORWARD_INSTRUCTIONS = 1400  # per chunk and warp at sm_90
+# Per 64 tokens and warp at sm_90, of `outer`, d = 16, chunks of 128 tokens, one query head per kv head.
+MOST_INSTRUCTIONS = {
+    "forward_kernel": 950,
+    "segment_state_kernel": 340,
+    "grad_q_kernel": 1410,
+    "reverse_segment_kernel": 440,
+    "grad_kv_kernel": 1880,
+}
 FLOAT32_FORWARD_SHARE = 0.7  # of FFMA among the instructions per chunk, at least
 
 
@@ -196,9 +214,8 @@ def chunk_loop(function: Function, product: str) -> Loop | None:
 
 
 # The kernels of polynomial/. Loops without HMMA serve rows that are not all there and are left out; a loop
-# around others is that over query heads. Of the rest the one with a few HMMA adds a tile of 16 tokens to the
-# sums of the denominator, which one of four warps does; that of grad k with some more multiplies slabs of T,
-# behind the first of them; and the longest walks all tiles. The compiler may have unrolled any of them.
+# around others is that over query heads. Of the rest the one of grad k with few HMMA multiplies slabs of T,
+# behind the first of them; all others walk tiles of 16 tokens. The compiler may have unrolled any of them.
 SUMS_PRODUCTS, SLAB_PRODUCTS = 4, 16  # at most
 
 
@@ -210,9 +227,7 @@ def polynomial_nest(name: str, loop: Loop, function: Function) -> Nest:
     own = sum(n for opcode, n in function.opcodes(loop).items() if opcode.startswith("HMMA"))
     if any(products_of_loop(function, x) for x in loop.inner):
         runs = 1.0
-    elif own <= SUMS_PRODUCTS:
-        runs = chunk / 16 / 4
-    elif base_name(name) == "grad_kv_kernel" and own <= SLAB_PRODUCTS:
+    elif base_name(name) == "grad_kv_kernel" and SUMS_PRODUCTS < own <= SLAB_PRODUCTS:
         runs = dim / 2 - 1
     else:
         runs = chunk / 16
@@ -237,6 +252,65 @@ def loops_of(name: str) -> tuple[Nest, ...] | None:
         shape = re.search(r"\w+Shape", name)  # segment_states has chunks of either sweep
         return _float32_loops(re.search(r"<(\w+)", name)[1]).get(shape[0] if shape else base)
     return LOOPS.get(base)
+
+
+def counted_shares(text: str, chunk: int) -> dict[int, Fraction]:
+    """The lines of a source whose statements a mark gives a share, and the smallest share of each."""
+    lines = text.splitlines()
+    code = [re.sub(r"//.*", "", line).rstrip() for line in lines]
+    shares: dict[int, Fraction] = {}
+    for first, line in enumerate(lines):
+        mark = re.search(r"// counted (\d(?:/\d+)?)(?:, (\d+/\d+))?( from here)?\b", line)
+        if not mark:
+            continue
+        last = first
+        if mark[3] or code[first].endswith("{"):
+            depth = 1
+            while depth > 0:
+                last += 1
+                depth += code[last].count("{") - code[last].count("}")
+        else:
+            while not code[last].endswith(";"):
+                last += 1
+        share = Fraction(mark[2] if mark[2] and chunk == 128 else mark[1])
+        for number in range(first + 1, last + 2):
+            shares[number] = min(share, shares.get(number, Fraction(1)))
+    return shares
+
+
+@functools.cache
+def shares_of_file(file: str, chunk: int) -> dict[int, Fraction]:
+    path = ROOT / "csrc" / file
+    return counted_shares(path.read_text(), chunk) if path.is_file() else {}  # a toolkit's header
+
+
+def share_of_block(block: list[Instruction], chunk: int) -> Fraction:
+    """What part of a chunk's runs of a block count, by the marks of its instructions.
+
+    The compiler moves some between blocks: the largest share of those that a third of them have.
+    """
+    one = Fraction(1)
+    found = Counter(
+        min((shares_of_file(file, chunk).get(line, one) for file, line in i.lines), default=one)
+        for i in block
+    )
+    return max((share for share, count in found.items() if 3 * count > len(block)), default=one)
+
+
+def shares_of_blocks(function: Function, loop: Loop, chunk: int) -> dict[int, Fraction]:
+    """Of each block of the loop. Where ways join again, a block counts as all that leads to it does."""
+    inside = all_blocks(loop)
+    ends = [block for block in inside if loop.header in function.next[block]]
+    always = set.intersection(*(function.dominators[end] for end in ends)) & inside
+    shares = {block: share_of_block(function.blocks[block], chunk) for block in inside}
+    shares |= {block: Fraction(1) for block in always if not shares[block]}
+    reached, pending = {loop.header}, [loop.header]
+    while pending:
+        for following in function.next[pending.pop()]:
+            if following in inside and following not in reached and shares[following]:
+                reached.add(following)
+                pending.append(following)
+    return {block: share if block in reached else Fraction(0) for block, share in shares.items()}
 
 
 def all_blocks(loop: Loop) -> set[int]:
@@ -277,13 +351,19 @@ def without_narrow_rows(function: Function, loop: Loop) -> Loop:
     return pruned(loop)
 
 
-def per_chunk(function: Function, loop: Loop, nests: tuple[Nest, ...], runs: float = 1) -> Counter[str]:
+def per_chunk(
+    function: Function, loop: Loop, nests: tuple[Nest, ...], shares: dict[int, Fraction], runs: float = 1
+) -> Counter[str]:
     """Opcodes per chunk of `loop`, which itself runs `runs` times per chunk."""
     if len(loop.inner) != len(nests):
         raise ValueError(f"a loop has {len(loop.inner)} inner loops and LOOPS knows of {len(nests)}")
-    total: Counter[str] = Counter({opcode: runs * count for opcode, count in function.opcodes(loop).items()})
+    total: Counter[str] = Counter()
+    for block in loop.blocks:
+        share = runs * float(shares[block])
+        for instruction in function.blocks[block] if share else ():
+            total[instruction.opcode] += share
     for inner, nest in zip(loop.inner, nests, strict=True):
-        total += per_chunk(function, inner, nest.inner, nest.runs)
+        total += per_chunk(function, inner, nest.inner, shares, nest.runs)
     return total
 
 
@@ -315,12 +395,13 @@ def measure(name: str, architecture: int, function: Function) -> Figures:
     try:
         if loop and "polynomial::" in name:
             nests = tuple(polynomial_nest(name, x, function) for x in loop.inner)
-            per_token = 64 / polynomial_shape(name)[1]
-            chunk = Counter({x: n * per_token for x, n in per_chunk(function, loop, nests).items()})
+            tokens = polynomial_shape(name)[1]
+            counts = per_chunk(function, loop, nests, shares_of_blocks(function, loop, tokens))
+            chunk = Counter({x: n * 64 / tokens for x, n in counts.items()})
         elif loop and (nests := loops_of(name)):
             if product_of(name) == "HMMA":
                 loop = without_narrow_rows(function, loop)
-            chunk = per_chunk(function, loop, nests)
+            chunk = per_chunk(function, loop, nests, shares_of_blocks(function, loop, 64))
     except ValueError as error:
         raise ValueError(f"{name} at sm_{architecture}: {error}") from None
     accesses: Counter[str] = Counter()
@@ -394,6 +475,11 @@ def table(figures: list[Figures]) -> str:
     return format_table(rows)
 
 
+def most_instructions(name: str) -> int | None:
+    match = re.fullmatch(r"tensor_core::polynomial::(\w+)<bfloat16, outer, 16, 128(?:, false)?>", name)
+    return MOST_INSTRUCTIONS.get(match[1]) if match else None
+
+
 def problems(figures: list[Figures]) -> list[str]:
     """What --check fails for."""
     found = []
@@ -417,14 +503,9 @@ def problems(figures: list[Figures]) -> list[str]:
                 found.append(
                     f"{where}: {share:.2f} of its instructions are FFMA, not {FLOAT32_FORWARD_SHARE}"
                 )
-        if (
-            f.name == OUTER_FORWARD
-            and f.architecture == 90
-            and f.chunk_instructions > OUTER_FORWARD_INSTRUCTIONS
-        ):
-            found.append(
-                f"{where}: {f.chunk_instructions} instructions per chunk > {OUTER_FORWARD_INSTRUCTIONS}"
-            )
+        most = most_instructions(f.name) if f.architecture == 90 else None
+        if most and f.chunk_instructions > most:
+            found.append(f"{where}: {f.chunk_instructions} instructions per chunk > {most}")
     for architecture in CHECKED_ARCHITECTURES:
         if not any(f.name == OUTER_FORWARD and f.architecture == architecture for f in figures):
             found.append(f"{OUTER_FORWARD} at sm_{architecture}: not found")

@@ -15,6 +15,9 @@ class Instruction:
     opcode: str  # LDG.E.128
     operands: str
     predicated: bool
+    # Where it is from, if the code was compiled with -lineinfo: (file, line), then where that is inlined, and
+    # so on up to the kernel. Of a file's path what stands behind "csrc/".
+    lines: tuple[tuple[str, int], ...] = ()
 
     @property
     def base(self) -> str:
@@ -40,7 +43,14 @@ class Function:
     def __init__(self, lines: list[str]) -> None:
         self.blocks: list[list[Instruction]] = [[]]
         labels: dict[str, int] = {}
+        source: list[tuple[str, int]] = []
+        described = False  # whether the lines before described where the next instructions are from
         for line in lines:
+            place = re.match(r'\s*//## File "(?:.*/csrc/(?:\./)?)?([^"]+)", line (\d+)', line)
+            if place:
+                source = [*(source if described else []), (place[1], int(place[2]))]
+                described = True
+                continue
             label = re.match(r"(\.L_\w+):", line)
             instruction = re.match(
                 r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*(?:\(\*.*\*\))?\s*;?$", line
@@ -51,7 +61,8 @@ class Function:
                 labels[label.group(1)] = len(self.blocks) - 1
             elif instruction:
                 predicate, opcode, operands = instruction.groups()
-                self.blocks[-1].append(Instruction(opcode, operands, predicate is not None))
+                self.blocks[-1].append(Instruction(opcode, operands, predicate is not None, tuple(source)))
+                described = False
                 if opcode.split(".")[0] in ("BRA", "CALL", "BRX", "JMP", "EXIT", "RET"):
                     self.blocks.append([])
         self.next = [self._next(i, labels) for i in range(len(self.blocks))]
@@ -140,7 +151,7 @@ def disassemble(cubin: Path) -> dict[str, Function]:
     """The kernels of a cubin by symbol."""
     functions: dict[str, list[str]] = {}
     current: list[str] = []
-    for line in run([cuda_program("nvdisasm"), "-c", str(cubin)]).splitlines():
+    for line in run([cuda_program("nvdisasm"), "-c", "-gi", str(cubin)]).splitlines():
         section = re.match(r"\s*\.section\s+\.text\.(\w+)", line)
         if section:
             current = functions.setdefault(section.group(1), [])

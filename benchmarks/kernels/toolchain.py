@@ -105,7 +105,7 @@ def compile_source(source: Path, architecture: int, root: Path = ROOT) -> Compil
     `root` is the checkout that the source is of: its own headers are included.
     """
     compiler = [cuda_program("nvcc"), "-std=c++17", f"-I{root / 'csrc'}", f"-arch=sm_{architecture}"]
-    flags = ["-Xptxas", "-v", "-cubin"]
+    flags = ["-Xptxas", "-v", "-lineinfo", "-cubin"]
     key = content_key(compiler, source, flags)
     folder = CACHE / f"{source.stem}.sm_{architecture}.{key}"
     if not folder.is_dir():
@@ -150,9 +150,9 @@ def host_program(source: Path, compiler: list[str]) -> Path:
 
 def content_key(compiler: list[str], source: Path, flags: list[str]) -> str:
     """A name for what this compiler makes of the source as it is now, in whichever folder that lies."""
-    preprocessed = run([*compiler, "-E", str(source)]).splitlines()
-    # line markers hold paths; what remains of a comment is blank lines
-    lines = [line for line in preprocessed if line.strip() and not re.match(r"#\s*\d", line)]
+    preprocessed = run([*compiler, "-E", str(source)])
+    # line markers hold paths, whose folders do not matter; code is compiled with the numbers of its lines
+    lines = re.sub(r'^#\s*(\d+) ".*?([^"/]*)"', r"# \1 \2", preprocessed, flags=re.MULTILINE).splitlines()
     options = [word for word in compiler if not word.startswith("-I")]  # the text has what they led to
     text = "\n".join([compiler_version(), *options, *flags, *lines])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

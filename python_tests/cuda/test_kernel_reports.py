@@ -13,7 +13,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from benchmarks.kernels import instructions, profile, registers, same_code, toolchain
-from benchmarks.kernels.instructions import Figures, Nest, per_chunk
+from benchmarks.kernels.instructions import Figures, Nest, counted_shares, per_chunk, shares_of_blocks
 from benchmarks.kernels.kernel import Kernel
 from benchmarks.kernels.sass import Function
 
@@ -138,9 +138,11 @@ def instruction_problems(figures: Figures) -> list[str]:
 def test_instruction_problems():
     assert instruction_problems(FIGURES) == []
     assert "2 accesses to local memory" in instruction_problems(replace(FIGURES, local_accesses=2))[0]
+    longer = registers.OUTER_FORWARD.replace("16, 64", "16, 128")
+    most = instructions.MOST_INSTRUCTIONS["forward_kernel"]
     assert (
-        "1401 instructions per chunk > 1400"
-        in instruction_problems(replace(FIGURES, chunk_instructions=1401))[0]
+        f"{most + 1} instructions per chunk > {most}"
+        in instruction_problems(replace(FIGURES, name=longer, chunk_instructions=most + 1))[0]
     )
     few_products = {"FFMA": 690}
     float32 = replace(
@@ -181,11 +183,12 @@ def test_loops_of_a_listing():
     (loop,) = function.loops
     (inner,) = loop.inner
     assert function.opcodes(inner) == {"HMMA.16816.F32.BF16": 1, "STG.E.128": 1, "BRA": 1}
-    total = per_chunk(function, loop, (Nest(3),))
+    shares = shares_of_blocks(function, loop, 64)
+    total = per_chunk(function, loop, (Nest(3),), shares)
     outer = {"LDSM.16.M88.4": 1, "BRA.DIV": 1, "STL": 1, "CALL.REL.NOINC": 1}
     assert total == {**outer, "HMMA.16816.F32.BF16": 3, "STG.E.128": 3, "BRA": 4}
     with pytest.raises(ValueError, match="1 inner loops and LOOPS knows of 2"):
-        per_chunk(function, loop, (Nest(3), Nest(2)))
+        per_chunk(function, loop, (Nest(3), Nest(2)), shares)
 
 
 # Aligned rows take one wide copy, others the two blocks before it, of which one is a loop.
@@ -210,8 +213,70 @@ def test_code_of_narrow_rows_is_not_counted():
     function = Function(NARROW_LISTING.splitlines())
     (loop,) = function.loops
     assert len(loop.inner) == 1
-    counted = per_chunk(function, instructions.without_narrow_rows(function, loop), ())
+    shares = shares_of_blocks(function, loop, 64)
+    counted = per_chunk(function, instructions.without_narrow_rows(function, loop), (), shares)
     assert counted == {"BRA": 2, "LDGSTS.E.BYPASS.128": 1, "HMMA.16816.F32.BF16": 1}
+
+
+MARKED_SOURCE = """
+if (whole) {
+  copy();
+} else {  // counted 0: rows are missing
+  copy(
+      rows);
+}
+if (warp == 0)  // counted 1/4
+  add(
+      sums);
+{
+  begin();
+  if (token > own) continue;  // counted 5/8, 9/16 from here
+  if (token == own) mask();  // counted 1/4, 1/8: its own tile
+  end();
+}
+"""
+
+
+@pytest.mark.parametrize(("chunk", "tile", "mask"), [(64, "5/8", "1/4"), (128, "9/16", "1/8")])
+def test_marks_of_a_source(chunk, tile, mask):
+    shares = {line: str(share) for line, share in counted_shares(MARKED_SOURCE, chunk).items()}
+    without_rows, one_warp = {4: "0", 5: "0", 6: "0", 7: "0"}, {8: "1/4", 9: "1/4", 10: "1/4"}
+    assert shares == {**without_rows, **one_warp, 13: tile, 14: mask, 15: tile, 16: tile}
+
+
+# Instructions of line 5 are for missing rows, as the source above says; one of line 2 has moved there.
+MARKED_LISTING = """
+.L_x_0:
+	//## File "/somewhere/csrc/cuda/marked.cuh", line 2
+        /*0000*/               @!P0 BRA `(.L_x_2) ;
+	//## File "/somewhere/csrc/cuda/device.cuh", line 70 inlined at "/somewhere/csrc/cuda/marked.cuh", line 5
+	//## File "/somewhere/csrc/cuda/marked.cuh", line 5
+        /*0010*/                   IADD3 R2, R2, 0x4, RZ ;
+        /*0020*/                   LDGSTS.E.64 [R2], desc[UR4][R4.64] ;
+        /*0030*/                   LDGSTS.E.64 [R2], desc[UR4][R4.64] ;
+	//## File "/somewhere/csrc/cuda/marked.cuh", line 2
+        /*0040*/                   BRA `(.L_x_1) ;
+.L_x_2:
+	//## File "/somewhere/csrc/cuda/marked.cuh", line 3
+        /*0050*/                   LDGSTS.E.BYPASS.128 [R2], desc[UR4][R4.64] ;
+.L_x_1:
+	//## File "/somewhere/csrc/cuda/marked.cuh", line 5
+        /*0060*/                   NOP ;
+        /*0070*/               @P2 BRA `(.L_x_0) ;
+        /*0080*/                   EXIT ;
+"""
+
+
+def test_marked_branches_are_not_counted(monkeypatch):
+    monkeypatch.setattr(
+        instructions,
+        "shares_of_file",
+        lambda file, chunk: counted_shares(MARKED_SOURCE if file == "cuda/marked.cuh" else "", chunk),
+    )
+    function = Function(MARKED_LISTING.splitlines())
+    (loop,) = function.loops
+    counted = per_chunk(function, loop, (), shares_of_blocks(function, loop, 64))
+    assert counted == {"BRA": 2, "LDGSTS.E.BYPASS.128": 1, "NOP": 1}
 
 
 def test_widths_of_accesses():

@@ -49,13 +49,13 @@ DEVICE void store_rows(T* staging, const float (&out)[8][4], T* rows, int stride
   const int row = lane.lane / 8, column = 8 * (lane.lane % 8);
   const T* const unit = staging + row * value_stride + column;
   T* const target = rows + static_cast<int64_t>(row) * stride + column;
-  if (piece < 16) {
+  if (piece < 16) {  // counted 0: narrow rows
     store_narrow_rows(staging, value_stride, rows, stride, piece, minimum(columns_left, columns), rows_left);
   } else if (rows_left >= tile && columns_left >= columns) {
     UNROLL for (int i = 0; i < tile; i += 4) {
       store_global(target + static_cast<int64_t>(i * stride), load_shared<uint4>(unit + i * value_stride));
     }
-  } else {
+  } else {  // counted 0: rows or columns are missing
     NO_UNROLL for (int i = 0; i < tile; i += 4) {
       if (row + i < rows_left && column < columns_left) {
         store_global(target + static_cast<int64_t>(i * stride), load_shared<uint4>(unit + i * value_stride));
@@ -144,7 +144,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>) forward_kernel(Arguments<F
     if (first + S::chunk <= rows_end && columns_left >= columns && arguments.pieces.read == 16) {
       copy_step(first, head, std::true_type());
     } else {
-      copy_step(first, head, std::false_type());
+      copy_step(first, head, std::false_type());  // counted 0: rows or columns are missing
     }
     copy_async_commit();
   };
@@ -157,14 +157,14 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>) forward_kernel(Arguments<F
   int head = 0;
   NO_UNROLL for (int first = 0; first < rows_end;) {
     copy_async_wait<0>();
-    if (arguments.pieces.read == 2) settle(first, head);
+    if (arguments.pieces.read == 2) settle(first, head);  // counted 0: narrow rows
     sync_warp();
     UNROLL for (int i = 0; i < S::own_tiles; ++i) {
       const int token = tile * lane.warp + i * tiles_apart(lane.warp), left = rows_end - first - token;
       const T* const key_rows = reinterpret_cast<const T*>(memory + L::key_rows) + token * S::raw_stride;
       const T* const query_rows = reinterpret_cast<const T*>(memory + L::query_rows) + token * S::raw_stride;
       float2* const of_tile = statistics + 2 * token;
-      if (problem.layer_norm == LayerNorm::head) {
+      if (problem.layer_norm == LayerNorm::head) {  // counted 0: "head" LayerNorm
         head_statistics<S>(of_tile, key_rows, query_rows, arguments.layer_norm_eps, lane);
         sync_warp();
       }
@@ -214,7 +214,7 @@ KERNEL void LAUNCH_BOUNDS(threads, forward_blocks<S>) forward_kernel(Arguments<F
           row_stride(problem.y), arguments.pieces.y, rows_end - row, columns_left, lane);
     }
     if (last_head) {
-      if (lane.warp == 0) add_gram(state, keys, lane);
+      if (lane.warp == 0) add_gram(state, keys, lane);  // counted 1/4: one warp
       if (next < rows_end) {
         sync_threads();  // all have read S and k'
         publish_state(state, published, gram_terms, lane);

@@ -124,7 +124,7 @@ DEVICE void copy_keys(char* memory, const KeyOrigins<T>& origins, const Argument
   };
   if (whole) {
     UNROLL for (int own = 0; own < S::own_tiles; ++own) copy_tile(true, 0);
-  } else {
+  } else {  // counted 0: rows or columns are missing
     NO_UNROLL for (int own = 0; own < S::own_tiles; ++own) copy_tile(false, left - own * apart);
     bring_narrow_keys<T, S, false>(memory, origins, arguments, stage, first, end);
   }
@@ -177,7 +177,7 @@ DEVICE void finish_keys(const float (&sum)[S::own_tiles][S::units][4], const T* 
       if (origins.partial) {
         if (present)
           store_features<S>(origins.partial + (first + row) * int64_t{S::feature_dim}, gradient, lane);
-      } else {
+      } else {  // counted 0: no "token" LayerNorm
         finish_row<S>(gradient, own_raw, own, affine, problem.layer_norm, lane);
         T* const target = origins.grad_k + static_cast<int64_t>(first + row) * row_stride(problem.grad_k);
         if (present) store_features<S>(target, gradient, lane, arguments.pieces.grad_k);
@@ -215,12 +215,12 @@ DEVICE void store_value_gradient(const float (&out)[S::own_tiles][columns / 8][4
       store_global(target + static_cast<int64_t>(4 * i) * stride,
                    load_shared<uint4>(unit + 4 * i * value_stride));
     };
-    if (piece < 16) {
+    if (piece < 16) {  // counted 0: narrow rows
       store_narrow_rows(own, value_stride, origins.grad_v + static_cast<int64_t>(first + begin) * stride,
                         stride, piece, minimum(columns_left, columns), left);
     } else if (left >= tile && columns_left >= columns) {
       UNROLL for (int i = 0; i < 4; ++i) store(i);
-    } else {
+    } else {  // counted 0: rows or columns are missing
       NO_UNROLL for (int i = 0; i < 4; ++i) {
         if (row + 4 * i < left && column < columns_left) store(i);
       }
@@ -279,7 +279,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
   };
   const auto wait = [&](int first, int head, int stage, int key_stage) {
     copy_async_wait<0>();
-    if (arguments.pieces.read > 2) return;
+    if (arguments.pieces.read > 2) return;  // counted 0 from here: narrow rows
     bring_narrow_queries<T, S, true>(memory, *query_origins, arguments, head, stage, first, rows_end);
     if (head + 1 == group_size) {
       bring_narrow_keys<T, S, true>(memory, *key_origins, arguments, key_stage, first, rows_end);
@@ -322,7 +322,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
     {
       const Lane lane = lane_anew(warp);
       float x[S::own_tiles][Order<S>::numbers], gradient[S::own_tiles][Order<S>::numbers];
-      if (problem.layer_norm == LayerNorm::head) {
+      if (problem.layer_norm == LayerNorm::head) {  // counted 0: "head" LayerNorm
         own_statistics<S, S::feature_dim>(statistics, raw, arguments.layer_norm_eps, lane);
         sync_warp();
       }

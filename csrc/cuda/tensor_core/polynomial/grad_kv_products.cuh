@@ -128,7 +128,7 @@ DEVICE void add_step(float (&out)[S::own_tiles][columns / 8][4], float (&sum)[S:
   NO_UNROLL for (int token = 0; token < S::chunk; token += tile) {
     uint32_t g[columns / tile][4], p[S::own_tiles][4];
     const bool seen = token >= first_tile, both = token >= last_tile;
-    if (seen) {
+    if (seen) {  // counted 5/8, 13/16: from its own tile on
       uint32_t tokens[words], terms[words];
       ldmatrix_transposed(tokens, score_place);
       ldmatrix(terms, back_place);
@@ -138,7 +138,7 @@ DEVICE void add_step(float (&out)[S::own_tiles][columns / 8][4], float (&sum)[S:
         uint32_t b[4];
         ldmatrix(b, gradient_rows + tile * i);
         UNROLL for (int o = 0; o < S::own_tiles; ++o) {
-          if (o == 1 && !both) continue;
+          if (o == 1 && !both) continue;  // counted 5/8, 9/16 from here
           UNROLL for (int n = 0; n < 2; ++n) {
             if (i == 0) {
               c[o][n][0] = deltas[n].x, c[o][n][1] = deltas[n].y;
@@ -154,7 +154,7 @@ DEVICE void add_step(float (&out)[S::own_tiles][columns / 8][4], float (&sum)[S:
             load_shared<float2>(delta_place + Queries::roots - Queries::minus_delta + 64 * n);
       }
       UNROLL for (int o = 0; o < S::own_tiles; ++o) {
-        if (o == 1 && !both) continue;
+        if (o == 1 && !both) continue;  // counted 5/8, 9/16 from here
         float u[2][4];
         UNROLL for (int n = 0; n < 2; ++n) {
           UNROLL for (int j = 0; j < 4; ++j) u[n][j] = 0;
@@ -186,9 +186,9 @@ DEVICE void add_step(float (&out)[S::own_tiles][columns / 8][4], float (&sum)[S:
       }
     }
     UNROLL for (int i = 0; i < columns / tile; ++i) ldmatrix_transposed(g[i], gradient_place + tile * i);
-    if (seen) {
+    if (seen) {  // counted 5/8, 13/16: from its own tile on
       UNROLL for (int o = 0; o < S::own_tiles; ++o) {
-        if (o == 1 && !both) continue;
+        if (o == 1 && !both) continue;  // counted 5/8, 9/16 from here
         UNROLL for (int i = 0; i < columns / tile; ++i) {
           mma_m16n8k16<T>(out[o][2 * i], p[o], g[i][0], g[i][1]);
           mma_m16n8k16<T>(out[o][2 * i + 1], p[o], g[i][2], g[i][3]);
@@ -199,7 +199,7 @@ DEVICE void add_step(float (&out)[S::own_tiles][columns / 8][4], float (&sum)[S:
     gradient_rows += tile * value_stride, gradient_place += tile * value_stride;
     score_place += tile, back_place += tile, delta_place += 8 * tile;
   }
-  if (lane.warp == 0) add_sums<true>(state, memory, lane);
+  if (lane.warp == 0) add_sums<true>(state, memory, lane);  // counted 1/4: one warp
 }
 
 }  // namespace rebased::REBASED_BACKEND::tensor_core::polynomial

@@ -111,7 +111,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
     if (first + S::chunk <= rows_end && columns_left >= columns && arguments.pieces.read == 16) {
       copy_step(first, head, stage, std::true_type());
     } else {
-      copy_step(first, head, stage, std::false_type());
+      copy_step(first, head, stage, std::false_type());  // counted 0: rows or columns are missing
     }
     copy_async_commit();
   };
@@ -128,13 +128,13 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
     float2* const statistics = reinterpret_cast<float2*>(memory + L::statistics) + stage * 2 * S::chunk;
     const float2* const query_affine = affine + (grouped ? head * dim : 0);
     copy_async_wait<0>();
-    if (arguments.pieces.read == 2) settle(first, head, stage);
+    if (arguments.pieces.read == 2) settle(first, head, stage);  // counted 0: narrow rows
     sync_warp();
     uint32_t rows[S::own_tiles][2 * S::units], row_gradients[S::own_tiles][columns / tile][4];  // fragments A
     float x[S::own_tiles][numbers];                                                             // q'
     {
       const Lane lane = lane_anew(warp);
-      if (problem.layer_norm == LayerNorm::head) {
+      if (problem.layer_norm == LayerNorm::head) {  // counted 0: "head" LayerNorm
         UNROLL for (int o = 0; o < S::own_tiles; ++o) {
           const int token = tile * warp + o * tiles_apart(warp);
           head_statistics<S, dim>(statistics + 2 * token, key_rows + token * S::raw_stride,
@@ -177,7 +177,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
       }
     }
     const bool from_y = first == 0 && blockIdx.x % arguments.launch.segments == 0;
-    if (from_y) {
+    if (from_y) {  // counted 0: the first chunk
       deltas_from_y<S>(deltas, gradients, origins->y + (grouped ? head * problem.y.head_stride : 0),
                        row_stride(problem.y), arguments.pieces.y, rows_end,
                        static_cast<int>(problem.head_dim) - first_column(), problem.normalize, warp);
@@ -202,7 +202,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
           UNROLL for (int j = 0; j < 4; ++j) h_sum[o][n][j] = gradient[o][Order<S>::place(n, j)];
         }
       }
-      if (from_y) {  // of G the state's part now, the chunk's own with its pairs
+      if (from_y) {  // counted 0: the first chunk; of G the state's part now, the chunk's own with its pairs
         UNROLL for (int o = 0; o < S::own_tiles; ++o) {
           UNROLL for (int j = 0; j < 4; ++j) {
             const int row = tile * warp + o * tiles_apart(warp) + fragment_row(j, lane);
@@ -220,12 +220,13 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
       const T* terms = term_place<S>(keys, lane);
       const T* key_place = scored_keys + lane.row_of_halves() * S::feature_stride + lane.column_of_halves();
       NO_UNROLL for (int token = 0; token < S::chunk; token += tile) {
-        if (token <= tile * warp + (S::own_tiles - 1) * tiles_apart(warp)) {
+        if (token <=
+            tile * warp + (S::own_tiles - 1) * tiles_apart(warp)) {  // counted 5/8, 13/16: up to its own tile
           const KeyTile<T, S> tokens(value_rows, key_place,
                                      dim == 8 ? key_place : terms + (scored_keys - keys));
           UNROLL for (int o = S::own_tiles - 1; o >= 0; --o) {
             const int own = tile * warp + o * tiles_apart(warp);
-            if (o + 1 < S::own_tiles && token > own) continue;
+            if (o + 1 < S::own_tiles && token > own) continue;  // counted 5/8, 9/16 from here
             tokens.add_pairs(h_sum[o], g_sum[o], dots[o], rows[o], row_gradients[o], token == own, from_y,
                              deltas + own, lane);
           }
@@ -239,7 +240,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
         value_rows += tile * value_stride, own_values += tile * value_stride;
         terms += tile, key_place += tile;
       }
-      if (last_head && warp == 0) add_gram(state, scored_keys, lane);
+      if (last_head && warp == 0) add_gram(state, scored_keys, lane);  // counted 1/4: one warp
     }
     {
       const Lane lane = lane_anew(warp);
@@ -273,7 +274,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 2)
           sums.add(gradient, raw, own);
           if (buffers.query_gradient) {
             if (present) store_features<S>(partial_rows + 8 * half * dim, gradient, lane);
-          } else {
+          } else {  // counted 0: no "token" LayerNorm
             finish_row<S>(gradient, raw, own, query_affine, problem.layer_norm, lane);
             T* const target = origins->grad_q + (first + row) * problem.grad_q.row_stride +
                               (grouped ? head * problem.grad_q.head_stride : 0);

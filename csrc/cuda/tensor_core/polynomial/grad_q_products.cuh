@@ -41,7 +41,7 @@ struct KeyTile {
         c[0][j] -= delta, c[1][j] -= delta;
       }
     }
-    if (diagonal) {
+    if (diagonal) {  // counted 1/4, 1/8: its own tile
       UNROLL for (int n = 0; n < 2; ++n) {
         UNROLL for (int j = 0; j < 4; ++j) {
           if (fragment_column(n, j, lane) <= fragment_row(j, lane)) continue;

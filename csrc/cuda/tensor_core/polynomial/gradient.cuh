@@ -79,7 +79,7 @@ DEVICE void store_features(T* row, const float (&x)[Order<S>::of_lane], const La
     } else {
       store_global(place, float4{x[0], x[1], x[2], x[3]});
     }
-  } else if (piece < 2 * Order<S>::of_lane) {
+  } else if (piece < 2 * Order<S>::of_lane) {  // counted 0: narrow rows
     UNROLL for (int i = 0; i < Order<S>::of_lane; ++i) place[i] = from_float<T>(x[i]);
   } else if constexpr (S::feature_dim == 8) {
     store_global(place, pack<T>(x[0], x[1]));

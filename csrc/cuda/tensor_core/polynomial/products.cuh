@@ -124,7 +124,7 @@ DEVICE void scores(uint32_t (&p)[4], const uint32_t (&rows)[2 * S::units], const
     UNROLL for (int j = 0; j < 4; ++j) u[n][j] =
         S::taylor ? 1 + u[n][j] * (1 + 0.5f * u[n][j]) : u[n][j] * u[n][j];
   }
-  if (diagonal) {
+  if (diagonal) {  // counted 1/4, 1/8: its own tile
     UNROLL for (int n = 0; n < 2; ++n) {
       UNROLL for (int j = 0; j < 4; ++j) {
         if (fragment_column(n, j, lane) > fragment_row(j, lane)) u[n][j] = 0;
@@ -147,12 +147,12 @@ DEVICE void walk_tokens(float (&out)[S::own_tiles][8][4], float (&sum)[S::own_ti
   NO_UNROLL for (int token = 0; token < S::chunk; token += tile) {
     uint32_t v[columns / tile][4];
     UNROLL for (int i = 0; i < columns / tile; ++i) ldmatrix_transposed(v[i], of_values + tile * i);
-    if (token <= last_tile) {
-      uint32_t tokens[4];  // fragment B (features, 16 tokens)
+    if (token <= last_tile) {  // counted 5/8, 13/16: up to its own tile
+      uint32_t tokens[4];      // fragment B (features, 16 tokens)
       ldmatrix_transposed(tokens, terms);
       UNROLL for (int o = last; o >= 0; --o) {
         const int own = tile * lane.warp + o * tiles_apart(lane.warp);
-        if (o < last && token > own) continue;
+        if (o < last && token > own) continue;  // counted 5/8, 9/16 from here
         uint32_t p[4];
         scores<T, S>(p, rows[o], tokens, token == own, lane);
         UNROLL for (int i = 0; i < columns / tile; ++i) {

@@ -124,7 +124,7 @@ DEVICE void copy_queries(char* memory, const QueryOrigins& origins,
   };
   if (whole) {
     UNROLL for (int own = 0; own < S::own_tiles; ++own) copy_tile(true, 0);
-  } else {
+  } else {  // counted 0: rows or columns are missing
     NO_UNROLL for (int own = 0; own < S::own_tiles; ++own) copy_tile(false, left - own * apart);
     bring_narrow_queries<T, S, false>(memory, origins, arguments, head, stage, first, end);
   }
@@ -165,7 +165,7 @@ DEVICE void store_deltas(char* memory, int stage, const Lane& lane) {
   }
   const unsigned negative = ballot(has_token && r < 0);
   if (negative == 0) return;
-  NO_UNROLL for (int i = 0; i < 32; ++i) {
+  NO_UNROLL for (int i = 0; i < 32; ++i) {  // counted 0: r is negative
     if (!(negative >> i & 1)) continue;
     const int row = own_tile(lane.warp, i / tile) + i % tile;
     char* const pair =
@@ -183,7 +183,7 @@ DEVICE void store_queries(char* memory, const Arguments<BackwardProblem>& argume
   constexpr int units = S::units;
   const T* const raw = reinterpret_cast<const T*>(memory + Tiles::raw);
   float2* const statistics = reinterpret_cast<float2*>(memory + Tiles::statistics);
-  if (arguments.problem.layer_norm == LayerNorm::head) {
+  if (arguments.problem.layer_norm == LayerNorm::head) {  // counted 0: "head" LayerNorm
     own_statistics<S, S::raw_stride>(statistics, raw, arguments.layer_norm_eps, lane);
     sync_warp();
   }

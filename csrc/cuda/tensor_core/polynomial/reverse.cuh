@@ -197,7 +197,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 3)
   if (first >= 0) copy(first, head, stage);
   NO_UNROLL for (; first >= 0; stage ^= 1) {
     copy_async_wait<0>();
-    if (arguments.pieces.read == 2) {
+    if (arguments.pieces.read == 2) {  // counted 0: narrow rows
       bring_narrow_queries<T, S, true>(memory, *origins, arguments, head, stage, first, rows_end);
     }
     sync_warp();
@@ -216,8 +216,8 @@ KERNEL void LAUNCH_BOUNDS(threads, 3)
       add_queries<T, S>(state, memory, features, gradients, g, token, lane);
       place += tile * value_stride;
     }
-    if (lane.warp == 0) add_sums<false>(state, memory, lane);
-    if (first >= 0) sync_threads();  // all have read the feature tile
+    if (lane.warp == 0) add_sums<false>(state, memory, lane);  // counted 1/4: one warp
+    if (first >= 0) sync_threads();                            // all have read the feature tile
   }
   sync_warp();  // the last chunk's sums, which lanes of warp 0 have left to others
   weigh(state, false, lane);

@@ -197,7 +197,7 @@ DEVICE void normalize(uint32_t (&terms)[2 * S::units], const T* rows, const floa
                      (x.y * pair.w + shift[1]) * of_feature.x + of_feature.y);
     }
   }
-  if (tokens_left >= tile) return;
+  if (tokens_left >= tile) return;                 // counted 0 from here: rows are missing
   UNROLL for (int i = 0; i < 2 * S::units; ++i) {  // last, since beta would bring a padded row to life
     const int left = tokens_left - 8 * (i & 1) - 2 * lane.pair;
     terms[i] = left >= 2 ? terms[i] : left == 1 ? terms[i] & 0xffffu : 0u;

@@ -60,7 +60,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 3) segment_state_kernel(Arguments<Problem> ar
     if (first + S::chunk <= rows_end && columns_left >= columns && arguments.pieces.read == 16) {
       copy_chunk(first, std::true_type());
     } else {
-      copy_chunk(first, std::false_type());
+      copy_chunk(first, std::false_type());  // counted 0: rows or columns are missing
     }
     copy_async_commit();
   };
@@ -70,7 +70,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 3) segment_state_kernel(Arguments<Problem> ar
   if (rows_end > 0) copy(0);
   NO_UNROLL for (int first = 0; first < rows_end; first += S::chunk) {
     copy_async_wait<0>();
-    if (arguments.pieces.read == 2) {
+    if (arguments.pieces.read == 2) {  // counted 0: narrow rows
       const int thread = thread_index_anew();
       bring_narrow_tiles<S, true>(key_rows, S::raw_stride, origins->k, row_stride(problem.k),
                                   arguments.pieces.k, S::feature_dim, first, rows_end, thread);
@@ -82,7 +82,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 3) segment_state_kernel(Arguments<Problem> ar
     UNROLL for (int i = 0; i < S::own_tiles; ++i) {
       const int token = tile * lane.warp + i * tiles_apart(lane.warp);
       const T* const rows = key_rows + token * S::raw_stride;
-      if (problem.layer_norm == LayerNorm::head) {
+      if (problem.layer_norm == LayerNorm::head) {  // counted 0: "head" LayerNorm
         head_statistics<S>(statistics + 2 * token, rows, rows, arguments.layer_norm_eps, lane);
         sync_warp();
       }
@@ -103,7 +103,7 @@ KERNEL void LAUNCH_BOUNDS(threads, 3) segment_state_kernel(Arguments<Problem> ar
       of_values += tile * value_stride;
       terms += tile;
     }
-    if (lane.warp == 0) add_gram(state, keys, lane);
+    if (lane.warp == 0) add_gram(state, keys, lane);  // counted 1/4: one warp
     if (first + S::chunk < rows_end) sync_threads();  // all have read k'
   }
   sync_warp();

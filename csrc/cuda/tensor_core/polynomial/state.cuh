@@ -301,7 +301,7 @@ DEVICE void publish_state(const State<T, S>& state, T* published, uint32_t* gram
     publish_tile<shift>(own + published_row<shift>(Spread::linear_row), state.linear[0], state.linear[1],
                         true, lane);
   }
-  if (lane.warp > 0) return;
+  if (lane.warp > 0) return;  // counted 1/4 from here: one warp
   float z[S::units][4];
   uint32_t high[S::units * S::units], low[S::units * S::units];
   state.get_gram(z, lane);
