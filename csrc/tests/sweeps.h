@@ -275,8 +275,8 @@ inline void run_reference(const Case& c, Run& run, bool rounds_operands, Run* fi
 }
 
 // Compares a run with the reference. On tensor cores a result may also be off by 3 times what rounding q' and
-// k' alone makes of it, as where a sum cancels or a denominator comes close to 0. Of few numbers one error may
-// be larger than another that is as large on average.
+// k' alone makes of it, as where a sum cancels or a denominator comes close to 0. Of few numbers one error
+// may be larger than another that is as large on average.
 inline void check_results(const Case& c, Run& run, Run& expected) {
   std::unique_ptr<Run> rounded;
   const auto match = [&](const char* what, Tensor Run::* tensor) {

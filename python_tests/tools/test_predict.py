@@ -166,7 +166,11 @@ def test_kernels_are_set_against_predictions(facts: predict.Facts, tmp_path: Pat
     made = list(predict.predictions(facts, gpu_model.GPUS[0]))
     sizes = {"size": "R1", "shape": asdict(predict.shape_of("R1", "outer"))}
     kernels = [
-        {"kernel": "tensor_core::polynomial::forward_kernel<bfloat16, outer, 16, 128, false>", "launches": 1, "seconds": 1e-4},
+        {
+            "kernel": "tensor_core::polynomial::forward_kernel<bfloat16, outer, 16, 128, false>",
+            "launches": 1,
+            "seconds": 1e-4,
+        },
         {"kernel": "token_statistics<bfloat16>", "launches": 4, "seconds": 2e-5},
         {"kernel": "token_norm_backward<bfloat16>", "launches": 2, "seconds": 1e-5},
         {"kernel": "a kernel of torch", "launches": 1, "seconds": 1.0},

@@ -6,8 +6,8 @@
 //   sum_{i >= j} c_ij phi(q'_i) + T v_j    + M             of phi(k'_j)
 // where the sums run over the chunk, S and z hold the chunks before it, and T and M the chunks behind it.
 // phi'(x) leads on to q' and k'. `outer` with d = 32 has a factor sim'(u_ij) in the sums, q' and k' in the
-// place of phi, and for the state's part what wide_gradient.cuh says; there q' is `scale` times what LayerNorm
-// and affine leave.
+// place of phi, and for the state's part what wide_gradient.cuh says; there q' is `scale` times what
+// LayerNorm and affine leave.
 #pragma once
 
 #include "cuda/tensor_core/product.cuh"

@@ -24,7 +24,7 @@ DEVICE float public_entry(const float* kv, const float* k, int index, int group,
     const int warp = index / 128 % (S::threads / 32), n = S::state_tile(index / (4 * S::threads), warp);
     const int64_t column = columns * group + tile * (warp % warps) + g + 8 * (j >> 1);
     const int feature = 8 * n + 2 * t + (j & 1);
-    if (column >= head_dim) return 0.0f;
+    if (feature >= S::public_features || column >= head_dim) return 0.0f;
     return kv[feature * head_dim + column] * state_weight<S>(n, gradient);
   }
   const int n = (index - L::k) / 128, row = tile * (n / S::units) + g + 8 * (j >> 1);
@@ -86,7 +86,7 @@ KERNEL void LAUNCH_BOUNDS(scan_threads, 1)
     const int warp = index / 128 % (S::threads / 32), n = S::state_tile(index / (4 * S::threads), warp);
     const int64_t column = columns * group + tile * (warp % warps) + g + 8 * (j >> 1);
     const int feature = 8 * n + 2 * t + (j & 1);
-    if (column >= head_dim) return;
+    if (feature >= S::public_features || column >= head_dim) return;
     kv[(head * S::public_features + feature) * head_dim + column] =
         sum_of(group) * (1.0f / state_weight<S>(n, gradient));
     return;

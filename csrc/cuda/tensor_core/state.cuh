@@ -186,6 +186,9 @@ DEVICE void store_state(float* slot, const State<S>& state, const Lane& lane) {
 }
 
 // ---- the public order of features (feature_map.h), which is also that of the tiles of 8 features ----
+//
+// With d = 32 the last two tiles of the warps whose half does not have offset 16 are not used; their numbers
+// are past the last feature.
 
 // The public number of the product x_i x_j.
 template <class S>

@@ -67,7 +67,7 @@ DEVICE void export_state(float* kv, float* k, const WideState& state, bool gradi
       const int feature_tile = Wide::state_tile(n, lane.warp);
       const int feature = 8 * feature_tile + 2 * lane.pair + (i & 1);
       const int column = lane.column + lane.group + 8 * (i >> 1);
-      if (column >= columns_left) continue;
+      if (feature >= Wide::public_features || column >= columns_left) continue;
       kv[feature * head_dim + column] = state.kv[n][i] * (1.0f / state_weight<Wide>(feature_tile, gradient));
     }
   }

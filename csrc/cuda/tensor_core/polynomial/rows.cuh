@@ -74,8 +74,8 @@ DEVICE void bring_narrow_tiles(T* tiles, int tile_stride, const T* rows, int str
   }
 }
 
-// Zeroes value tiles before their first copy: those of narrow rows leave the columns past the last one as they
-// are. A barrier must follow.
+// Zeroes value tiles before their first copy: those of narrow rows leave the columns past the last one as
+// they are. A barrier must follow.
 template <class T>
 DEVICE void clear_narrow_tiles(T* tiles, int elements, int piece) {
   if (piece == 16) return;
