@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -211,17 +211,18 @@ def _compare(arguments: argparse.Namespace) -> int:
     folder = arguments.output / ("compare-small" if arguments.small else "compare")
     lines = folder / "results.jsonl"
     wanted = [(mixer, seed) for seed in range(arguments.seeds) for mixer in arguments.mixers]
-    together = arguments.parallel != "none"
     finished = compare.results(lines)  # none is added before every process of torchrun has read this
-    for mixer, seed in wanted:
-        own = folder / f"{mixer}-{seed}"
-        with nullcontext(True) if together else claim(own / "claim") as free:
-            if not free or (mixer, seed) in (finished if together else compare.results(lines)):
-                continue
-            arguments.seed = seed
-            record = _run(arguments, mixer, own, arguments.parallel)
-            if _first_process():
-                append_json_line(lines, record)
+    together = arguments.parallel != "none"
+    with parallel.processes(arguments.parallel, choose_device(arguments.device)):
+        for mixer, seed in wanted:
+            own = folder / f"{mixer}-{seed}"
+            with nullcontext(True) if together else claim(own / "claim") as free:
+                if not free or (mixer, seed) in (finished if together else compare.results(lines)):
+                    continue
+                arguments.seed = seed
+                record = _run(arguments, mixer, own, arguments.parallel)
+                if _first_process():
+                    append_json_line(lines, record)
     if not _first_process():
         return 0
     records = [record for key, record in compare.results(lines).items() if key in wanted]
@@ -234,7 +235,8 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 def _speed(arguments: argparse.Namespace) -> int:
     model = model_configuration(arguments, "rebased")
-    training = _training(arguments, model.context)
+    # the plain forms are float32's unless another precision is asked for
+    training = replace(_training(arguments, model.context), precision=arguments.precision or "float32")
     data = _text(arguments, model.vocabulary)
     device = choose_device(arguments.device)
     timings = []

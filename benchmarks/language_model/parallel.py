@@ -126,7 +126,9 @@ STRATEGIES = {
 
 @contextmanager
 def processes(name: str, device: torch.device) -> Iterator[OneProcess]:
-    """The strategy of that name, with a process group around it where it wants one.
+    """The strategy of that name, with a process group around it where it wants one and there is none yet.
+
+    Several runs want one group around all: torchrun's store has no room for a second one after the first.
 
     The wrapped model must be gone at the end of the block. It holds the process group, whose gloo threads
     still want the GIL to let go of the last tensors they sent, and get it neither while
@@ -151,13 +153,16 @@ def processes(name: str, device: torch.device) -> Iterator[OneProcess]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    outermost = not distributed.is_initialized()
+    if outermost:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield STRATEGIES[name](device)
         gc.collect()  # what a dead model leaves in cycles
         distributed.barrier()  # waits without the GIL
     finally:
-        distributed.destroy_process_group()
+        if outermost:
+            distributed.destroy_process_group()
 
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -116,7 +116,7 @@ def measure(
         RuntimeError: a plain form does not compute what the native op does.
     """
     for seqlen in lengths:
-        shape = replace(training, context=seqlen, batch=max(tokens // seqlen, 1))
+        shape = replace(training, context=seqlen, batch=max(tokens // seqlen, 1), accumulate=1)
 
         def make(attend: Attend | None, shape: TrainingConfiguration = shape) -> Trainer:
             return Trainer(model, shape, stream, OneProcess(device), partial(adapt, attend=attend))
