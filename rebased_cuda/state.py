@@ -55,12 +55,14 @@ def check_memory(name: str, x: Tensor) -> None:
     The operators look at the memory of what they are given themselves: this is for what torch is about to
     read, which would crash.
     """
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or type(x) not in (Tensor, nn.Parameter):
-        return  # sizes are no numbers there, and a subclass knows best what it holds
-    if torch._C._are_functorch_transforms_active() or x.numel() == 0:
+    if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or torch._C._is_tracing():
+        return  # a subclass knows best what it holds, and sizes are no numbers while a call is followed
+    elements = x.numel()
+    if elements == 0 or torch._C._are_functorch_transforms_active():
         return
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    needed, held = (x.storage_offset() + last + 1) * x.element_size(), x.untyped_storage().nbytes()
+    if not x.is_contiguous():
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    needed, held = (x.storage_offset() + elements) * x.element_size(), x.untyped_storage().nbytes()
     if needed > held:
         raise ValueError(f"{name}: its storage was freed or shrunk: it takes {needed} bytes and has {held}")
 

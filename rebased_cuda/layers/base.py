@@ -92,6 +92,22 @@ def _multiplied_in(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def is_plain_call(module: nn.Module) -> bool:
+    """Whether to call the module would run the forward of its class and nothing besides.
+
+    That is what nn.Module.__call__ asks itself, and whether another forward has been put into the module.
+    """
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl
+        or "forward" in module.__dict__
+        or nn.modules.module._has_any_global_hook()
+    )
+
+
 def check_shape(name: str, x: object, shape: tuple[int | str, ...]) -> Tensor:
     """A dense tensor; sizes given as a number must be met, those given as a letter may be any."""
     if not isinstance(x, Tensor):
@@ -104,9 +120,12 @@ def check_shape(name: str, x: object, shape: tuple[int | str, ...]) -> Tensor:
 
 
 def fits(x: Tensor, shape: tuple[int | str, ...]) -> bool:
-    return x.dim() == len(shape) and all(
-        isinstance(size, str) or size == given for size, given in zip(shape, x.shape, strict=True)
-    )
+    if x.dim() != len(shape):
+        return False
+    for size, given in zip(shape, x.shape, strict=True):  # a generator takes as long as all the rest
+        if type(size) is not str and size != given:
+            return False
+    return True
 
 
 def check_input(name: str, x: Tensor, shape: tuple[int | str, ...]) -> None:
