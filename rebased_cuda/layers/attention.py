@@ -330,6 +330,7 @@ class ReBasedAttention(ContextParallelLayer):
             )
             rows = Rows(x)
             result = self._attend_over_ranks(x, options)
+        final: Any
         y, final = result if return_state else (result, None)
         output: Tensor = self.proj_o(y.transpose(1, 2).flatten(2))
         if slots is not None:

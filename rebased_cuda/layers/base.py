@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import DTYPES, fail, untraced
-from ..state import check_layout, check_memory
+from ..state import check_layout, check_memory, extent
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -104,7 +104,7 @@ def is_plain_call(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or module._compiled_call_impl
         or "forward" in module.__dict__
-        or nn.modules.module._has_any_global_hook()
+        or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
     )
 
 
@@ -180,25 +180,20 @@ def check_slots_apart(name: str, x: Tensor, other_name: str, other: Tensor) -> N
         return
     low, high = sorted((x, other), key=Tensor.data_ptr)
     distance, size = high.data_ptr() - low.data_ptr(), x.element_size()
-    if distance >= _extent(low) * size:
+    if distance >= extent(low) * size:
         return
     if x.stride(0) == other.stride(0) and x.shape[0] > 1:
         distance, pitch = distance % (x.stride(0) * size), x.stride(0) * size
-        if distance >= _extent(low[0]) * size and pitch - distance >= _extent(high[0]) * size:
+        if distance >= extent(low[0]) * size and pitch - distance >= extent(high[0]) * size:
             return
     raise ValueError(f"{name}: expected memory apart from {other_name}'s, since both are updated in place")
-
-
-def _extent(x: Tensor) -> int:
-    """How many elements there are from the first of x to the last in memory."""
-    return 1 + sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
 
 
 def _share_memory(x: Tensor, y: Tensor) -> bool:
     """Whether an element of x is one of y; both of the same dtype, neither empty."""
 
     def end(x: Tensor) -> int:
-        return x.data_ptr() + _extent(x) * x.element_size()
+        return x.data_ptr() + extent(x) * x.element_size()
 
     def addresses(x: Tensor) -> Tensor:
         result = torch.tensor(x.data_ptr(), device="cpu")
