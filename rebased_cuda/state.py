@@ -49,18 +49,27 @@ def check_layout(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected a dense tensor, got layout {kind}")
 
 
+def extent(x: Tensor) -> int:
+    """How many elements there are from the first of x, which has some, to the last in memory."""
+    if x.is_contiguous():
+        return x.numel()
+    elements = 1
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        elements += (size - 1) * stride
+    return elements
+
+
 def check_memory(name: str, x: Tensor) -> None:
     """Refuses a tensor whose storage was freed or shrunk under it (untyped_storage().resize_).
 
     The operators look at the memory of what they are given themselves: this is for what torch is about to
     read, which would crash.
     """
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or type(x) not in (Tensor, nn.Parameter):
-        return  # sizes are no numbers there, and a subclass knows best what it holds
-    if torch._C._are_functorch_transforms_active() or x.numel() == 0:
+    if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or torch._C._is_tracing():
+        return  # a subclass knows best what it holds, and sizes are no numbers while a call is followed
+    if x.numel() == 0 or torch._C._are_functorch_transforms_active():
         return
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    needed, held = (x.storage_offset() + last + 1) * x.element_size(), x.untyped_storage().nbytes()
+    needed, held = (x.storage_offset() + extent(x)) * x.element_size(), x.untyped_storage().nbytes()
     if needed > held:
         raise ValueError(f"{name}: its storage was freed or shrunk: it takes {needed} bytes and has {held}")
 

@@ -306,3 +306,55 @@ def test_gamma_and_beta_arrive_in_the_operators_own_dtype(dtype):
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     assert [x.dtype for x in seen] == [expected] * 4
     assert layer.ln_q.weight.dtype == dtype
+
+
+def by_every_module(norm, seen):
+    return nn.modules.module.register_module_forward_pre_hook(
+        lambda module, given: seen.append(module) if module is norm else None
+    )
+
+
+def by_another_forward(norm, seen):
+    forward = norm.forward
+    norm.forward = lambda input: (seen.append(norm), forward(input))[1]
+
+
+def by_a_class_of_its_own(norm, seen):
+    class Watched(QueryKeyNorm):
+        def forward(self, input):
+            seen.append(self)
+            return super().forward(input)
+
+    norm.__class__ = Watched
+
+
+WATCHES = {
+    "hook-before": lambda norm, seen: norm.register_forward_pre_hook(lambda *_: seen.append(norm)),
+    "hook-after": lambda norm, seen: norm.register_forward_hook(lambda *_: seen.append(norm)),
+    "hook-of-every-module": by_every_module,
+    "another-forward": by_another_forward,
+    "another-class": by_a_class_of_its_own,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("watch", WATCHES.values(), ids=WATCHES)
+def test_whatever_waits_for_the_call_of_a_norm_gets_it(watch):
+    """Where nothing waits the layer reads gamma and beta, as it does here before the watch and after it."""
+    layer, x, seen = attention(), tokens(), []
+    expected = layer(x)
+    handle = watch(layer.ln_k, seen)
+    try:
+        assert torch.equal(layer(x), expected)
+    finally:
+        if hasattr(handle, "remove"):
+            handle.remove()
+    assert seen == [layer.ln_k]
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_hooks_on_the_gradients_of_a_norm_run():
+    layer, x, seen = attention(), tokens(), []
+    layer.ln_q.register_full_backward_hook(lambda module, *_: seen.append(module))
+    layer(x).sum().backward()
+    assert seen == [layer.ln_q]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -200,3 +201,18 @@ def test_what_a_state_cannot_do_is_refused():
         model.generate(tokens, assistant_model=tiny_model(), max_new_tokens=4)
     with pytest.raises(ValueError, match="stateful"):
         model.generate(tokens, prompt_lookup_num_tokens=2, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("name", ["rebased", "mixed", "attention"])
+def test_prompts_in_chunks_are_for_softmax_attention_alone(name):
+    model, tokens = tiny_model(name), prompt(1)
+    settings = copy.deepcopy(model.generation_config)
+    settings.update(prefill_chunk_size=4, max_new_tokens=4, do_sample=False)
+    if name == "attention":
+        whole = recomputed(model, tokens, 4)
+        assert torch.equal(model.generate(tokens, settings), whole)
+        return
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        model.generate(tokens, settings)
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        model.generate(tokens, prefill_chunk_size=4, max_new_tokens=4)

@@ -124,6 +124,15 @@ def test_trainer(options, tmp_path):
     assert "model.layers.1.mixer.proj_q.weight" in spared
 
 
+@pytest.mark.slow
+def test_trainer_with_compilation(tmp_path):
+    torch.manual_seed(0)
+    expected = losses(train(tmp_path / "eager", RebasedForCausalLM(tiny_config())))
+    torch.manual_seed(0)
+    told = losses(train(tmp_path, RebasedForCausalLM(tiny_config()), torch_compile=True))
+    assert told == pytest.approx(expected, rel=1e-3)
+
+
 def test_trainer_resumes(tmp_path):
     torch.manual_seed(0)
     whole = train(tmp_path, RebasedForCausalLM(tiny_config()))

@@ -26,6 +26,7 @@ from .base import (
     check_slots_apart,
     check_token,
     check_writable,
+    is_plain_call,
     refuse_gradients,
     refuse_in_shards,
 )
@@ -86,11 +87,12 @@ class QueryKeyNorm(nn.LayerNorm):
             Of a tensor: (..., heads * feature_dim), gamma * LayerNorm(input) + beta, with the LayerNorm over
             all entries for "token" (that of nn.LayerNorm), over each head's for "head", and none for None.
             Of None: (gamma, beta), (heads * feature_dim,) each, float32 or float64, None where it is left
-            out. They are copies, because fully_shard frees the parameters when the call returns, before the
-            operator reads them.
+            out. They are copies, because what is hooked to the call may free the parameters when it returns,
+            before the operator reads them, as fully_shard does.
         """
         if input is None:
-            return _copy(self.weight), _copy(self.bias)
+            gamma, beta = (None if x is None else x.clone() for x in (self.weight, self.bias))
+            return _converted(gamma), _converted(beta)
         if self.layer_norm == "token":
             return super().forward(input)
         if self.layer_norm == "head":
@@ -101,11 +103,11 @@ class QueryKeyNorm(nn.LayerNorm):
         return input if self.bias is None else input + self.bias
 
 
-def _copy(parameter: Tensor | None) -> Tensor | None:
-    """A copy in float32, or in float64 of float64: what the operator computes in."""
-    if parameter is None:
-        return None
-    return parameter.clone() if parameter.dtype in (torch.float32, torch.float64) else parameter.float()
+def _converted(parameter: Tensor | None) -> Tensor | None:
+    """In float32, or in float64 of float64: what the operator computes in."""
+    if parameter is None or parameter.dtype in (torch.float32, torch.float64):
+        return parameter
+    return parameter.float()
 
 
 class ReBasedAttention(ContextParallelLayer):
@@ -273,7 +275,7 @@ class ReBasedAttention(ContextParallelLayer):
         """
         x = check_token("x_t", x_t, self.hidden_size)
         refuse_gradients(self, "step", x)
-        q, k, v = self._heads(x, "x_t")
+        q, (k, v) = self._queries(x, "x_t"), self._keys_and_values(x, "x_t")
         y = rebased_attention_step(q, k, v, state, **self._options(), state_index=state_index)
         output: Tensor = self.proj_o(y.flatten(1))
         return output if x is x_t else output.unsqueeze(1)
@@ -289,8 +291,8 @@ class ReBasedAttention(ContextParallelLayer):
                 "attention_matrix: needs the whole sequence, which context_parallelize shares out"
             )
         check_input("x", x, ("B", "N", self.hidden_size))
-        q, k, _ = self._sequences(x)
-        return attention_matrix(q, k, **self._options())
+        q, k = self._queries(x), self._keys_and_values(x)[0]
+        return attention_matrix(q.transpose(1, 2), k.transpose(1, 2), **self._options())
 
     def _attend(
         self,
@@ -303,44 +305,56 @@ class ReBasedAttention(ContextParallelLayer):
     ) -> tuple[Tensor, RebasedState | None]:
         check_input("x", x, ("B", "N", self.hidden_size))
         options = {**self._options(), "return_state": return_state}
-        slots = None
+        initial, slots = state, None
         if self.context_parallel_group is None:
             rows = pack("x", x, attention_mask, cu_seqlens)
-            q, k, v = self._sequences(rows.x)
-            if state is not None or state_index is not None:
-                initial, slots = self._initial_state(state, state_index, rows, q)
-                options["initial_state"] = initial
-            result = rebased_attention(q, k, v, **options, cu_seqlens=rows.cu_seqlens)
+            q, (k, v) = self._queries(rows.x), self._keys_and_values(rows.x)
+            if state_index is not None:
+                initial, slots = self._slots(state, state_index, rows, q)
+            try:
+                result = rebased_attention(
+                    q.transpose(1, 2),
+                    k.transpose(1, 2),
+                    v.transpose(1, 2),
+                    **options,
+                    initial_state=initial,
+                    cu_seqlens=rows.cu_seqlens,
+                )
+            except (ValueError, TypeError):
+                if state is not None and slots is None:  # the op would call it by another name
+                    self._check_state(state, "sequences", rows.sequences, q)
+                raise
         else:
             refuse_in_shards(
                 attention_mask=attention_mask, state=state, cu_seqlens=cu_seqlens, state_index=state_index
             )
             rows = Rows(x)
             result = self._attend_over_ranks(x, options)
-        y, final = result if isinstance(result, tuple) else (result, None)
+        final: Any
+        y, final = result if return_state else (result, None)
         output: Tensor = self.proj_o(y.transpose(1, 2).flatten(2))
         if slots is not None:
             slots.write(final)
             output, final = slots.without_skipped(output, rows.cu_seqlens), RebasedState(*slots.pool)
         return rows.unpack(output, x), final
 
-    def _initial_state(
-        self, state: RebasedState | None, state_index: Tensor | None, rows: Rows, q: Tensor
-    ) -> tuple[RebasedState, Slots | None]:
-        """What came before each sequence, checked, and with state_index the slots that it was read from."""
-        counted, count = "sequences", rows.sequences
-        if state_index is not None:
-            counted = "slots"
-            if isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], Tensor):
-                check_layout("state.kv", state[0])  # a nested tensor has no shape
-                count = state[0].shape[0] if state[0].dim() else 0
+    def _check_state(self, state: Any, counted: str, count: int, q: Tensor) -> RebasedState:
+        """The state of `count` sequences or slots."""
         sizes = (count, self.num_kv_heads, num_features(self.feature_map, self.feature_dim), self.head_dim)
         untraced(check_state, "state", state, sizes, counted, q)
-        for name, part in zip(("state.kv", "state.k"), state, strict=True):  # type: ignore[arg-type]
+        for name, part in zip(("state.kv", "state.k"), state, strict=True):
             check_memory(name, part)
-        pool = RebasedState(*state)  # type: ignore[misc]  # check_state has seen that it is one
-        if state_index is None:
-            return pool, None
+        return RebasedState(*state)
+
+    def _slots(
+        self, state: RebasedState | None, state_index: Tensor, rows: Rows, q: Tensor
+    ) -> tuple[RebasedState, Slots]:
+        """What came before each sequence, and the slots of the pool `state` that it was read from."""
+        count = rows.sequences
+        if isinstance(state, tuple) and len(state) == 2 and isinstance(state[0], Tensor):
+            check_layout("state.kv", state[0])  # a nested tensor has no shape
+            count = state[0].shape[0] if state[0].dim() else 0
+        pool = self._check_state(state, "slots", count, q)
         refuse_gradients(self, "prefill with state_index", q, *pool)
         check_writable("state.kv", pool.kv)
         check_writable("state.k", pool.k)
@@ -362,23 +376,16 @@ class ReBasedAttention(ContextParallelLayer):
 
     def _queries(self, x: Tensor, name: str = "x") -> Tensor:
         """(..., num_heads, feature_dim) of x (..., hidden_size), which errors call `name`."""
-        q: Tensor = call(self.proj_q, x, name).unflatten(-1, (self.num_heads, self.feature_dim))
+        q: Tensor = call(self.proj_q, x, name).view(*x.shape[:-1], self.num_heads, self.feature_dim)
         return q
 
     def _keys_and_values(self, x: Tensor, name: str = "x") -> tuple[Tensor, Tensor]:
         """(..., num_kv_heads, feature_dim) and (..., num_kv_heads, head_dim) of x (..., hidden_size)."""
+        sizes = (*x.shape[:-1], self.num_kv_heads)
         return (
-            call(self.proj_k, x, name).unflatten(-1, (self.num_kv_heads, self.feature_dim)),
-            call(self.proj_v, x, name).unflatten(-1, (self.num_kv_heads, self.head_dim)),
+            call(self.proj_k, x, name).view(*sizes, self.feature_dim),
+            call(self.proj_v, x, name).view(*sizes, self.head_dim),
         )
-
-    def _heads(self, x: Tensor, name: str = "x") -> tuple[Tensor, Tensor, Tensor]:
-        return self._queries(x, name), *self._keys_and_values(x, name)
-
-    def _sequences(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v (B, heads, N, ...) of x (B, N, hidden_size)."""
-        q, k, v = self._heads(x)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _options(self) -> dict[str, Any]:
         gamma_q, beta_q = self._affine(self.ln_q, self.num_heads)
@@ -396,9 +403,13 @@ class ReBasedAttention(ContextParallelLayer):
         }
 
     def _affine(self, norm: nn.LayerNorm, heads: int) -> tuple[Tensor | None, Tensor | None]:
-        """gamma and beta (heads, feature_dim) of ln_q or ln_k, or of what was put in their place."""
-        if type(norm).forward is nn.LayerNorm.forward:  # which cannot give them
-            gamma, beta = norm.weight, norm.bias
+        """gamma and beta (heads, feature_dim) of ln_q or ln_k, or of what was put in their place.
+
+        Where nothing else would happen at the call they are read: a call, and the copies that it gives, take
+        as long as a Linear of one token.
+        """
+        if (type(norm) is QueryKeyNorm and is_plain_call(norm)) or type(norm).forward is nn.LayerNorm.forward:
+            gamma, beta = _converted(norm.weight), _converted(norm.bias)
         else:
             gamma, beta = norm(None)
         sizes = (heads, self.feature_dim)

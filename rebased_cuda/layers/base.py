@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import DTYPES, fail, untraced
-from ..state import check_layout, check_memory
+from ..state import check_layout, check_memory, extent
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -92,6 +92,22 @@ def _multiplied_in(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def is_plain_call(module: nn.Module) -> bool:
+    """Whether to call the module would run the forward of its class and nothing besides.
+
+    That is what nn.Module.__call__ asks itself, and whether another forward has been put into the module.
+    """
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl
+        or "forward" in module.__dict__
+        or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
+
+
 def check_shape(name: str, x: object, shape: tuple[int | str, ...]) -> Tensor:
     """A dense tensor; sizes given as a number must be met, those given as a letter may be any."""
     if not isinstance(x, Tensor):
@@ -104,9 +120,12 @@ def check_shape(name: str, x: object, shape: tuple[int | str, ...]) -> Tensor:
 
 
 def fits(x: Tensor, shape: tuple[int | str, ...]) -> bool:
-    return x.dim() == len(shape) and all(
-        isinstance(size, str) or size == given for size, given in zip(shape, x.shape, strict=True)
-    )
+    if x.dim() != len(shape):
+        return False
+    for size, given in zip(shape, x.shape, strict=True):  # a generator takes as long as all the rest
+        if type(size) is not str and size != given:
+            return False
+    return True
 
 
 def check_input(name: str, x: Tensor, shape: tuple[int | str, ...]) -> None:
@@ -161,25 +180,20 @@ def check_slots_apart(name: str, x: Tensor, other_name: str, other: Tensor) -> N
         return
     low, high = sorted((x, other), key=Tensor.data_ptr)
     distance, size = high.data_ptr() - low.data_ptr(), x.element_size()
-    if distance >= _extent(low) * size:
+    if distance >= extent(low) * size:
         return
     if x.stride(0) == other.stride(0) and x.shape[0] > 1:
         distance, pitch = distance % (x.stride(0) * size), x.stride(0) * size
-        if distance >= _extent(low[0]) * size and pitch - distance >= _extent(high[0]) * size:
+        if distance >= extent(low[0]) * size and pitch - distance >= extent(high[0]) * size:
             return
     raise ValueError(f"{name}: expected memory apart from {other_name}'s, since both are updated in place")
-
-
-def _extent(x: Tensor) -> int:
-    """How many elements there are from the first of x to the last in memory."""
-    return 1 + sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
 
 
 def _share_memory(x: Tensor, y: Tensor) -> bool:
     """Whether an element of x is one of y; both of the same dtype, neither empty."""
 
     def end(x: Tensor) -> int:
-        return x.data_ptr() + _extent(x) * x.element_size()
+        return x.data_ptr() + extent(x) * x.element_size()
 
     def addresses(x: Tensor) -> Tensor:
         result = torch.tensor(x.data_ptr(), device="cpu")

@@ -313,6 +313,25 @@ class RebasedForCausalLM(RebasedPreTrainedModel, GenerationMixin):
         """Puts another in its place."""
         self.lm_head = value
 
+    def generate(
+        self, inputs: Any = None, generation_config: Any = None, *arguments: Any, **kwargs: Any
+    ) -> Any:
+        """transformers' `generate`, which says in the model's words what a recurrent state does not do.
+
+        Raises:
+            ValueError: `prefill_chunk_size` is set, and a layer is not softmax attention: transformers asks
+                such a cache how many keys it has. A whole prompt takes memory linear in its length, and parts
+                of it can be read by calling the model with `cache`.
+        """
+        settings = self.generation_config if generation_config is None else generation_config
+        chunk = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None))
+        if chunk is not None and _first_recurrent(self.config) is not None:
+            raise ValueError(
+                f"prefill_chunk_size: expected None where layers keep states, got {chunk}; prefill the whole "
+                "prompt, or call the model on parts of it with cache="
+            )
+        return super().generate(inputs, generation_config, *arguments, **kwargs)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
