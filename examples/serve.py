@@ -179,9 +179,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         random = torch.Generator().manual_seed(1)
         made = []
         for number in range(options.requests):
-            length, wanted = torch.randint(options.tokens // 2, options.tokens + 1, (2,), generator=random)
+            wanted = torch.randint(options.tokens // 2, options.tokens + 1, (), generator=random)
             if tokenizer is None:
-                prompt = torch.randint(model.config.vocab_size, (int(length),), generator=random).tolist()
+                prompt = torch.randint(model.config.vocab_size, (options.prompt,), generator=random).tolist()
             else:
                 prompt = tokenizer(tokenizer.bos_token + PROMPTS[number % len(PROMPTS)])["input_ids"]
             made.append(Request(number, prompt, int(wanted)))
@@ -237,6 +237,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=32,
         help="most tokens that a request wants; it wants at least half of them (default: 32)",
+    )
+    parser.add_argument(
+        "--prompt", type=int, default=8, help="tokens of the prompts of an untrained model (default: 8)"
     )
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)"
