@@ -18,6 +18,7 @@ EMULATED = rebased_cuda.build_info()["cpu_backend"] == "emulated"
 # The same whatever CPU tensors run on: the native run has them.
 collect_ignore = (
     [
+        "examples/test_examples.py",
         "experiments/test_attention_maps.py",
         "tools/test_benchmarks.py",
         "tools/test_build.py",

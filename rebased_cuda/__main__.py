@@ -15,6 +15,7 @@ import torch
 
 from . import __version__, build_info
 from .demo.checks import FEATURE_DIM, HEAD_DIM, HEADS, SEQLEN, accuracy, gradcheck
+from .demo.guidance import gpu_line, next_steps
 from .demo.report import Report
 from .demo.speed import speed
 from .demo.timing import machine
@@ -85,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.say(f"\n{len(report.checks) - len(failed)} of {len(report.checks)} checks passed, {seconds:.0f} s")
     if failed:
         report.say("FAILED: " + "; ".join(failed))
+    report.say(gpu_line(build_info(), device))
+    next_steps(report)
     if arguments.json:
         summary = {"passed": report.passed, "seconds": round(seconds, 1), "checks": report.checks}
         print(json.dumps(summary | report.results))

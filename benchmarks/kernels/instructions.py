@@ -54,7 +54,7 @@ PATTERNS = ("tensor_core_*", "float32_*")
 # Per 64 tokens and warp at sm_90, of one query head per kv head; of `outer` with chunks of 128 tokens.
 MOST_INSTRUCTIONS = {
     "tensor_core::polynomial::forward_kernel<bfloat16, outer, 16, 128, false>": 950,
-    "tensor_core::polynomial::segment_state_kernel<bfloat16, outer, 16, 128>": 340,
+    "tensor_core::polynomial::segment_state_kernel<bfloat16, outer, 16, 128>": 355,
     "tensor_core::polynomial::grad_q_kernel<bfloat16, outer, 16, 128, false>": 1410,
     "tensor_core::polynomial::reverse_segment_kernel<bfloat16, outer, 16, 128>": 440,
     "tensor_core::polynomial::grad_kv_kernel<bfloat16, outer, 16, 128, false>": 1880,

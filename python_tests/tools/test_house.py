@@ -176,7 +176,11 @@ def _numbered(root: Path, file: str) -> Iterator[tuple[int, str]]:
 def files_that_do_not_say_what_they_are_for(root: Path) -> list[str]:
     """Sources with no comment or docstring at their top; instances name their kernels and nothing else."""
     cpp = [file for file in _under(root, "csrc", CPP) if "/instances/" not in file]
-    python = [file for folder in ("rebased_cuda", "benchmarks") for file in _under(root, folder, (".py",))]
+    python = [
+        file
+        for folder in ("rebased_cuda", "benchmarks", "examples")
+        for file in _under(root, folder, (".py",))
+    ]
     starts = {**dict.fromkeys(cpp, "//"), **dict.fromkeys(python, '"""')}
     return [
         file

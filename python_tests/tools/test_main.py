@@ -13,7 +13,7 @@ from conftest import EMULATED
 import rebased_cuda
 from rebased_cuda import __main__ as main_module
 from rebased_cuda import rebased_attention
-from rebased_cuda.demo import checks, training
+from rebased_cuda.demo import checks, guidance, training
 from rebased_cuda.demo.report import Report
 
 pytestmark = [
@@ -156,3 +156,47 @@ def test_everything() -> None:
     assert summary["training"]["final_loss"] < summary["training"]["unigram_entropy"]
     timed = {(row["case"], row["direction"]) for row in summary["speed"]}
     assert len(timed) == 4
+
+
+def test_it_ends_with_what_to_do_next(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main_module.main(["--gradcheck-only", "--device", "cpu"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert [line.split(":")[0].strip() for line in lines[-5:]] == ["GPU", "Next", "layer", "model", "docs"]
+    assert rebased_cuda.ReBasedAttention(768)(torch.randn(1, 2, 768)).shape == (1, 2, 768)  # as `layer` says
+
+
+H100, A100 = {"H100": (9, 0)}, {"A100": (8, 0)}
+FOR_H100 = {"cuda": True, "cuda_architectures": "90-real"}
+
+
+@pytest.mark.parametrize(
+    ("built", "seen", "driver", "device", "said"),
+    [
+        ({"cuda": False}, {}, False, "cpu", "GPU: none here"),
+        ({"cuda": False}, {}, True, "cpu", "GPU: NVIDIA's driver is installed, but this torch sees no GPU"),
+        ({"cuda": False}, H100, True, "cpu", "GPU: H100 could be used, but this build has no CUDA kernels"),
+        (FOR_H100, A100 | H100, True, "cuda", "GPU: A100 could be used, but this build is for 90-real only"),
+        (FOR_H100, H100, True, "cuda", "GPU: H100, which this build is for"),
+        (FOR_H100, H100, True, "cpu", "GPU: H100, which this build is for; this ran on cpu"),
+    ],
+)
+def test_whether_a_gpu_could_be_used(built, seen, driver, device, said) -> None:
+    line = guidance.gpu_verdict(built, seen, driver, device)
+    assert line.startswith(said)
+    assert "\n" not in line
+    assert ("build again" in line) == ("could be used" in line)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "runs_on", "does_not"),
+    [
+        ("80-real", [(8, 0), (8, 9)], [(7, 5), (9, 0), (12, 0)]),
+        ("86-real 90", [(8, 6), (8, 9), (9, 0), (10, 0), (12, 0)], [(8, 0)]),
+        ("80-virtual", [(8, 0), (9, 0), (12, 1)], [(7, 5)]),
+        ("90a-real", [(9, 0)], [(10, 0), (8, 0)]),
+        ("", [], [(9, 0)]),
+    ],
+)
+def test_which_gpus_an_architecture_runs_on(architectures, runs_on, does_not) -> None:
+    assert all(guidance.runs_on(architectures, capability) for capability in runs_on)
+    assert not any(guidance.runs_on(architectures, capability) for capability in does_not)
