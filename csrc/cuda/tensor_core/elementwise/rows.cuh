@@ -31,8 +31,9 @@ struct Shape {
 
 // ---- copies ----
 
-// Where a thread reads its parts of the next chunk: a row of q and of k is in the hands of two lanes of the
-// warp that owns it, and one of v in those of eight threads. Only forward has queries.
+// Where a thread reads its parts of the next chunk. A row of q and of k is in the hands of two lanes of the
+// warp that owns it, eight lanes apart, so that eight side by side write to all banks; one of v is in the
+// hands of eight threads. Only forward has queries.
 template <class T, class S>
 struct NextRows {
   static constexpr int value_units = columns / 8, value_step = threads / value_units;
@@ -42,8 +43,8 @@ struct NextRows {
   int row, element, value_row, value_column;
 
   DEVICE NextRows(const Origins<T>& origins, const Problem& problem, const Lane& lane)
-      : row(tile * lane.warp + lane.lane / S::units),
-        element(8 * (lane.lane % S::units)),
+      : row(tile * lane.warp + lane.row_of_halves()),
+        element(lane.column_of_halves()),
         value_row((32 * lane.warp + lane.lane) / value_units),
         value_column(8 * (lane.lane % value_units)) {
     k = origins.k + static_cast<int64_t>(row) * row_stride(problem.k) + element;
