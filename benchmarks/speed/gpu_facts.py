@@ -106,7 +106,7 @@ def _is_instance(name: str, base_name: str, feature_map: str) -> bool:
         if "128" not in arguments:
             return False
         arguments.remove("128")
-    maps = {"outer", "square", "taylor", "elu"} & arguments
+    maps = {"outer", "square", "taylor", "elu", "identity"} & arguments
     types = {"bfloat16", "float16", "float32", "float64"} & arguments
     numbers = {x for x in arguments if x.isdigit()}  # feature dim; of the step kernel its query heads
     sums = base_name.startswith("sum_")  # of gradients, always float32

@@ -158,7 +158,8 @@ def test_instruction_problems():
     float32 = replace(
         FIGURES, name=registers.FLOAT32_FORWARD, chunk_instructions=1000, chunk_opcodes=few_products
     )
-    assert "0.69 of its instructions are FFMA, not 0.7" in instruction_problems(float32)[0]
+    problems = instruction_problems(float32)
+    assert any("0.69 of its instructions are FFMA, not 0.7" in problem for problem in problems)
     split_stores = replace(FIGURES, chunk_accesses={"load 16": 8, "store 4": 24})
     assert "24 stores of 4 bytes per chunk, 2 expected" in instruction_problems(split_stores)[0]
     assert "not in LOOPS" in instruction_problems(replace(FIGURES, chunk_instructions=None))[0]
