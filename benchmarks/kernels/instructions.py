@@ -57,9 +57,9 @@ MOST_INSTRUCTIONS = {
     "tensor_core::polynomial::segment_state_kernel<bfloat16, outer, 16, 128>": 355,
     "tensor_core::polynomial::grad_q_kernel<bfloat16, outer, 16, 128, false>": 1410,
     "tensor_core::polynomial::reverse_segment_kernel<bfloat16, outer, 16, 128>": 440,
-    "tensor_core::polynomial::grad_kv_kernel<bfloat16, outer, 16, 128, false>": 1880,
-    SQUARE_FORWARD: 800,
-    SQUARE_STATES: 420,
+    "tensor_core::polynomial::grad_kv_kernel<bfloat16, outer, 16, 128, false>": 1830,
+    SQUARE_FORWARD: 610,
+    SQUARE_STATES: 245,
 }
 FLOAT32_FORWARD_SHARE = 0.7  # of FFMA among the instructions per chunk, at least
 
