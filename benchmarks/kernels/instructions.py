@@ -12,12 +12,8 @@ that of one head. Inner loops of the tensor-core kernels without HMMA are those 
 not counted. Of the loops with HMMA in the kernels of elementwise/ one walks the tiles of 16 tokens up to a
 warp's own; the other, with a few, walks four tiles in one of four warps.
 
-Marks. Numbers of the kernels of polynomial/, whose chunks have 64 or 128 tokens, and of elementwise/ are per
-64 tokens and of one path: whole chunks, "token" LayerNorm, a later chunk than the first. Comments in their
-source say what this path takes. `counted 0`, behind a statement or behind the brace that opens one, means
-never; `counted 1/4` means that one of four warps takes it, or each of them once in four times; a second
-number is for chunks of 128 tokens; and `from here` means what follows inside the same braces. A block of
-machine code counts as its instructions do, which are from the lines of such a statement or inlined there.
+Numbers of the kernels of polynomial/, whose chunks have 64 or 128 tokens, and of elementwise/ are per 64
+tokens and of one path, which marks.py reads from their source.
 
 python_tests/cuda/ptx/test_ptx.py compares HMMA per chunk with those that really run.
 """
@@ -25,7 +21,6 @@ python_tests/cuda/ptx/test_ptx.py compares HMMA per chunk with those that really
 from __future__ import annotations
 
 import argparse
-import functools
 import re
 import sys
 from collections import Counter
@@ -34,15 +29,15 @@ from fractions import Fraction
 from pathlib import Path
 
 from benchmarks.kernels.kernel import read_kernels
+from benchmarks.kernels.marks import all_blocks, shares_of_blocks
 from benchmarks.kernels.registers import (
     CHECKED_ARCHITECTURES,
     FLOAT32_FORWARD,
     SQUARE_FORWARD,
 )
 from benchmarks.kernels.report import format_table, write_json
-from benchmarks.kernels.sass import Function, Instruction, Loop, disassemble
+from benchmarks.kernels.sass import Function, Loop, disassemble
 from benchmarks.kernels.toolchain import (
-    ROOT,
     ToolMissingError,
     compile_all,
     compiler_release,
@@ -275,69 +270,6 @@ def loops_of(name: str) -> tuple[Nest, ...] | None:
         shape = re.search(r"\w+Shape", name)  # segment_states has chunks of either sweep
         return _float32_loops(re.search(r"<(\w+)", name)[1]).get(shape[0] if shape else base)
     return LOOPS.get(base)
-
-
-def counted_shares(text: str, chunk: int) -> dict[int, Fraction]:
-    """The lines of a source whose statements a mark gives a share, and the smallest share of each."""
-    lines = text.splitlines()
-    code = [re.sub(r"//.*", "", line).rstrip() for line in lines]
-    shares: dict[int, Fraction] = {}
-    for first, line in enumerate(lines):
-        mark = re.search(r"// counted (\d(?:/\d+)?)(?:, (\d+/\d+))?( from here)?\b", line)
-        if not mark:
-            continue
-        last = first
-        if mark[3] or code[first].endswith("{"):
-            depth = 1
-            while depth > 0:
-                last += 1
-                depth += code[last].count("{") - code[last].count("}")
-        else:
-            while not code[last].endswith(";"):
-                last += 1
-        share = Fraction(mark[2] if mark[2] and chunk == 128 else mark[1])
-        for number in range(first + 1, last + 2):
-            shares[number] = min(share, shares.get(number, Fraction(1)))
-    return shares
-
-
-@functools.cache
-def shares_of_file(file: str, chunk: int) -> dict[int, Fraction]:
-    path = ROOT / "csrc" / file
-    return counted_shares(path.read_text(), chunk) if path.is_file() else {}  # a toolkit's header
-
-
-def share_of_block(block: list[Instruction], chunk: int) -> Fraction:
-    """What part of a chunk's runs of a block count, by the marks of its instructions.
-
-    The compiler moves some between blocks: the largest share of those that a third of them have.
-    """
-    one = Fraction(1)
-    found = Counter(
-        min((shares_of_file(file, chunk).get(line, one) for file, line in i.lines), default=one)
-        for i in block
-    )
-    return max((share for share, count in found.items() if 3 * count > len(block)), default=one)
-
-
-def shares_of_blocks(function: Function, loop: Loop, chunk: int) -> dict[int, Fraction]:
-    """Of each block of the loop. Where ways join again, a block counts as all that leads to it does."""
-    inside = all_blocks(loop)
-    ends = [block for block in inside if loop.header in function.next[block]]
-    always = set.intersection(*(function.dominators[end] for end in ends)) & inside
-    shares = {block: share_of_block(function.blocks[block], chunk) for block in inside}
-    shares |= {block: Fraction(1) for block in always if not shares[block]}
-    reached, pending = {loop.header}, [loop.header]
-    while pending:
-        for following in function.next[pending.pop()]:
-            if following in inside and following not in reached and shares[following]:
-                reached.add(following)
-                pending.append(following)
-    return {block: share if block in reached else Fraction(0) for block, share in shares.items()}
-
-
-def all_blocks(loop: Loop) -> set[int]:
-    return loop.blocks.union(*map(all_blocks, loop.inner))
 
 
 def inner_loops(loop: Loop) -> list[Loop]:

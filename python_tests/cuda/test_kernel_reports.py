@@ -12,9 +12,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
-from benchmarks.kernels import instructions, profile, registers, same_code, toolchain
-from benchmarks.kernels.instructions import Figures, Nest, counted_shares, per_chunk, shares_of_blocks
+from benchmarks.kernels import instructions, marks, profile, registers, same_code, toolchain
+from benchmarks.kernels.instructions import Figures, Nest, per_chunk
 from benchmarks.kernels.kernel import Kernel
+from benchmarks.kernels.marks import counted_shares, shares_of_blocks
 from benchmarks.kernels.sass import Function
 
 pytestmark = pytest.mark.timeout(1800)  # the first time, every instance is compiled
@@ -277,7 +278,7 @@ MARKED_LISTING = """
 
 def test_marked_branches_are_not_counted(monkeypatch):
     monkeypatch.setattr(
-        instructions,
+        marks,
         "shares_of_file",
         lambda file, chunk: counted_shares(MARKED_SOURCE if file == "cuda/marked.cuh" else "", chunk),
     )

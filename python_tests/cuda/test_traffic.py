@@ -49,7 +49,7 @@ def test_few_segments_are_summed_without_a_scan(figures, feature_map):
     else:
         slot = 2 * 128 * 16 / traffic.TOKENS
         sums = 2 * 32 * 16 / traffic.TOKENS  # one warp writes them
-    # all four warps of backward read them; of forward one, a float for each lane
+    # in backward all four warps read the sums; in forward one warp does, a float for each lane
     read_sums = {"forward": 32 * 4 / traffic.TOKENS if sums else 0.0, "backward": 4 * sums}
     for sweep, names in (("forward", ["states"]), ("backward", ["states", "reverse states"])):
         moved = {b.name: (b.read, b.written) for b in figures[f"{sweep} {feature_map} 4"].buffers}
