@@ -124,7 +124,7 @@ def tensor(
 
 
 def affine() -> Argument:
-    """gamma or beta: (d,) or (heads, d), any floating-point dtype."""
+    """gamma or beta: (d,), (heads, d) or (heads * d,), any floating-point dtype."""
     return tensor((0, 1), other_floats=False, optional=True, ranks=_more_dims)
 
 

@@ -29,7 +29,7 @@ class Problem:
     seqlen: int = 21
     feature_dim: int = 5
     head_dim: int = 7
-    affine: str = "heads"  # gamma, beta of shape (heads, d); "shared": (d,); "mixed": some of each; "none"
+    affine: str = "heads"  # gamma, beta (heads, d); "shared": (d,); "mixed": some of each, one flat; "none"
     packed: tuple[int, ...] = ()  # cu_seqlens; then batch is 1
     with_state: bool = False
     normalize: bool = True
@@ -81,7 +81,7 @@ class Problem:
             if self.affine == "shared":
                 shapes = [(d,)] * 4
             elif self.affine == "mixed":
-                shapes[1:3] = [(d,)] * 2
+                shapes[1:] = [(d,), (d,), (self.kv_heads * d,)]
             means = (1.0, 0.2, 1.0, 0.2)
             parameters = [
                 normal(*shape, dtype=self.accumulator, mean=mean, std=0.3)

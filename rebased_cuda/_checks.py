@@ -120,8 +120,8 @@ def check_parameter(
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(value).__name__}")
     check_layout(name, value)
-    if tuple(value.shape) not in ((feature_dim,), (heads, feature_dim)):
-        allowed = f"shape ({feature_dim},) or ({heads}, {feature_dim})"
+    if tuple(value.shape) not in ((feature_dim,), (heads, feature_dim), (heads * feature_dim,)):
+        allowed = f"shape ({feature_dim},), ({heads}, {feature_dim}) or ({heads * feature_dim},)"
         raise fail(name, allowed, f"shape {tuple(value.shape)}")
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")

@@ -109,9 +109,9 @@ def rebased_attention(
         q: (B, Hq, N, d), d from 1 to 128. float32, float64, float16 or bfloat16; any strides.
         k: (B, Hkv, N, d), same dtype; Hq is a multiple of Hkv, query head h uses kv head h // (Hq / Hkv).
         v: (B, Hkv, N, dv), same dtype, dv from 1 to 256.
-        gamma_q, beta_q: (d,) or (Hq, d), optional each; applied with or without LayerNorm, in float32
-            (float64 for float64 inputs).
-        gamma_k, beta_k: (d,) or (Hkv, d), optional each.
+        gamma_q, beta_q: (d,), (Hq, d) or flat (Hq * d,), optional each; applied with or without LayerNorm, in
+            float32 (float64 for float64 inputs).
+        gamma_k, beta_k: (d,), (Hkv, d) or (Hkv * d,), optional each.
         feature_map: "outer": sim = (scale q'.k')^2, what the authors' released kernel computes; "square":
             sim = sum q'^2 k'^2, the paper's formula read literally; "taylor": sim = 1 + u + u^2/2 with
             u = scale q'.k' (Based); "elu": phi = elu(x) + 1 (Katharopoulos et al., 2020);

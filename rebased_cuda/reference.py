@@ -20,7 +20,7 @@ Three forms of one function, alike in arguments and results:
          initial_state=None, return_state=False, cu_seqlens=None) -> y  or  y, (kv, k)
 
     q (B, Hq, N, d)   k (B, Hkv, N, d)   v (B, Hkv, N, dv)   y (B, Hq, N, dv)
-    gamma, beta (d,) or (heads, d)   kv (B, Hkv, F, dv)   k (B, Hkv, F)
+    gamma, beta (d,), (heads, d) or (heads * d,)   kv (B, Hkv, F, dv)   k (B, Hkv, F)
 
 Query head h reads the kv head h // (Hq // Hkv). `cu_seqlens` packs sequences along N with B = 1:
 the states' first dimension is then the number of sequences, and y = 0 for rows in no sequence.
@@ -68,7 +68,8 @@ def normalise(
     """Equation (1): x' = gamma * LayerNorm(x) + beta, for x (B, heads, N, d).
 
     "token" takes mean and variance over all heads' features of a token together, "head" over each
-    head's own; None leaves the LayerNorm out, gamma and beta stay. Both are (d,) or (heads, d).
+    head's own; None leaves the LayerNorm out, gamma and beta stay. Both are (d,), (heads, d) or
+    (heads * d,).
     """
     _check_rows("x", x, 3)
     if x.dim() != 4:
@@ -88,9 +89,9 @@ def _normalise(
         centred = x - x.mean(over, keepdim=True)
         x = centred * torch.rsqrt(centred.square().mean(over, keepdim=True) + layer_norm_eps)
     if gamma is not None:
-        x = x * gamma.unsqueeze(-2)
+        x = x * gamma.reshape(-1, 1, x.shape[-1])
     if beta is not None:
-        x = x + beta.unsqueeze(-2)
+        x = x + beta.reshape(-1, 1, x.shape[-1])
     return x
 
 

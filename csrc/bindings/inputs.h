@@ -109,12 +109,13 @@ class Inputs {
   static int64_t head_stride(const OptionalTensor& parameter, int64_t heads, const Problem& p) {
     if (!parameter) return 0;
     const int64_t dims = parameter->dim();
-    require(
-        parameter->scalar_type() == accumulator_type(p.dtype) &&
-            ((dims == 1 && parameter->size(0) == p.feature_dim) ||
-             (dims == 2 && parameter->size(0) == heads && parameter->size(1) == p.feature_dim)),
-        "gamma, beta: must be of shape (feature_dim) or (heads, feature_dim), float32 (float64 for float64)");
-    return dims == 1 ? 0 : p.feature_dim;
+    const bool shared = dims == 1 && parameter->size(0) == p.feature_dim;
+    const bool flat = dims == 1 && parameter->size(0) == heads * p.feature_dim;
+    const bool by_head = dims == 2 && parameter->size(0) == heads && parameter->size(1) == p.feature_dim;
+    require(parameter->scalar_type() == accumulator_type(p.dtype) && (shared || flat || by_head),
+            "gamma, beta: must be of shape (feature_dim), (heads, feature_dim) or (heads * feature_dim), "
+            "float32 (float64 for float64)");
+    return shared ? 0 : p.feature_dim;
   }
   // Only on the host: on a GPU this would synchronise, and the kernels clamp instead.
   static void check_sequences(const Problem& p) {

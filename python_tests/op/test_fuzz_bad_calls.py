@@ -81,7 +81,8 @@ def _sizes(rng: random.Random) -> dict[str, int]:
 
 def _affine(rng: random.Random, s: dict[str, int]) -> Values:
     def one(heads: int) -> torch.Tensor:
-        return torch.rand(*rng.choice(((), (heads,))), s["feature_dim"])
+        d = s["feature_dim"]
+        return torch.rand(rng.choice(((d,), (heads, d), (heads * d,))))
 
     heads = {"gamma_q": s["heads"], "beta_q": s["heads"], "gamma_k": s["kv_heads"], "beta_k": s["kv_heads"]}
     return {key: one(n) for key, n in heads.items()}

@@ -32,6 +32,8 @@ from .base import (
 )
 from .sequences import Rows, Slots, pack
 
+_ACCUMULATORS = (torch.float32, torch.float64)
+
 
 class QueryKeyNorm(nn.LayerNorm):
     """gamma and beta of a layer's queries or keys: the module `ln_q` or `ln_k`.
@@ -103,9 +105,21 @@ class QueryKeyNorm(nn.LayerNorm):
         return input if self.bias is None else input + self.bias
 
 
+def _affine(norm: nn.LayerNorm) -> tuple[Tensor | None, Tensor | None]:
+    """gamma and beta (heads * feature_dim,) of ln_q or ln_k, or of what was put in their place.
+
+    Where nothing else would happen at the call they are read: a call, and the copies that it gives, take as
+    long as a Linear of one token.
+    """
+    if (type(norm) is QueryKeyNorm and is_plain_call(norm)) or type(norm).forward is nn.LayerNorm.forward:
+        return _converted(norm.weight), _converted(norm.bias)
+    gamma, beta = norm(None)
+    return gamma, beta
+
+
 def _converted(parameter: Tensor | None) -> Tensor | None:
     """In float32, or in float64 of float64: what the operator computes in."""
-    if parameter is None or parameter.dtype in (torch.float32, torch.float64):
+    if parameter is None or parameter.dtype in _ACCUMULATORS:
         return parameter
     return parameter.float()
 
@@ -275,7 +289,7 @@ class ReBasedAttention(ContextParallelLayer):
         """
         x = check_token("x_t", x_t, self.hidden_size)
         refuse_gradients(self, "step", x)
-        q, (k, v) = self._queries(x, "x_t"), self._keys_and_values(x, "x_t")
+        q, k, v = self._projected(x, "x_t")
         y = rebased_attention_step(q, k, v, state, **self._options(), state_index=state_index)
         output: Tensor = self.proj_o(y.flatten(1))
         return output if x is x_t else output.unsqueeze(1)
@@ -291,7 +305,7 @@ class ReBasedAttention(ContextParallelLayer):
                 "attention_matrix: needs the whole sequence, which context_parallelize shares out"
             )
         check_input("x", x, ("B", "N", self.hidden_size))
-        q, k = self._queries(x), self._keys_and_values(x)[0]
+        q, k, _ = self._projected(x)
         return attention_matrix(q.transpose(1, 2), k.transpose(1, 2), **self._options())
 
     def _attend(
@@ -304,11 +318,12 @@ class ReBasedAttention(ContextParallelLayer):
         return_state: bool,
     ) -> tuple[Tensor, RebasedState | None]:
         check_input("x", x, ("B", "N", self.hidden_size))
-        options = {**self._options(), "return_state": return_state}
+        options = self._options()
+        options["return_state"] = return_state
         initial, slots = state, None
         if self.context_parallel_group is None:
             rows = pack("x", x, attention_mask, cu_seqlens)
-            q, (k, v) = self._queries(rows.x), self._keys_and_values(rows.x)
+            q, k, v = self._projected(rows.x)
             if state_index is not None:
                 initial, slots = self._slots(state, state_index, rows, q)
             try:
@@ -367,29 +382,35 @@ class ReBasedAttention(ContextParallelLayer):
         # only where torch.distributed is in use: not every torch has it
         from ..context_parallel import begin_exchange, context_parallel_rebased_attention
 
-        k, v = (x.transpose(1, 2) for x in self._keys_and_values(x))
+        sizes = (*x.shape[:-1], self.num_kv_heads)
+        k, v = call("x", x, self.proj_k, self.proj_v)
+        k, v = (
+            k.view(*sizes, self.feature_dim).transpose(1, 2),
+            v.view(*sizes, self.head_dim).transpose(1, 2),
+        )
         names = ("gamma_k", "beta_k", "feature_map", "layer_norm", "layer_norm_eps", "return_state")
         group = self.context_parallel_group
         exchange = begin_exchange(k, v, **{name: options[name] for name in names}, group=group)
-        q = self._queries(x).transpose(1, 2)
+        (q,) = call("x", x, self.proj_q)
+        q = q.view(*x.shape[:-1], self.num_heads, self.feature_dim).transpose(1, 2)
         return context_parallel_rebased_attention(q, k, v, **options, group=group, exchange=exchange)
 
-    def _queries(self, x: Tensor, name: str = "x") -> Tensor:
-        """(..., num_heads, feature_dim) of x (..., hidden_size), which errors call `name`."""
-        q: Tensor = call(self.proj_q, x, name).view(*x.shape[:-1], self.num_heads, self.feature_dim)
-        return q
+    def _projected(self, x: Tensor, name: str = "x") -> tuple[Tensor, Tensor, Tensor]:
+        """q (..., num_heads, feature_dim), and k and v likewise with num_kv_heads, of x (..., hidden_size).
 
-    def _keys_and_values(self, x: Tensor, name: str = "x") -> tuple[Tensor, Tensor]:
-        """(..., num_kv_heads, feature_dim) and (..., num_kv_heads, head_dim) of x (..., hidden_size)."""
-        sizes = (*x.shape[:-1], self.num_kv_heads)
+        Errors call x `name`.
+        """
+        q, k, v = call(name, x, self.proj_q, self.proj_k, self.proj_v)
+        rows = x.shape[:-1]
         return (
-            call(self.proj_k, x, name).view(*sizes, self.feature_dim),
-            call(self.proj_v, x, name).view(*sizes, self.head_dim),
+            q.view(*rows, self.num_heads, self.feature_dim),
+            k.view(*rows, self.num_kv_heads, self.feature_dim),
+            v.view(*rows, self.num_kv_heads, self.head_dim),
         )
 
     def _options(self) -> dict[str, Any]:
-        gamma_q, beta_q = self._affine(self.ln_q, self.num_heads)
-        gamma_k, beta_k = self._affine(self.ln_k, self.num_kv_heads)
+        gamma_q, beta_q = _affine(self.ln_q)
+        gamma_k, beta_k = _affine(self.ln_k)
         return {
             "gamma_q": gamma_q,
             "beta_q": beta_q,
@@ -401,16 +422,3 @@ class ReBasedAttention(ContextParallelLayer):
             "eps": self.eps,
             "layer_norm_eps": self.layer_norm_eps,
         }
-
-    def _affine(self, norm: nn.LayerNorm, heads: int) -> tuple[Tensor | None, Tensor | None]:
-        """gamma and beta (heads, feature_dim) of ln_q or ln_k, or of what was put in their place.
-
-        Where nothing else would happen at the call they are read: a call, and the copies that it gives, take
-        as long as a Linear of one token.
-        """
-        if (type(norm) is QueryKeyNorm and is_plain_call(norm)) or type(norm).forward is nn.LayerNorm.forward:
-            gamma, beta = _converted(norm.weight), _converted(norm.bias)
-        else:
-            gamma, beta = norm(None)
-        sizes = (heads, self.feature_dim)
-        return None if gamma is None else gamma.view(sizes), None if beta is None else beta.view(sizes)

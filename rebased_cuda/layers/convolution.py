@@ -200,7 +200,8 @@ class GatedShortConvolution(ContextParallelLayer):
         if before is None:
             before = u.new_zeros(u.shape[0], self.hidden_size, self.kernel_size - 1)
         window = torch.cat([before.mT, u], 1)  # (B, kernel_size - 1 + N, hidden_size)
-        return self._gate(u, call(self.conv, window.mT, name).mT, name), window[:, u.shape[1] :].mT
+        (convolved,) = call(name, window.mT, self.conv)
+        return self._gate(u, convolved.mT, name), window[:, u.shape[1] :].mT
 
     def _convolve_packed(self, u: Tensor, cu_seqlens: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """`_convolve` of packed sequences, each with the tokens before it put in front of it.
@@ -222,10 +223,11 @@ class GatedShortConvolution(ContextParallelLayer):
         given = torch.cat([u.new_zeros(size, self.hidden_size), before.mT.flatten(0, 1), u[0]])
         window = torch.empty_like(given).index_copy(0, place, given)
         after = window.index_select(0, (first[1:, None] - size + entry).flatten())
-        convolved = call(self.conv, window.mT.unsqueeze(0), "u").mT
-        y = self._gate(u, convolved.index_select(1, row + size * begun), "u")
+        (convolved,) = call("u", window.mT.unsqueeze(0), self.conv)
+        y = self._gate(u, convolved.mT.index_select(1, row + size * begun), "u")
         outside = (row < bounds[0]) | (row >= bounds[-1])
         return y.masked_fill(outside[:, None], 0), after.view(sequences, size, self.hidden_size).mT
 
     def _gate(self, u: Tensor, convolved: Tensor, name: str) -> Tensor:
-        return torch.addcmul(u, convolved, call(self.proj, u, name)).to(u.dtype)
+        (projected,) = call(name, u, self.proj)
+        return torch.addcmul(u, convolved, projected).to(u.dtype)
