@@ -45,6 +45,7 @@ class Prepared:
     bound: float
     compiles: bool = False  # the first call takes much longer
     elsewhere: bool = False  # in another process, whose memory is not seen
+    calls: int = 1  # at least so many make a run, whose time is divided by their number
 
 
 Preparer = Callable[[], Prepared]  # raises UnavailableError
@@ -200,6 +201,7 @@ def _measure_methods(
 class _Ready:
     run: Callable[[], Any]
     seconds: float
+    calls: int
 
 
 def _ready(method: Method, row: Row, device: str, longest: float) -> _Ready | None:
@@ -227,7 +229,8 @@ def _ready(method: Method, row: Row, device: str, longest: float) -> _Ready | No
         row.status = f"not timed: one call takes {warm_up:.1f} s"
         return None
     quick = warm_up < QUICK
-    return _Ready(prepared.run, timing.once(prepared.run, device) if quick else warm_up)
+    seconds = timing.once(prepared.run, device) if quick else warm_up
+    return _Ready(prepared.run, seconds, prepared.calls)
 
 
 def _rounds(needed: Mapping[str, float], budget: float, base: str) -> list[tuple[int, list[str]]]:
@@ -245,7 +248,7 @@ def _rounds(needed: Mapping[str, float], budget: float, base: str) -> list[tuple
 
 def _repeated(ready: _Ready, device: str) -> tuple[Callable[[], Any], int]:
     """(a run of at least about a millisecond, the calls in it): on a CPU the clock itself costs something."""
-    count = 1 if device == "cuda" else max(1, int(1e-3 / max(ready.seconds, 1e-7)))
+    count = 1 if device == "cuda" else max(ready.calls, int(1e-3 / max(ready.seconds, 1e-7)))
     if count == 1:
         return ready.run, 1
 
