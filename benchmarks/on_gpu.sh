@@ -69,7 +69,7 @@ machine() {
   "$PYTHON" -c "import torch, sys; print(sys.version, torch.__version__, torch.version.cuda)"
 }
 
-build() { REBASED_CUDA=1 REBASED_EMULATOR=0 "$PYTHON" setup.py build_ext --inplace; }
+build() { REBASED_CUDA=1 REBASED_LINEINFO=1 REBASED_EMULATOR=0 "$PYTHON" setup.py build_ext --inplace; }
 
 build_drivers() {
   cmake -S csrc/tests -B "$BUILT" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native &&

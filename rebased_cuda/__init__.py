@@ -9,7 +9,7 @@ for transformers, `rebased_cuda.compat` other packages' calls, and `rebased_cuda
 the CUDA kernels are launched.
 """
 
-import torch  # before _C: loads the libtorch_cpu that _C's symbols are found in
+import torch  # first: loads the libtorch_cpu that the operators' symbols are found in
 
 from ._load import build_info
 from .attention import rebased_attention, rebased_attention_step

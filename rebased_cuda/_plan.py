@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C  # type: ignore[attr-defined]
-from ._load import build_info
+from ._load import build_info, module
 
 EMULATED = build_info()["cpu_backend"] == "emulated"
 Limits = tuple[int, int, int]
@@ -20,8 +19,8 @@ def limits_of(device: torch.device) -> Limits | None:
     """Of a GPU, or of the emulator that stands for the CPU; None where there is neither."""
     if device.type == "cuda" and torch.cuda.is_available():
         index = torch.cuda.current_device() if device.index is None else device.index
-        return _C.device_limits(index)  # type: ignore[no-any-return]
-    return _C.device_limits(-1) if device.type == "cpu" and EMULATED else None
+        return module().device_limits(index)  # type: ignore[no-any-return]
+    return module().device_limits(-1) if device.type == "cpu" and EMULATED else None
 
 
 def given_call(
@@ -43,7 +42,7 @@ def given_call(
     """
     qkv: list[Any] = list(inputs[:3])
     feature_map, layer_norm, _, _, _, normalize = options
-    return _C.GivenCall(
+    return module().GivenCall(
         sizes=[[int(size) for size in x.shape] for x in qkv],
         strides=[[int(stride) for stride in x.stride()] for x in qkv],
         dtype=str(qkv[0].dtype).removeprefix("torch."),

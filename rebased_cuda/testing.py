@@ -3,7 +3,7 @@
 `plan` answers on any machine, with or without a GPU. What the others set holds for the whole process.
 """
 
-from . import _C  # type: ignore[attr-defined]
+from ._load import module
 
 __all__ = [
     "plan",
@@ -13,6 +13,7 @@ __all__ = [
     "take_recorded_launches",
 ]
 
+_C = module()
 plan = _C.plan
 set_plan_override = _C.set_plan_override
 record_launches = _C.record_launches

@@ -149,7 +149,7 @@ def measure(row: Comparison, this: Version, other: Version, pairs: int) -> None:
 
 
 def _refuse_without_build(folder: Path) -> None:
-    if not list((folder / "rebased_cuda").glob("_C*.so")):
+    if not list((folder / "rebased_cuda").glob("*.so")):
         raise RefusedError(
             f"{folder} has no built rebased_cuda: run `python setup.py build_ext --inplace` there"
         )

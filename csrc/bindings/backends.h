@@ -4,6 +4,7 @@
 // then run.
 #pragma once
 
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cstdlib>
@@ -53,10 +54,26 @@ class NativeBackend {
   Parallel parallel_{static_cast<int>(torch::stable::get_num_threads()), parallel_for};
 };
 
+#if defined(REBASED_CUDA)
+// "12.4", the newest CUDA that this machine's driver serves; "none" where there is no driver.
+inline std::string cuda_of_the_driver() {
+  void* const library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
+  void* const function = library ? dlsym(library, "cuDriverGetVersion") : nullptr;
+  int version = 0;
+  if (!function || reinterpret_cast<int (*)(int*)>(function)(&version) != 0) return "none";
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+#endif
+
 [[maybe_unused]] inline void require_success(const char* error) {
   if (*error == '\0') return;
   std::string message = std::string("rebased_cuda: ") + error;
 #if defined(REBASED_CUDA)
+  if (std::strstr(error, "driver version is insufficient") != nullptr) {
+    message += ": the kernels were built by CUDA " REBASED_CUDA_VERSION
+               " and need a driver of its major version or a later one; this machine's serves CUDA " +
+               cuda_of_the_driver();
+  }
   if (std::strstr(error, "no kernel image") != nullptr ||
       std::strstr(error, "invalid device function") != nullptr) {
     message += ": this build has code for " REBASED_CUDA_ARCHITECTURES

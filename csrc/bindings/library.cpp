@@ -7,6 +7,7 @@
 //                              where it is handed on; without elements where the backend keeps nothing. Its
 //                              size follows from the inputs' sizes alone where keep_states is false
 //   step                       one token more, whose state is updated in place
+//   build_info                 the facts of facts.h as JSON, for a Python that the package has no module for
 //   forward_state              the state that rows of k and v leave behind. With this operator and the `part`
 //                              of backward_with_state, processes that share a sequence exchange states
 //                              (rebased_cuda/context_parallel/)
@@ -16,6 +17,7 @@
 #include <tuple>
 #include <utility>
 
+#include "bindings/facts.h"
 #include "bindings/inputs.h"
 #include "bindings/slots.h"
 
@@ -277,6 +279,17 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor ga
   return y;
 }
 
+// No fact holds what JSON would have to escape: names, versions and architectures.
+std::string build_info() {
+  std::string json = "{";
+  for (const Fact& fact : build_facts()) {
+    if (json.size() > 1) json += ", ";
+    json += std::string("\"") + fact.name + "\": ";
+    json += !fact.is_flag ? "\"" + fact.text + "\"" : fact.text.empty() ? "false" : "true";
+  }
+  return json + "}";
+}
+
 #if defined(REBASED_EMULATOR)
 // For the test of the poison: rows as an operator allocates them, before anything is written.
 Tensor unwritten(const Tensor& like) {
@@ -337,6 +350,11 @@ STABLE_TORCH_LIBRARY(rebased_cuda, library) {
       "step(Tensor q, Tensor k, Tensor v, Tensor? gamma_q, Tensor? beta_q, Tensor? gamma_k, Tensor? beta_k, "
       "Tensor(a!) state_kv, Tensor(b!) state_k, Tensor? state_index, str feature_map, str layer_norm, "
       "float scale, float eps, float layer_norm_eps, bool normalize) -> Tensor");
+  library.def("build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rebased_cuda, CompositeExplicitAutograd, library) {
+  library.impl("build_info", TORCH_BOX(&build_info));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rebased_cuda, CPU, library) {

@@ -6,13 +6,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "bindings/facts.h"
 #include "bindings/row_layout.h"
 #include "cuda/plan/configurations.h"
 #include "cuda/plan/plan.h"
 #include "op/backend.h"
-#if defined(REBASED_EMULATOR)
-#include "emulator/runtime.h"
-#endif
 
 namespace py = pybind11;
 
@@ -20,23 +18,13 @@ namespace {
 
 py::dict build_info() {
   py::dict info;
-#if defined(REBASED_CUDA)
-  info["cuda"] = true;
-  info["cuda_version"] = REBASED_CUDA_VERSION;
-  info["cuda_architectures"] = REBASED_CUDA_ARCHITECTURES;
-#else
-  info["cuda"] = false;
-  info["cuda_version"] = "";
-  info["cuda_architectures"] = "";
-#endif
-#if defined(REBASED_EMULATOR)
-  info["emulator"] = true;
-#else
-  info["emulator"] = false;
-#endif
-  info["torch_version"] = REBASED_TORCH_VERSION;  // built against; any torch from 2.11 on will do
-  info["compiler"] = REBASED_COMPILER;
-  info["cpu_instruction_set"] = rebased::cpu::instruction_set();
+  for (const rebased::Fact& fact : rebased::build_facts()) {
+    if (fact.is_flag) {
+      info[fact.name] = !fact.text.empty();
+    } else {
+      info[fact.name] = fact.text;
+    }
+  }
   return info;
 }
 
@@ -76,17 +64,6 @@ AnyProblem shaped(int64_t batch, int64_t heads, int64_t kv_heads, int64_t seqlen
   return p;
 }
 
-#if defined(REBASED_EMULATOR)
-// How many kernels a call of this plan launches; none of them runs. 0 where there is no such plan.
-template <class AnyProblem>
-int count_launches(AnyProblem problem, const rebased::Plan& plan) {
-  alignas(64) static char present[64];
-  problem.workspace = present;
-  const rebased::emulator::LaunchCounter counter;
-  return *rebased::emulated::run(problem, plan, nullptr) ? 0 : counter.count();
-}
-#endif
-
 py::dict plan(const std::string& direction, int64_t batch, int64_t heads, int64_t kv_heads, int64_t seqlen,
               int64_t feature_dim, int64_t head_dim, const std::string& dtype, const std::string& feature_map,
               const std::string& layer_norm, int64_t sequences, bool state, bool keep, int multiprocessors,
@@ -114,12 +91,10 @@ py::dict plan(const std::string& direction, int64_t batch, int64_t heads, int64_
                                   layer_norm, sequences);
   };
   rebased::Plan chosen;
-  [[maybe_unused]] int launches = 0;
+  int launches = -1;
   const auto plan_call = [&](const auto& p) {
     chosen = rebased::make_plan(p, device);
-#if defined(REBASED_EMULATOR)
-    launches = count_launches(p, chosen);
-#endif
+    launches = rebased::count_launches(p, chosen);
   };
   if (direction == "forward") {
     auto p = problem(rebased::ForwardProblem{});
@@ -146,9 +121,7 @@ py::dict plan(const std::string& direction, int64_t batch, int64_t heads, int64_
   py::dict result;
   result["path"] = rebased::path_name(chosen.path);
   result["error"] = chosen.error;
-#if defined(REBASED_EMULATOR)
-  result["launches"] = launches;
-#endif
+  if (launches >= 0) result["launches"] = launches;
   for (const auto& [name, value] : rebased::plan_entries(chosen)) result[name.c_str()] = value;
   return result;
 }
@@ -259,15 +232,9 @@ GivenCall given_call(const std::vector<Sizes>& sizes, const std::vector<Sizes>& 
 }
 
 // Of a GPU, or with index -1 of the emulator: multiprocessors, compute capability, shared memory per block.
-py::tuple device_limits([[maybe_unused]] int index) {
+py::tuple device_limits(int index) {
   rebased::Device device{};
-  const char* error = "this build has no kernels for this device";
-#if defined(REBASED_CUDA)
-  if (index >= 0) error = rebased::cuda::query_device(index, &device);
-#endif
-#if defined(REBASED_EMULATOR)
-  if (index < 0) error = rebased::emulated::query_device(0, &device);
-#endif
+  const char* const error = rebased::query_limits(index, &device);
   if (*error) throw std::runtime_error(std::string("rebased_cuda: ") + error);
   return py::make_tuple(device.multiprocessors, device.compute_capability, device.shared_memory_per_block);
 }

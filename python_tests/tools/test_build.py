@@ -1,5 +1,6 @@
 """What setup.py finds and says: torch, nvcc, versions that don't fit, architectures. No compiler is run."""
 
+import json
 import os
 import re
 import runpy
@@ -7,11 +8,11 @@ import shutil
 import stat
 import subprocess
 import sys
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
 import setuptools
+import torch
 
 import rebased_cuda
 
@@ -40,8 +41,6 @@ def _only_torch_in(monkeypatch, script, folder):
 
 
 def test_finds_this_torch_without_importing_it(script):
-    import torch
-
     root, version, cuda = script["find_torch"]()
     assert root == Path(torch.__file__).parent
     assert version == torch.__version__
@@ -52,6 +51,18 @@ def test_no_torch_is_one_sentence(script, monkeypatch, tmp_path):
     _only_torch_in(monkeypatch, script, tmp_path)
     with pytest.raises(SystemExit, match=r"no torch found .* Install torch 2.11 or later first"):
         script["find_torch"]()
+
+
+def test_the_environment_that_uv_was_asked_to_fill_is_found(tmp_path):
+    (tmp_path / "pyvenv.cfg").touch()
+    build = (
+        "import runpy, setuptools; setuptools.setup = lambda **_: None;"
+        "print(runpy.run_path('setup.py')['environments']())"
+    )
+    installer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {build!r}], check=True)"
+    command = [sys.executable, "-c", installer, "--python", str(tmp_path / "bin/python")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert repr(str(tmp_path)) in run.stdout
 
 
 def test_old_torch_is_named(script, monkeypatch, tmp_path):
@@ -164,7 +175,7 @@ def _copy_of_the_package(folder: Path, *left_out: str) -> Path:
 
 
 def test_a_source_folder_that_hides_the_installed_package_says_so(tmp_path):
-    source = _copy_of_the_package(tmp_path / "source", "_C.*")
+    source = _copy_of_the_package(tmp_path / "source", "*.so")
     installed = _copy_of_the_package(tmp_path / "installed")
     said = _import_error(source.parent, installed.parent)
     assert said.startswith(f"ImportError: {source} is source code without a compiled part")
@@ -173,27 +184,78 @@ def test_a_source_folder_that_hides_the_installed_package_says_so(tmp_path):
 
 
 def test_a_source_folder_that_was_never_built_says_so(tmp_path):
-    _copy_of_the_package(tmp_path, "_C.*")
+    _copy_of_the_package(tmp_path, "*.so")
     said = _import_error(tmp_path, code=ALONE)
     assert said.endswith(f"is source code without a compiled part: run `pip install -e .` in {tmp_path}.")
 
 
-def test_a_compiled_part_for_another_python_says_so(tmp_path):
-    source = _copy_of_the_package(tmp_path, "_C.*")
-    (source / "_C.cpython-32-x86_64-linux-gnu.so").touch()
-    said = _import_error(tmp_path)
-    assert said.startswith(
-        f"ImportError: {source} has a compiled part for another Python only (_C.cpython-32"
+def test_the_operators_serve_a_python_without_a_module(tmp_path):
+    _copy_of_the_package(tmp_path, "_C.*")
+    code = """
+import rebased_cuda, torch
+x = torch.randn(1, 1, 5, 4)
+assert rebased_cuda.rebased_attention(x, x, x).shape == x.shape
+print(rebased_cuda.build_info()["torch_version"])
+try:
+    import rebased_cuda.testing
+except ImportError as error:
+    print(error)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    said = _import_error(tmp_path, code=ALONE)
-    assert said.endswith(f": run `pip install -e .` in {tmp_path}.")
+    version, said = run.stdout.splitlines()
+    assert version == rebased_cuda.build_info()["torch_version"]
+    assert said.startswith("rebased_cuda: this install has no module for Python 3.")
+
+
+def test_operator_and_module_tell_the_same_facts():
+    module = sys.modules["rebased_cuda._C"]
+    assert json.loads(torch.ops.rebased_cuda.build_info()) == module.build_info()
 
 
 def test_a_compiled_part_that_does_not_load_says_why(tmp_path):
-    source = _copy_of_the_package(tmp_path, "_C.*")
-    compiled = next(Path(rebased_cuda.__file__).parent.glob(f"_C{EXTENSION_SUFFIXES[0]}"))
-    (source / compiled.name).touch()
+    source = _copy_of_the_package(tmp_path, "librebased_cuda.so")
+    (source / "librebased_cuda.so").touch()
     said = _import_error(tmp_path)
     assert said.startswith("ImportError: rebased_cuda's compiled part does not load under torch")
     assert "file too short" in said
     assert said.endswith("reinstall it for this Python.")
+
+
+LIBRARY = Path(rebased_cuda.__file__).parent / "librebased_cuda.so"
+
+
+def _undefined_symbols() -> set[str]:
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(LIBRARY)], capture_output=True, text=True, check=True
+    ).stdout
+    return {line.split()[-1].split("@")[0] for line in listing.splitlines()}
+
+
+needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="needs binutils")
+
+
+@needs_nm
+def test_the_library_of_operators_has_no_symbol_of_python():
+    undefined = _undefined_symbols()
+    assert "malloc" in undefined or any("aoti_torch" in name for name in undefined)
+    assert [name for name in undefined if re.match(r"_?Py[A-Z_]", name)] == []
+
+
+@needs_nm
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_library_asks_nothing_of_torch_that_2_11_lacks():
+    root = Path(torch.__file__).parent
+    wanted = {name for name in _undefined_symbols() if re.match(r"(aoti_)?torch_", name)}
+    assert len(wanted) > 10
+    shims = ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h", "inductor/aoti_torch/generated/c_shim_aten.h")
+    headers = "".join(f"#include <torch/csrc/{name}>\n" for name in shims)
+    flags = ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-isystem{root / 'include'}"]
+    declared = subprocess.run(
+        ["g++", "-std=c++17", "-E", *flags, "-x", "c++", "-"],
+        input=headers, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    # a weak symbol of a later torch, which is null under an earlier one
+    later = {"torch_exception_get_what_without_backtrace"}
+    assert {name for name in wanted if not re.search(rf"\b{name}\b", declared)} <= later

@@ -12,6 +12,8 @@
 
 #if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if !defined(REBASED_ISA) || !defined(REBASED_VECTOR_BYTES)
@@ -111,6 +113,9 @@ REBASED_INLINE DoubleVector square_root(DoubleVector v) {
 #elif REBASED_VECTOR_BYTES == 32 && defined(__AVX__)
 REBASED_INLINE FloatVector square_root(FloatVector v) { return (FloatVector)_mm256_sqrt_ps((__m256)v); }
 REBASED_INLINE DoubleVector square_root(DoubleVector v) { return (DoubleVector)_mm256_sqrt_pd((__m256d)v); }
+#elif REBASED_VECTOR_BYTES == 16 && defined(__aarch64__)
+REBASED_INLINE FloatVector square_root(FloatVector v) { return (FloatVector)vsqrtq_f32((float32x4_t)v); }
+REBASED_INLINE DoubleVector square_root(DoubleVector v) { return (DoubleVector)vsqrtq_f64((float64x2_t)v); }
 #else
 REBASED_INLINE FloatVector square_root(FloatVector v) {
   for (int l = 0; l < kWidth<float>; l++) v[l] = __builtin_sqrtf(v[l]);
