@@ -3,10 +3,10 @@
     python examples/serve.py                       # the paper's 18 x 768 model, untrained: about a minute
     python examples/serve.py --model python-lm     # a model that train_lm.py made, whose texts can be read
 
-A request takes a free slot of the pool, which is emptied for it; its prompt is read into the slot, together
-with those of other newcomers, and each step makes one token more for every request that has a slot. A request
-that is done leaves, and the next one takes its slot while the others go on. Then every request is served
-again, alone, and the texts must be the same.
+A request takes a free slot of the pool, which is emptied for it. Each step of the model makes one token more
+for every request that has a slot, and reads the prompts of newcomers. A request that is done leaves, and the
+next one takes its slot while the others go on. Then every request is served again, alone, and the texts must
+be the same.
 """
 
 from __future__ import annotations
@@ -44,6 +44,15 @@ class Request:
         self.dice = torch.Generator().manual_seed(self.number)  # its own: others must not change its text
 
     @property
+    def unread(self) -> list[int]:
+        """What the model has not seen: the prompt, or the last token said."""
+        return self.tokens[-1:] or self.prompt
+
+    @property
+    def seen(self) -> int:
+        return len(self.prompt) + len(self.tokens) - 1 if self.tokens else 0
+
+    @property
     def done(self) -> bool:
         return len(self.tokens) == self.wanted
 
@@ -69,27 +78,25 @@ class Pool:
             for part in state if isinstance(state, RebasedState) else (state,):
                 part[slot] = 0
 
-    def read(self, prompts: Sequence[list[int]], slots: list[int]) -> Tensor:
-        """Prompts into their slots, all at once, packed in one row: logits (prompts, vocabulary)."""
-        lengths = torch.tensor([0, *map(len, prompts)], device=self.model.device)
-        bounds, index = lengths.cumsum(0), torch.tensor(slots, device=self.model.device)
-        tokens = torch.tensor([[token for prompt in prompts for token in prompt]], device=self.model.device)
-        positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(self.model.device)
+    def read(self, tokens: Sequence[list[int]], seen: Sequence[int], slots: list[int]) -> Tensor:
+        """More tokens for each of the slots, which have seen so many before: logits (slots, vocabulary).
+
+        All tokens lie packed in one row, prompts beside the next tokens of other slots, so that the weights
+        come from memory once.
+        """
+        device = self.model.device
+        index = torch.tensor(slots, device=device)
+        bounds = torch.tensor([0, *map(len, tokens)], device=device).cumsum(0)
+        row = torch.tensor([[token for piece in tokens for token in piece]], device=device)
+        pieces = zip(seen, tokens, strict=True)
+        positions = torch.cat([torch.arange(first, first + len(piece)) for first, piece in pieces])
 
         def mix(mixer: Any, x: Tensor, state: Any) -> Tensor:
+            if x.shape[1] == len(slots):
+                return mixer.step(x.squeeze(0), state, state_index=index).unsqueeze(0)
             return mixer.prefill(x, state=state, cu_seqlens=bounds, state_index=index)[0]
 
-        return self._logits(tokens, positions, mix, bounds[1:] - 1)
-
-    def step(self, tokens: list[int], positions: list[int], slots: list[int]) -> Tensor:
-        """One token more for each of the slots: logits (slots, vocabulary)."""
-        index = torch.tensor(slots, device=self.model.device)
-
-        def mix(mixer: Any, x: Tensor, state: Any) -> Tensor:
-            return mixer.step(x.squeeze(0), state, state_index=index).unsqueeze(0)
-
-        row = torch.tensor([tokens], device=self.model.device)
-        return self._logits(row, torch.tensor(positions, device=self.model.device), mix, slice(None))
+        return self._logits(row, positions.to(device), mix, bounds[1:] - 1)
 
     def _logits(self, tokens: Tensor, positions: Tensor, mix: Callable[..., Tensor], rows: Any) -> Tensor:
         """The model of tokens (1, N), with the mixers called as `mix` does; logits of some rows."""
@@ -116,23 +123,14 @@ def serve(
     pool, waiting = Pool(model, slots), deque(requests)
     free, active = list(range(slots)), dict[int, Request]()
     while waiting or active:
-        entering = dict[int, Request]()
         while free and waiting:
             slot = free.pop(0)
-            entering[slot] = waiting.popleft()
+            active[slot] = waiting.popleft()
             pool.empty(slot)
-            say(f"request {entering[slot].number} takes slot {slot}")
-        if active:
-            logits = pool.step(
-                [request.tokens[-1] for request in active.values()],
-                [len(request.prompt) + len(request.tokens) - 1 for request in active.values()],
-                list(active),
-            )
-            choose(logits, list(active.values()), temperature)
-        if entering:
-            logits = pool.read([request.prompt for request in entering.values()], list(entering))
-            choose(logits, list(entering.values()), temperature)
-        active |= entering
+            say(f"request {active[slot].number} takes slot {slot}")
+        current = list(active.values())
+        logits = pool.read([x.unread for x in current], [x.seen for x in current], list(active))
+        choose(logits, current, temperature)
         for slot, request in list(active.items()):
             if request.done:
                 del active[slot]
@@ -143,8 +141,11 @@ def serve(
 
 def choose(logits: Tensor, requests: Sequence[Request], temperature: float) -> None:
     """Draws the next token of each request by the Gumbel trick, with the request's own dice."""
-    noise = [torch.empty(logits.shape[1]).exponential_(generator=request.dice) for request in requests]
-    scores = logits.cpu().float() - temperature * torch.stack(noise).log()
+    noise = torch.empty(logits.shape)
+    for row, request in zip(noise, requests, strict=True):
+        row.uniform_(generator=request.dice)
+    noise.clamp_(min=torch.finfo(noise.dtype).tiny).log_().neg_().log_()  # of uniform numbers: minus Gumbel's
+    scores = logits.cpu().float() - temperature * noise
     best = scores.topk(2)
     for request, tokens, values in zip(requests, best.indices.tolist(), best.values.tolist(), strict=True):
         request.tokens.append(tokens[0])
