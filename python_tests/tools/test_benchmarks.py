@@ -12,13 +12,24 @@ from typing import Any
 import pytest
 import torch
 from conftest import EMULATED
+from tiny_models import tiny_model
 
 from benchmarks.speed import __main__ as command
-from benchmarks.speed import fast_transformers, harness, others, peers, questions, report, targets, worker
+from benchmarks.speed import (
+    fast_transformers,
+    generation,
+    harness,
+    others,
+    peers,
+    questions,
+    report,
+    targets,
+    worker,
+)
 from benchmarks.speed.ceilings import Ceilings
 from benchmarks.speed.harness import DIRECTIONS, OURS, Method, Prepared, Row, Shape, UnavailableError, measure
 from benchmarks.speed.questions import Question, Run, decoding, nothing_slower
-from rebased_cuda import build_info, reference
+from rebased_cuda import GatedShortConvolution, ReBasedAttention, RebasedState, build_info, reference
 from rebased_cuda.demo import baselines, timing
 
 pytestmark = pytest.mark.skipif(EMULATED, reason="benchmarks time the backends that users have")
@@ -456,3 +467,34 @@ def test_the_command_leaves_a_table_and_json(
     pytest.importorskip("matplotlib")
     assert command.main(["plot", str(path)]) == 0
     assert all(Path(line).stat().st_size > 1000 for line in capsys.readouterr().out.split())
+
+
+@torch.no_grad()
+def test_steps_without_mixing_leave_out_what_they_say() -> None:
+    layer, convolution, x = ReBasedAttention(16, 2, 4), GatedShortConvolution(16), torch.randn(3, 16)
+    state = RebasedState.zeros(3, 2, 4, 8)
+    window = torch.zeros(3, 16, convolution.kernel_size - 1)
+    with generation.without_mixing():
+        assert layer.step(x, state).shape == x.shape
+        assert convolution.step(x, window) is x
+    assert not state.kv.any()
+    assert not window.any()
+    layer.step(x, state)
+    convolution.step(x, window)
+    assert state.kv.any()
+    assert window.any()
+
+
+def test_what_a_token_of_a_model_costs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seconds = generation.measure(tiny_model(), prompt=20, tokens=5, rounds=2)
+    assert min(seconds.prefill, seconds.step, seconds.bare_step, *seconds.recomputed) > 0
+    # 1.25 + 255 / 100, and 256 times the mean of 2 and 4
+    given = generation.Seconds(prefill=1.25, step=0.01, bare_step=0.008, recomputed=(2.0, 4.0))
+    monkeypatch.setattr(generation, "measure", lambda *_: given)
+    monkeypatch.setattr(generation, "RebasedForCausalLM", lambda _: torch.nn.Identity())
+    generation.main([])
+    told = capsys.readouterr().out
+    assert "from states 3.8 s, each computed again 768.0 s, 202 times as long" in told
+    assert "a step 10.0 ms, 20% of it step operators and convolutions" in told
