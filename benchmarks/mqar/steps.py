@@ -36,7 +36,8 @@ def plain(form: Callable[..., Tensor], chunk: int, q: Tensor, k: Tensor, v: Tens
     """A baseline with `rebased_attention`'s arguments; it takes q, k and v as projections give them."""
     if options["layer_norm"] != "token" or options["cu_seqlens"] is not None:
         raise ValueError("the plain versions do ReBased's own settings only")
-    affine = (options[name] for name in ("gamma_q", "beta_q", "gamma_k", "beta_k"))
+    names = ("gamma_q", "beta_q", "gamma_k", "beta_k")
+    affine = (options[name].view(-1, q.shape[-1]) for name in names)  # a layer's are flat
     q, k, v = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
     return form(q, k, v, *affine, feature_map=options["feature_map"], chunk=chunk)
 
