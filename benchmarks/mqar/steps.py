@@ -37,7 +37,7 @@ def plain(form: Callable[..., Tensor], chunk: int, q: Tensor, k: Tensor, v: Tens
     if options["layer_norm"] != "token" or options["cu_seqlens"] is not None:
         raise ValueError("the plain versions do ReBased's own settings only")
     names = ("gamma_q", "beta_q", "gamma_k", "beta_k")
-    affine = (options[name].view(-1, q.shape[-1]) for name in names)  # a layer's are flat
+    affine = (options[name].view(-1, q.shape[-1]) for name in names)  # a layer hands them over flat
     q, k, v = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
     return form(q, k, v, *affine, feature_map=options["feature_map"], chunk=chunk)
 

@@ -382,17 +382,14 @@ class ReBasedAttention(ContextParallelLayer):
         # only where torch.distributed is in use: not every torch has it
         from ..context_parallel import begin_exchange, context_parallel_rebased_attention
 
-        sizes = (*x.shape[:-1], self.num_kv_heads)
-        k, v = call("x", x, self.proj_k, self.proj_v)
-        k, v = (
-            k.view(*sizes, self.feature_dim).transpose(1, 2),
-            v.view(*sizes, self.head_dim).transpose(1, 2),
-        )
+        def heads(x: Tensor, count: int) -> Tensor:
+            return torch.unflatten(x, -1, (count, -1)).transpose(1, 2)
+
+        k, v = (heads(part, self.num_kv_heads) for part in call("x", x, self.proj_k, self.proj_v))
         names = ("gamma_k", "beta_k", "feature_map", "layer_norm", "layer_norm_eps", "return_state")
         group = self.context_parallel_group
         exchange = begin_exchange(k, v, **{name: options[name] for name in names}, group=group)
-        (q,) = call("x", x, self.proj_q)
-        q = q.view(*x.shape[:-1], self.num_heads, self.feature_dim).transpose(1, 2)
+        (q,) = (heads(part, self.num_heads) for part in call("x", x, self.proj_q))
         return context_parallel_rebased_attention(q, k, v, **options, group=group, exchange=exchange)
 
     def _projected(self, x: Tensor, name: str = "x") -> tuple[Tensor, Tensor, Tensor]:

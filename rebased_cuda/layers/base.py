@@ -13,7 +13,7 @@ from ..state import check_layout, check_memory, extent
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# a look-up counts too
+# Looked up once: a layer's call takes microseconds, of which a look-up is a part.
 _is_tracing = torch._C._is_tracing
 _is_compiling = torch.compiler.is_compiling
 
