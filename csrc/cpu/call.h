@@ -33,8 +33,8 @@ struct GradientTargets {
 // Tokens of a chunk. Scores cost chunk * (feature_dim + head_dim) a token, and a state's products cost the
 // same whatever the chunk is, so the shortest chunk that amortises reading and writing a state is best. With
 // AMX that is longer, since its products are cheap beside that traffic. The quadratic form, which a large
-// feature_dim takes, packs keys once per chunk of queries. Each tile of the recurrence of the elementwise maps
-// walks over the rows of v and y again, whose lines lie a row apart and so fall into few sets of the first cache.
+// feature_dim takes, packs keys once per chunk of queries. The recurrence of the elementwise maps only wants
+// its chunk to stay in the first cache.
 template <class T>
 inline int chunk_length(const Problem& p) {
 #if defined(__AMX_BF16__)
@@ -42,7 +42,7 @@ inline int chunk_length(const Problem& p) {
 #else
   constexpr int chunk = 32;
 #endif
-  return is_elementwise(p) ? 16 : p.feature_dim <= 32 ? chunk : 128;
+  return is_elementwise(p) ? 64 : p.feature_dim <= 32 ? chunk : 128;
 }
 
 // A chunk of keys meets block b of queries: calls body(Constant<vectors>, Constant<masked>, key) for each

@@ -16,6 +16,9 @@ namespace rebased::cpu::REBASED_ISA {
 // it can be; elsewhere every scalar is a load of its own, which two vectors share.
 constexpr int kStateRows = REBASED_VECTOR_BYTES == 64 ? 16 : 4,
               kStateVectors = REBASED_VECTOR_BYTES == 64 ? 1 : 2;
+// All tiles walk over a block of tokens before the next block. Every tile meets the same rows of v and y, whose
+// cache lines lie a row apart and so fall into few sets of the first cache: these have room for no more.
+constexpr int kBlockTokens = REBASED_VECTOR_BYTES == 64 ? 32 : 16;
 
 // One row for each token and head. `data` is at the token that is processed first; strides may be negative.
 template <class Pointer>
@@ -64,23 +67,23 @@ REBASED_INLINE void update_tile(Vector<T> (&tile)[Rows][NV], const T* a, const T
     for (int n = 0; n < NV; n++) tile[r][n] += a[r] * columns[n];
 }
 
-// Walks one tile over a chunk. What would be a branch for each token, a tenth of the loop's time, is a
+// Walks one tile over tokens [begin, end) of a chunk. What would be a branch for each token, a tenth of the loop's time, is a
 // template argument:
 //   Single: each token has one update and one query
 //   Accumulate: sums begin with what stands there
 //   FetchRows: the rows of scalars that lie ahead are fetched into the cache, else those of vectors and sums.
 // Every tile fetches what the tiles beside it fetch: the processor drops requests that it cannot begin at once.
 template <class T, int Rows, int NV, bool Single, bool Accumulate, bool FetchRows>
-inline void recur_tile(const Recurrence<T>& call, int row, int lane, T* state, int64_t stride) {
+inline void recur_tile(const Recurrence<T>& call, int64_t begin, int64_t end, int row, int lane, T* state,
+                       int64_t stride) {
   const Stream<const T*> update_rows = call.update_rows.from(row),
                          update_lanes = call.update_lanes.from(lane);
   const Stream<const T*> query_rows = call.query_rows.from(row);
   const Stream<T*> sums = call.sums.from(lane);
   const int updates = Single ? 1 : call.updates, queries = Single ? 1 : call.queries;
-  const int64_t tokens = call.tokens;
   Vector<T> tile[Rows][NV];
   load_tile<T>(tile, state, stride);
-  for (int64_t token = 0; token < tokens; token++) {
+  for (int64_t token = begin; token < end; token++) {
     for (int64_t head = 0; head < updates; head++) {
       const T* a = update_rows.data + token * update_rows.token_stride + head * update_rows.head_stride;
       const T* b = update_lanes.data + token * update_lanes.token_stride + head * update_lanes.head_stride;
@@ -145,15 +148,19 @@ REBASED_INLINE void for_state_tiles(const Recurrence<T>& call, T* state, const B
 
 template <class T, bool Single>
 inline void recur(const Recurrence<T>& call) {
-  for_state_tiles<T>(call, call.state, [&](auto rows, auto vectors, int row, int lane, T* tile, int stride) {
-    constexpr int R = decltype(rows)::value, NV = decltype(vectors)::value;
-    if (call.update_rows.ahead)
-      recur_tile<T, R, NV, Single, true, true>(call, row, lane, tile, stride);
-    else if (call.accumulate || row > 0)
-      recur_tile<T, R, NV, Single, true, false>(call, row, lane, tile, stride);
-    else
-      recur_tile<T, R, NV, Single, false, false>(call, row, lane, tile, stride);
-  });
+  for (int begin = 0; begin < call.tokens; begin += kBlockTokens) {
+    const int end = smaller(begin + kBlockTokens, call.tokens);
+    for_state_tiles<T>(
+        call, call.state, [&](auto rows, auto vectors, int row, int lane, T* tile, int stride) {
+          constexpr int R = decltype(rows)::value, NV = decltype(vectors)::value;
+          if (call.update_rows.ahead)
+            recur_tile<T, R, NV, Single, true, true>(call, begin, end, row, lane, tile, stride);
+          else if (call.accumulate || row > 0)
+            recur_tile<T, R, NV, Single, true, false>(call, begin, end, row, lane, tile, stride);
+          else
+            recur_tile<T, R, NV, Single, false, false>(call, begin, end, row, lane, tile, stride);
+        });
+  }
 }
 
 template <class T>
