@@ -23,6 +23,7 @@ from benchmarks.kernels.toolchain import (
 )
 
 CHECKED_ARCHITECTURES = (80, 90)
+FAST_PATHS = ("float32_*", "tensor_core_*")  # the instances whose kernels are checked
 OUTER_FORWARD = "tensor_core::polynomial::forward_kernel<bfloat16, outer, 16, 64, false>"
 SQUARE_FORWARD = "tensor_core::elementwise::forward_kernel<bfloat16, square, 16, false>"
 FLOAT32_FORWARD = "float32_path::forward_kernel<outer>"
