@@ -76,9 +76,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--dry-run", action="store_true", help="trains nothing: says what the run needs of memory and time"
     )
     converter = commands.add_parser("tokenize", help="a folder of text -> a folder of tokens for --tokens")
-    converter.add_argument("text", type=Path, help="folder of text or code")
+    converter.add_argument(
+        "text", type=Path, help="folder of text or code; with --dataset its name or folder"
+    )
     converter.add_argument("tokens", type=Path, help="folder that is written")
     converter.add_argument("--vocabulary", type=int, default=FULL["vocabulary"], help="default %(default)s")
+    converter.add_argument(
+        "--dataset",
+        action="store_true",
+        help="a dataset of Hugging Face: a name, or a folder of save_to_disk",
+    )
+    converter.add_argument("--split", default="train", help="of the dataset; default %(default)s")
+    converter.add_argument("--column", default="text", help="of the dataset's rows; default %(default)s")
 
     several = commands.add_parser("compare", parents=[common], help="every mixer with several seeds")
     several.add_argument("--seeds", type=int, default=3, help="0 to this less one; default %(default)s")
@@ -198,7 +207,11 @@ def _first_process() -> bool:
 
 
 def _tokenize(arguments: argparse.Namespace) -> int:
-    data = text.tokenize(arguments.text, arguments.vocabulary, arguments.tokens)
+    if arguments.dataset:
+        rows = text.load_dataset(str(arguments.text), arguments.split)
+        data = text.tokenize_dataset(rows, arguments.column, arguments.vocabulary, arguments.tokens)
+    else:
+        data = text.tokenize(arguments.text, arguments.vocabulary, arguments.tokens)
     _say(f"{arguments.tokens}: {len(data.training):,} tokens to train on, {len(data.held_out):,} held out")
     return 0
 

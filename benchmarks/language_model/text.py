@@ -4,7 +4,8 @@ Which files are held out depends on their relative paths alone, so it stays the 
 tokenizer is a byte-level BPE learned on the training files. Tokenizer and tokens are cached in a folder named
 after what they were made of, so that a changed file or vocabulary never meets an old cache.
 
-Such a folder of tokens is also what `tokenize` writes and what `--tokens` reads, whoever has made it:
+Such a folder of tokens is also what `tokenize` writes, from a folder of text or a dataset of Hugging Face,
+and what `--tokens` reads, whoever has made it:
 
     training.bin, held_out.bin   the tokens one after the other, little-endian without a sign, two bytes each
                                  for a vocabulary of at most 65,536, else four
@@ -21,8 +22,9 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ END = "<|endoftext|>"  # between two files
 HELD_OUT = 10  # one file in so many
 STREAMS = ("training", "held_out")
 MARK = "tokens.json"
+TOKENIZER_ROWS = 100_000  # of a dataset, that its tokenizer is learned on
+BATCH = 1000  # texts that are tokenized at once
 LARGEST_FILE = 16 << 20  # bytes; longer ones are rarely text that a person wrote
 SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "__pycache__", "node_modules"}
@@ -105,7 +109,7 @@ def _is_held_out(path: str) -> bool:
     return hashlib.sha256(path.encode()).digest()[0] < 256 / HELD_OUT
 
 
-def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     """A byte-level BPE: any text can be written with it, and comes back byte for byte."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -147,6 +151,53 @@ def tokenize(folder: Path, vocabulary: int, place: Path) -> Text:
     return open_tokens(place)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A dataset's texts, one to a row: about one row in HELD_OUT, by a hash of its number, or the others."""
+
+    dataset: Iterable[Mapping[str, Any]]
+    column: str
+    held_out: bool
+
+    def __iter__(self) -> Iterator[str]:
+        for number, row in enumerate(self.dataset):
+            if self.column not in row:
+                raise ValueError(f"column: expected one of {', '.join(row)}, got {self.column!r}")
+            if _is_held_out(str(number)) == self.held_out:
+                yield row[self.column]
+
+
+def load_dataset(name: str, split_name: str) -> Iterable[Mapping[str, Any]]:
+    """Rows of a dataset of Hugging Face: of a folder that `save_to_disk` wrote, or of a name on their hub.
+
+    Raises:
+        ImportError: the library `datasets` is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("--dataset: datasets is not installed: pip install datasets") from error
+    if not Path(name).is_dir():
+        return datasets.load_dataset(name, split=split_name)
+    found = datasets.load_from_disk(name)
+    return found[split_name] if isinstance(found, datasets.DatasetDict) else found
+
+
+def tokenize_dataset(dataset: Iterable[Mapping[str, Any]], column: str, vocabulary: int, place: Path) -> Text:
+    """Tokenizes a dataset row by row into a folder of tokens; no more of it than BATCH rows is in memory.
+
+    Args:
+        dataset: read three times: once for the tokenizer, TOKENIZER_ROWS of it, and once for each stream.
+        column: that holds the text.
+
+    Raises:
+        ValueError: there is no such column, or as `load`.
+    """
+    training, held_out = (Rows(dataset, column, flag) for flag in (False, True))
+    _tokenize(training, held_out, vocabulary, place)
+    return open_tokens(place)
+
+
 def open_tokens(place: Path) -> Text:
     """A folder of tokens: see the top of this file.
 
@@ -173,10 +224,11 @@ def _dtype(vocabulary: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
 
 
-def _tokenize(training: list[str], held_out: list[str], vocabulary: int, place: Path) -> None:
+def _tokenize(training: Iterable[str], held_out: Iterable[str], vocabulary: int, place: Path) -> None:
     if vocabulary < 257:
         raise ValueError(f"vocabulary: expected at least 257 (every byte and {END}), got {vocabulary}")
-    tokenizer = train_tokenizer(training, vocabulary)
+    learned_on = training if isinstance(training, list) else islice(training, TOKENIZER_ROWS)
+    tokenizer = train_tokenizer(learned_on, vocabulary)
     if tokenizer.get_vocab_size() != vocabulary:
         raise ValueError(
             f"vocabulary: expected at most {tokenizer.get_vocab_size()}, all that this text has pairs for, "
@@ -189,8 +241,7 @@ def _tokenize(training: list[str], held_out: list[str], vocabulary: int, place: 
     facts = {"vocabulary": vocabulary}
     for name, texts in zip(STREAMS, (training, held_out), strict=True):
         with _whole(place / f"{name}.bin") as path:
-            _stream(tokenizer, texts).astype(_dtype(vocabulary)).tofile(path)
-        facts[f"{name}_bytes"] = sum(len(text.encode()) for text in texts)
+            facts[f"{name}_bytes"] = _write_stream(tokenizer, texts, _dtype(vocabulary), path)
     with _whole(place / MARK) as path:
         path.write_text(json.dumps(facts) + "\n")
 
@@ -212,15 +263,15 @@ class _whole:  # noqa: N801 a context manager, used like a function
             self.partial.unlink(missing_ok=True)
 
 
-def _stream(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
-    end = tokenizer.token_to_id(END)
-
-    def tokens() -> Iterator[int]:
-        for encoding in tokenizer.encode_batch_fast(texts):
-            yield from encoding.ids
-            yield end
-
-    return np.fromiter(tokens(), np.int32)
+def _write_stream(tokenizer: Tokenizer, texts: Iterable[str], dtype: np.dtype[Any], path: Path) -> int:
+    """Writes the texts' tokens, each text with END behind it, and returns the texts' bytes."""
+    end, size, remaining = tokenizer.token_to_id(END), 0, iter(texts)
+    with path.open("wb") as file:
+        while some := list(islice(remaining, BATCH)):
+            for encoding in tokenizer.encode_batch_fast(some):
+                np.array([*encoding.ids, end], dtype).tofile(file)
+            size += sum(len(text.encode()) for text in some)
+    return size
 
 
 def batch(stream: Tensor, step: int, seed: int, rows: int, context: int) -> Tensor:

@@ -524,6 +524,28 @@ def test_a_folder_of_tokens_trains_as_its_text(tmp_path: Path) -> None:
         command.main(["train", *short, "--name", "few", "--tokens", place, "--vocabulary", "299"])
 
 
+def test_a_dataset_becomes_a_folder_of_tokens(tmp_path: Path) -> None:
+    """Rows saved by the library `datasets` come back whole and in order, in one stream or the other."""
+    datasets = pytest.importorskip("datasets")
+    lines = [f"row {i} holds {i * i} and {chr(0x3B1 + i % 20)}" for i in range(400)]
+    datasets.Dataset.from_dict({"content": lines, "number": range(400)}).save_to_disk(tmp_path / "rows")
+    place = tmp_path / "tokens"
+    arguments = ["tokenize", "--dataset", str(tmp_path / "rows"), str(place), "--vocabulary", "300"]
+    with pytest.raises(ValueError, match="column: expected one of content, number, got 'text'"):
+        command.main(arguments)
+    assert not (place / "tokens.json").exists()
+    assert command.main([*arguments, "--column", "content"]) == 0
+    data = text.open_tokens(place)
+    rows = []
+    for stream in (data.training, data.held_out):
+        decoded = data.tokenizer.decode(stream.tolist(), skip_special_tokens=False)
+        rows.append(decoded.removesuffix(text.END).split(text.END))
+    assert sorted(rows[0] + rows[1]) == sorted(lines)
+    assert [x for x in lines if x in rows[0]] == rows[0]
+    assert 20 <= len(rows[1]) <= 60
+    assert data.held_out_bytes == sum(len(x.encode()) for x in rows[1])
+
+
 @pytest.mark.slow
 def test_two_processes_compare_together(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
