@@ -1,8 +1,8 @@
 // The one inner loop of the elementwise maps: a state of F x head_dim walked token by token. For each token,
 //   state += rows lanes^T             once for each of its updates
 //   sums = or += rows^T state         once for each of its queries
-// where `rows` are scalars and `lanes` are vectors. A tile of the state stays in registers for a whole chunk,
-// so that the only loads are the operands: 2 F head_dim multiply-adds a token and query, no scores, no
+// where `rows` are scalars and `lanes` are vectors. A tile of the state stays in registers for a block of
+// tokens, so that the only loads are the operands: 2 F head_dim multiply-adds a token and query, no scores, no
 // transposes. A state lies either way round: lanes are value columns for y and grad v, or features for grad q
 // and grad k, whose sums run over the columns; so no product ever sums over lanes. It includes schedule.h
 // alone.
