@@ -14,7 +14,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from .models import SQUARE
-from .report import TWICE, Key, Line, by_first, expectation, scores, title
+from .report import TWICE, Key, Line, by_first, expectation, scores, shortest, title
 
 
 def draw(command: str, lines: Sequence[Line], folder: Path) -> list[Path]:
@@ -24,7 +24,7 @@ def draw(command: str, lines: Sequence[Line], folder: Path) -> list[Path]:
     if command == "figure4":
         return [_expected(lines, folder / "figure4.png")]
     if command == "table1":
-        return [_accuracy(lines, folder / "figure3.png")]
+        return [_accuracy(shortest(lines), folder / "figure3.png")]
     if command == "figure7":
         lines = by_first(lines)
     return [_accuracy(lines, folder / f"{command}.png")] if len(lines) > 1 else []
@@ -33,11 +33,9 @@ def draw(command: str, lines: Sequence[Line], folder: Path) -> list[Path]:
 def _accuracy(lines: Sequence[Line], path: Path) -> Path:
     """Accuracy against width, median and range of seeds, a panel for each length.
 
-    For one width, a point for each seed, and the mean.
+    For one width, a point for each seed, and the median.
     """
-    found = scores(
-        lines, statistics.median if len({line["width"] for line in lines}) > 1 else statistics.fmean
-    )
+    found = scores(lines, statistics.median)
     mixers = list(dict.fromkeys(key[0] for key in found))
     widths = sorted({key[2] for key in found})
 
@@ -60,7 +58,9 @@ def _accuracy(lines: Sequence[Line], path: Path) -> Path:
                 continue
             for _, score in points:
                 axes.plot([index] * len(score.accuracies), score.accuracies, "o", alpha=0.5, **style)
-                axes.plot([index - 0.3, index + 0.3], [score.mean] * 2, color="black")
+                axes.plot(
+                    [index - 0.3, index + 0.3], [statistics.median(score.accuracies)] * 2, color="black"
+                )
         if len(widths) > 1:
             axes.set_xscale("log", base=2)
             axes.set_xticks(widths, [str(w) for w in widths])

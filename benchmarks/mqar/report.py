@@ -88,11 +88,6 @@ class Score:
             return f"{median:.2f} (one seed)"
         return f"{median:.2f} ({min(self.accuracies):.2f} to {max(self.accuracies):.2f})"
 
-    def __str__(self) -> str:
-        if len(self.accuracies) == 1:
-            return f"{self.mean:.2f}"
-        return f"{self.mean:.2f} ± {self.deviation:.2f}"
-
 
 Key = tuple[str, int, int]  # mixer, length, width
 
@@ -132,15 +127,39 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, rule, *rows))
 
 
+def steps_to_learn(lines: Iterable[Line]) -> dict[Key, str]:
+    """Median over seeds of the steps to the accuracy that ends a run, at the quickest learning rate.
+
+    `> steps` where half of the seeds or more never have it.
+    """
+    found: dict[Key, dict[float, list[float]]] = {}
+    most: dict[Key, int] = {}
+    for line in lines:
+        key = (line["mixer"], line["seqlen"], line["width"])
+        learned = line["accuracy"] >= line["stop_at"]
+        steps = line["steps_done"] if learned else math.inf
+        found.setdefault(key, {}).setdefault(line["learning_rate"], []).append(steps)
+        most[key] = line["steps"]
+    medians = {key: min(map(statistics.median, rates.values())) for key, rates in found.items()}
+    return {key: f"{x:.0f}" if math.isfinite(x) else f"> {most[key]}" for key, x in medians.items()}
+
+
+def shortest(lines: Sequence[Line]) -> list[Line]:
+    """The lines of the shortest schedule, whose accuracies Table 1 has; steps to learn are of the longest."""
+    return [line for line in lines if line["steps"] == min(x["steps"] for x in lines)]
+
+
 def table1(lines: Sequence[Line]) -> str:
     """The paper's rows and ours, for both kinds of square (Based has its own map)."""
-    ours = scores(lines)
+    ours = scores(shortest(lines))
+    steps = steps_to_learn(x for x in lines if x["steps"] == max(line["steps"] for line in lines))
     sizes = sorted({key[1:] for key in ours})
     columns = ["q and k", *(f"paper, N = {n}, mean" for n in PAPER_LENGTHS)]
     for n, width in sizes:
         if width in PAPER_WIDTHS:
             columns += [f"paper, N = {paper_n}, width {width}" for paper_n in PAPER_LENGTHS]
-        columns += [f"`outer`, N = {n}, width {width}", f"`square`, N = {n}, width {width}"]
+        for map_name in ("outer", "square"):
+            columns += [f"`{map_name}`, N = {n}, width {width}", f"`{map_name}`, steps to learn"]
     rows = []
     for mixer in ("based", *ABLATION):
         paper = PAPER_TABLE1[mixer]
@@ -149,8 +168,8 @@ def table1(lines: Sequence[Line]) -> str:
             if width in PAPER_WIDTHS:
                 printed = [of_length[PAPER_WIDTHS.index(width)] for of_length in paper]
                 cells += [f"{mean:.2f} ± {deviation:.2f}" for mean, deviation in printed]
-            for name in (mixer, mixer + SQUARE):
-                cells.append(str(ours.get((name, n, width), "")))
+            for key in ((mixer, n, width), (mixer + SQUARE, n, width)):
+                cells += [ours[key].median_and_range() if key in ours else "", steps.get(key, "")]
         rows.append(cells)
     return markdown(columns, rows)
 
@@ -185,7 +204,7 @@ def title(mixer: str) -> str:
 
 
 def figure4(lines: Sequence[Line]) -> str:
-    """Expected best accuracy of 1, 2, ... learning rates, each the mean of its seeds."""
+    """Expected best accuracy of 1, 2, ... learning rates, each the median of its seeds."""
     curves = expectation(lines)
     tries = max((len(curve) for curve in curves.values()), default=0)
     columns = ["mixer", "N", "width", *(f"{k} {'try' if k == 1 else 'tries'}" for k in range(1, tries + 1))]
@@ -201,8 +220,8 @@ def figure4(lines: Sequence[Line]) -> str:
 def expectation(lines: Iterable[Line]) -> dict[Key, list[float]]:
     curves = {}
     for key, rates in by_rate(lines).items():
-        means = [statistics.fmean(accuracies) for accuracies in rates.values()]
-        curves[key] = [expected_best(means, k) for k in range(1, len(means) + 1)]
+        medians = [statistics.median(accuracies) for accuracies in rates.values()]
+        curves[key] = [expected_best(medians, k) for k in range(1, len(medians) + 1)]
     return curves
 
 

@@ -580,7 +580,16 @@ def test_scores_are_of_the_best_rate_on_average() -> None:
     lines += [a_line(0.6, seed=seed, learning_rate=1e-2) for seed in range(2)]
     score = report.scores(lines)["rebased", 16, 12]
     assert score.learning_rate == 1e-2
-    assert str(score) == "0.60 ± 0.00"
+    assert score.accuracies == (0.6, 0.6)
+
+
+def test_table_1_has_accuracies_of_few_steps_and_steps_to_learn() -> None:
+    lines = [a_line(x, seed=seed, steps=6) for seed, x in enumerate((0.9, 0.2, 0.4))]
+    for seed, x in enumerate((0.99, 0.5, 1.0)):
+        lines.append(a_line(x, seed=seed, steps=20, stop_at=0.99) | {"steps_done": 7 + seed})
+    lines += [a_line(0.3, mixer="rebased-square", steps=steps, stop_at=0.99) for steps in (6, 20)]
+    table = report.table1(lines)
+    assert "| 0.40 (0.20 to 0.90) | 9 | 0.30 (one seed) | > 20 |" in table
 
 
 def test_the_papers_table_agrees_with_its_means() -> None:
