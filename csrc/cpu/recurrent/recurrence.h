@@ -2,10 +2,10 @@
 //   state += rows lanes^T             once for each of its updates
 //   sums = or += rows^T state         once for each of its queries
 // where `rows` are scalars and `lanes` are vectors. A tile of the state stays in registers for a block of
-// tokens, so that the only loads are the operands: 2 F head_dim multiply-adds a token and query, no scores, no
-// transposes. A state lies either way round: lanes are value columns for y and grad v, or features for grad q
-// and grad k, whose sums run over the columns; so no product ever sums over lanes. It includes schedule.h
-// alone.
+// tokens, so that the only loads are the operands: 2 F head_dim multiply-adds a token and query, no scores,
+// no transposes. A state lies either way round: lanes are value columns for y and grad v, or features for
+// grad q and grad k, whose sums run over the columns; so no product ever sums over lanes. It includes
+// schedule.h alone.
 #pragma once
 
 #include "cpu/schedule.h"
@@ -16,8 +16,8 @@ namespace rebased::cpu::REBASED_ISA {
 // it can be; elsewhere every scalar is a load of its own, which two vectors share.
 constexpr int kStateRows = REBASED_VECTOR_BYTES == 64 ? 16 : 4,
               kStateVectors = REBASED_VECTOR_BYTES == 64 ? 1 : 2;
-// All tiles walk over a block of tokens before the next block. Every tile meets the same rows of v and y, whose
-// cache lines lie a row apart and so fall into few sets of the first cache: these have room for no more.
+// All tiles walk over a block of tokens before the next block. Every tile meets the same rows of v and y,
+// whose cache lines lie a row apart and so fall into few sets of the first cache: these have room for no more.
 constexpr int kBlockTokens = REBASED_VECTOR_BYTES == 64 ? 32 : 16;
 
 // One row for each token and head. `data` is at the token that is processed first; strides may be negative.
@@ -67,12 +67,12 @@ REBASED_INLINE void update_tile(Vector<T> (&tile)[Rows][NV], const T* a, const T
     for (int n = 0; n < NV; n++) tile[r][n] += a[r] * columns[n];
 }
 
-// Walks one tile over tokens [begin, end) of a chunk. What would be a branch for each token, a tenth of the loop's time, is a
-// template argument:
+// Walks one tile over tokens [begin, end) of a chunk. What would be a branch for each token, a tenth of the
+// loop's time, is a template argument:
 //   Single: each token has one update and one query
 //   Accumulate: sums begin with what stands there
 //   FetchRows: the rows of scalars that lie ahead are fetched into the cache, else those of vectors and sums.
-// Every tile fetches what the tiles beside it fetch: the processor drops requests that it cannot begin at once.
+// Every tile fetches what the tiles beside it fetch: the processor drops requests that it can't begin at once.
 template <class T, int Rows, int NV, bool Single, bool Accumulate, bool FetchRows>
 inline void recur_tile(const Recurrence<T>& call, int64_t begin, int64_t end, int row, int lane, T* state,
                        int64_t stride) {
