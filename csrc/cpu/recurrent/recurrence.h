@@ -17,7 +17,7 @@ namespace rebased::cpu::REBASED_ISA {
 constexpr int kStateRows = REBASED_VECTOR_BYTES == 64 ? 16 : 4,
               kStateVectors = REBASED_VECTOR_BYTES == 64 ? 1 : 2;
 // All tiles walk over a block of tokens before the next block. Every tile meets the same rows of v and y,
-// whose cache lines lie a row apart and so fall into few sets of the first cache: these have room for no more.
+// whose cache lines lie a row apart and so fall into few sets of the first cache, which hold no more.
 constexpr int kBlockTokens = REBASED_VECTOR_BYTES == 64 ? 32 : 16;
 
 // One row for each token and head. `data` is at the token that is processed first; strides may be negative.
@@ -72,7 +72,7 @@ REBASED_INLINE void update_tile(Vector<T> (&tile)[Rows][NV], const T* a, const T
 //   Single: each token has one update and one query
 //   Accumulate: sums begin with what stands there
 //   FetchRows: the rows of scalars that lie ahead are fetched into the cache, else those of vectors and sums.
-// Every tile fetches what the tiles beside it fetch: the processor drops requests that it can't begin at once.
+// Every tile fetches what the tiles beside it fetch: the processor drops what it can't begin at once.
 template <class T, int Rows, int NV, bool Single, bool Accumulate, bool FetchRows>
 inline void recur_tile(const Recurrence<T>& call, int64_t begin, int64_t end, int row, int lane, T* state,
                        int64_t stride) {
