@@ -242,6 +242,8 @@ def _tokenize(training: Iterable[str], held_out: Iterable[str], vocabulary: int,
     for name, texts in zip(STREAMS, (training, held_out), strict=True):
         with _whole(place / f"{name}.bin") as path:
             facts[f"{name}_bytes"] = _write_stream(tokenizer, texts, _dtype(vocabulary), path)
+            if not facts[f"{name}_bytes"]:
+                raise ValueError(f"{name}: expected text, got none: more rows or files are needed")
     with _whole(place / MARK) as path:
         path.write_text(json.dumps(facts) + "\n")
 

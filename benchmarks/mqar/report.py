@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -127,6 +128,23 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, rule, *rows))
 
 
+def rank_test(a: Sequence[float], b: Sequence[float]) -> float:
+    """Two-sided p of the exact rank-sum test of Mann and Whitney, for the seeds of two rows.
+
+    The share of all ways to divide the values into two such groups whose ranks are at least as far apart.
+    """
+
+    def distance(first: Sequence[float], second: Sequence[float]) -> float:
+        above = sum((x > y) + (x == y) / 2 for x in first for y in second)
+        return abs(above - len(a) * len(b) / 2)
+
+    values, found = [*a, *b], []
+    for chosen in map(set, itertools.combinations(range(len(values)), len(a))):
+        first = [x for i, x in enumerate(values) if i in chosen]
+        found.append(distance(first, [x for i, x in enumerate(values) if i not in chosen]))
+    return sum(x >= distance(a, b) for x in found) / len(found)
+
+
 def steps_to_learn(lines: Iterable[Line]) -> dict[Key, str]:
     """Median over seeds of the steps to the accuracy that ends a run, at the quickest learning rate.
 
@@ -150,7 +168,7 @@ def shortest(lines: Sequence[Line]) -> list[Line]:
 
 
 def table1(lines: Sequence[Line]) -> str:
-    """The paper's rows and ours, for both kinds of square (Based has its own map)."""
+    """The paper's rows and ours, for both kinds of square (Based has its own map); p: see `rank_test`."""
     ours = scores(shortest(lines))
     steps = steps_to_learn(x for x in lines if x["steps"] == max(line["steps"] for line in lines))
     sizes = sorted({key[1:] for key in ours})
@@ -160,6 +178,7 @@ def table1(lines: Sequence[Line]) -> str:
             columns += [f"paper, N = {paper_n}, width {width}" for paper_n in PAPER_LENGTHS]
         for map_name in ("outer", "square"):
             columns += [f"`{map_name}`, N = {n}, width {width}", f"`{map_name}`, steps to learn"]
+            columns.append("p against ReBased")
     rows = []
     for mixer in ("based", *ABLATION):
         paper = PAPER_TABLE1[mixer]
@@ -168,8 +187,11 @@ def table1(lines: Sequence[Line]) -> str:
             if width in PAPER_WIDTHS:
                 printed = [of_length[PAPER_WIDTHS.index(width)] for of_length in paper]
                 cells += [f"{mean:.2f} ± {deviation:.2f}" for mean, deviation in printed]
+            rebased = ours.get(("rebased", n, width))
             for key in ((mixer, n, width), (mixer + SQUARE, n, width)):
                 cells += [ours[key].median_and_range() if key in ours else "", steps.get(key, "")]
+                known = key in ours and rebased is not None
+                cells.append(f"{rank_test(rebased.accuracies, ours[key].accuracies):.3f}" if known else "")
         rows.append(cells)
     return markdown(columns, rows)
 

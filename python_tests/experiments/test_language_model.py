@@ -533,6 +533,9 @@ def test_a_dataset_becomes_a_folder_of_tokens(tmp_path: Path) -> None:
     arguments = ["tokenize", "--dataset", str(tmp_path / "rows"), str(place), "--vocabulary", "300"]
     with pytest.raises(ValueError, match="column: expected one of content, number, got 'text'"):
         command.main(arguments)
+    few = [{"text": "a " * 300}]  # one row, which can't be in both streams
+    with pytest.raises(ValueError, match="expected text, got none"):
+        text.tokenize_dataset(few, "text", 258, place)
     assert not (place / "tokens.json").exists()
     assert command.main([*arguments, "--column", "content"]) == 0
     data = text.open_tokens(place)

@@ -589,7 +589,13 @@ def test_table_1_has_accuracies_of_few_steps_and_steps_to_learn() -> None:
         lines.append(a_line(x, seed=seed, steps=20, stop_at=0.99) | {"steps_done": 7 + seed})
     lines += [a_line(0.3, mixer="rebased-square", steps=steps, stop_at=0.99) for steps in (6, 20)]
     table = report.table1(lines)
-    assert "| 0.40 (0.20 to 0.90) | 9 | 0.30 (one seed) | > 20 |" in table
+    assert "| 0.40 (0.20 to 0.90) | 9 | 1.000 | 0.30 (one seed) | > 20 | 1.000 |" in table
+
+
+def test_rank_test() -> None:
+    assert report.rank_test([1, 2, 3], [4, 5, 6]) == pytest.approx(2 / 20)
+    assert report.rank_test([1, 2, 4], [3, 5, 6]) == pytest.approx(4 / 20)
+    assert report.rank_test([0.5, 0.5], [0.5, 0.5]) == 1
 
 
 def test_the_papers_table_agrees_with_its_means() -> None:

@@ -153,12 +153,12 @@ inline void recur(const Recurrence<T>& call) {
     for_state_tiles<T>(
         call, call.state, [&](auto rows, auto vectors, int row, int lane, T* tile, int stride) {
           constexpr int R = decltype(rows)::value, NV = decltype(vectors)::value;
-          if (call.update_rows.ahead)
-            recur_tile<T, R, NV, Single, true, true>(call, begin, end, row, lane, tile, stride);
-          else if (call.accumulate || row > 0)
-            recur_tile<T, R, NV, Single, true, false>(call, begin, end, row, lane, tile, stride);
-          else
+          if (row == 0 && !call.accumulate)
             recur_tile<T, R, NV, Single, false, false>(call, begin, end, row, lane, tile, stride);
+          else if (call.update_rows.ahead)
+            recur_tile<T, R, NV, Single, true, true>(call, begin, end, row, lane, tile, stride);
+          else
+            recur_tile<T, R, NV, Single, true, false>(call, begin, end, row, lane, tile, stride);
         });
   }
 }
